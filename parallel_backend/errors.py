@@ -1,0 +1,16 @@
+"""The errors that reach a user."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. `message` names what is wrong (and the numbers that clash), `hint` what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.message = message
+        self.hint = hint
+
+
+class Cancelled(Exception):
+    """The user cancelled the run; every rank leaves it at the same step."""

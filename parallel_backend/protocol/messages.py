@@ -1,0 +1,225 @@
+"""Every message that crosses the socket, as a strict schema: unknown fields, wrong types and wrong values are refused.
+
+A message is the JSON header of a frame. Tensors travel in the frame's safetensors body under the names that the
+message's docstring gives. Model state is named by reference (`ModelRef`), so that a restarted sidecar can rebuild
+everything from the next request.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from ..layout import Layout
+
+PROTOCOL_VERSION = 1
+
+WeightDtype = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
+Phase = Literal["load", "encode text", "sample", "decode", "encode image"]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# -- handshake ---------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First frame of every connection, client to sidecar. `token` is needed on TCP."""
+
+    type: Literal["hello"] = "hello"
+    version: int
+    token: str = ""
+
+
+class Welcome(Message):
+    """The sidecar's answer to a good `Hello`."""
+
+    type: Literal["welcome"] = "welcome"
+    version: int
+    ranks: int
+    device: str
+    pid: int
+
+
+# -- references --------------------------------------------------------------------------------------------------
+
+
+class ModelRef(Message):
+    """A diffusion transformer: a diffusers folder or a safetensors file, as the ranks' host sees the path."""
+
+    path: str
+    weight_dtype: WeightDtype = "auto"
+
+
+class TextRef(Message):
+    """The text encoders of a diffusers pipeline folder."""
+
+    path: str
+
+
+class VaeRef(Message):
+    """A VAE: a diffusers folder or a single safetensors file."""
+
+    path: str
+    weight_dtype: WeightDtype = "auto"
+
+
+# -- requests ----------------------------------------------------------------------------------------------------
+
+
+class Request(Message):
+    id: int = Field(ge=0, description="chosen by the client; events and the reply carry it")
+
+
+class Load(Request):
+    """Load ahead of use. Reply `data`: {"family", "parameters", "bytes", "seconds"}."""
+
+    type: Literal["load"] = "load"
+    what: Annotated[ModelRef | TextRef | VaeRef, Field(union_mode="left_to_right")]
+    kind: Literal["model", "text", "vae"]
+
+
+class EncodeText(Request):
+    """Reply tensors: `tokens` [1, St, C], `pooled` [1, Cp]."""
+
+    type: Literal["encode_text"] = "encode_text"
+    text: TextRef
+    prompt: str
+    prompt_2: str | None = None
+    max_length: int | None = Field(default=None, ge=1, le=4096)
+
+
+class Schedule(Message):
+    """Sigmas by name, computed in the ranks. `denoise` below 1 keeps the last part of a longer schedule."""
+
+    scheduler: str
+    steps: int = Field(ge=1, le=10_000)
+    denoise: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class Conditioning(Message):
+    """One conditioning entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and `<side>.<index>.pooled` [B or 1, Cp]."""
+
+    guidance: float | None = None
+
+
+class Sample(Request):
+    """Sample a latent. Tensors: `latent` [B, C, H, W] (unscaled), optionally `noise_mask` [B or 1, 1, H', W'],
+    `sigmas` [steps + 1] when `schedule` is None, and those of every `Conditioning` (side = positive | negative).
+
+    Reply tensor: `latent` [B, C, H, W]. Events: `Progress` per step, with tensor `preview` [1, C, H, W] if asked.
+    """
+
+    type: Literal["sample"] = "sample"
+    model: ModelRef
+    layout: Layout
+    positive: tuple[Conditioning, ...] = Field(min_length=1)
+    negative: tuple[Conditioning, ...] = ()
+    cfg: float = Field(default=1.0, ge=0.0, le=1000.0)
+    sampler: str
+    schedule: Schedule | None
+    sampling_shift: float | None = Field(default=None, description="the flow shift, where the graph changes the family's own")
+    seed: int = Field(ge=0, lt=2**64)
+    batch_index: tuple[int, ...] | None = None
+    add_noise: bool = True
+    preview: bool = False
+
+
+class Decode(Request):
+    """Latent to picture. Tensor: `latent` [B, C, h, w]. Reply tensor: `image` [B, H, W, 3] in 0..1.
+
+    `tile_size` in pixels; 0 decodes the whole picture in row bands (exact).
+    """
+
+    type: Literal["decode"] = "decode"
+    vae: VaeRef
+    tile_size: int = Field(default=0, ge=0, le=8192)
+    overlap: int = Field(default=64, ge=0, le=4096)
+
+
+class EncodeImage(Request):
+    """Picture to latent. Tensor: `image` [B, H, W, 3] in 0..1. Reply tensor: `latent` [B, C, h, w]."""
+
+    type: Literal["encode_image"] = "encode_image"
+    vae: VaeRef
+
+
+class Unload(Request):
+    """Free what the ranks hold. Reply `data`: {"freed_bytes": [per rank]}."""
+
+    type: Literal["unload"] = "unload"
+
+
+class Status(Request):
+    """Reply `data`: {"ranks": [per rank], "models": [...], "traffic": {...}, "uptime_s": ...}."""
+
+    type: Literal["status"] = "status"
+
+
+class Shutdown(Request):
+    type: Literal["shutdown"] = "shutdown"
+
+
+class Cancel(Message):
+    """Leave the run `id` at the next step. It is answered by that run's `Failure` of code "cancelled"."""
+
+    type: Literal["cancel"] = "cancel"
+    id: int
+
+
+AnyRequest = Load | EncodeText | Sample | Decode | EncodeImage | Unload | Status | Shutdown
+FROM_CLIENT: TypeAdapter[AnyRequest | Cancel] = TypeAdapter(
+    Annotated[AnyRequest | Cancel, Field(discriminator="type")]
+)
+
+# -- events and replies ------------------------------------------------------------------------------------------
+
+
+class Progress(Message):
+    type: Literal["progress"] = "progress"
+    id: int
+    phase: Phase
+    step: int
+    total: int
+
+
+class Log(Message):
+    type: Literal["log"] = "log"
+    id: int
+    level: Literal["info", "warning"]
+    text: str
+
+
+class Heartbeat(Message):
+    """Sent every second on every connection. `oldest_beat_s`: seconds since the quietest rank was last alive."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+    oldest_beat_s: float
+    quietest_rank: int
+
+
+class Result(Message):
+    """The end of a request that worked."""
+
+    type: Literal["result"] = "result"
+    id: int
+    data: dict[str, object] = Field(default_factory=dict)
+
+
+class Failure(Message):
+    """The end of a request that did not. Code "user": `UserError`; "crash": a fault of ours, `message` names it."""
+
+    type: Literal["failure"] = "failure"
+    id: int
+    code: Literal["user", "cancelled", "crash", "protocol"]
+    message: str
+    hint: str = ""
+    rank: int | None = None
+
+
+FROM_SIDECAR: TypeAdapter[Welcome | Progress | Log | Heartbeat | Result | Failure] = TypeAdapter(
+    Annotated[Welcome | Progress | Log | Heartbeat | Result | Failure, Field(discriminator="type")]
+)
