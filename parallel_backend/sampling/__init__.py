@@ -1,0 +1,1 @@
+"""Samplers as generators in sigma space, schedules, noise, and the serial driver."""

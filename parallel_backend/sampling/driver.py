@@ -1,0 +1,168 @@
+"""The serial driver: runs one sampler over one model, from noise to latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import UserError
+from .model_sampling import ModelSampling
+from .noise import mask_noise, noise_source
+from .samplers import find_sampler
+from .solver import Denoise, NoiseSource, Solver, SolverContext
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where a model call stands in the run; `evaluation` counts the calls of one step. `sigmas`: the run's levels."""
+
+    index: int
+    total: int
+    evaluation: int
+    sigmas: Tensor
+
+
+Model = Callable[[Tensor, Tensor, StepContext], Tensor]
+"""`model(x, sigma, step) -> denoised`; x fp32 `[B, C, ...]`, sigma 0-d on the CPU; guidance included."""
+
+OnStep = Callable[[int, int, Tensor, Tensor, Tensor], None]
+"""`on_step(step, total, denoised, x, sigma)`, once a step, as soon as its first prediction is there."""
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """One run. `latent` is in the model's space (scaled and shifted; an empty latent stays zero).
+
+    `noise`, `latent`: `[B, C, ...]` on the device where sampling takes place. `sigmas`: `[steps + 1]`.
+    `mask`: broadcastable to the latent, 1 where the latent is to change, 0 where it is to stay.
+    `noise_source`: what a stochastic sampler draws from; by default ComfyUI's for the seed.
+    """
+
+    sampler: str
+    model_sampling: ModelSampling
+    sigmas: Tensor
+    noise: Tensor
+    latent: Tensor
+    seed: int
+    mask: Tensor | None = None
+    noise_source: NoiseSource | None = None
+
+
+def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor:
+    """Samples and returns the latent, fp32, in the model's space.
+
+    Raises UserError for an unknown sampler, too few steps, sigmas that do not descend, tensors that do not fit, or a
+    prediction that is not finite.
+    """
+    sampler = find_sampler(job.sampler)
+    latent, noise = job.latent.float(), job.noise.float()
+    check_shapes(job)
+    if len(job.sigmas) < 2:
+        return latent
+    sigmas = sampler.end_levels(check_sigmas(job.sigmas))
+    total = len(sigmas) - 1
+    held = None
+    if job.mask is not None:
+        mask_fill = mask_noise(noise.shape, job.seed).to(noise) if sampler.fresh_mask_noise else noise
+        held = HeldArea(job.mask.to(latent), latent, mask_fill, job.model_sampling)
+
+    from_noise = job.model_sampling.starts_from_pure_noise(sigmas[0])
+    x = job.model_sampling.noise_scaling(sigmas[0], noise, latent, from_noise)
+    source = job.noise_source or noise_source(sampler.noise, x, job.seed, sigmas)
+    solver = sampler.function(x, sigmas, SolverContext(job.model_sampling, source))
+
+    def answer(question: Denoise) -> Tensor:
+        step = StepContext(question.step, total, question.evaluation, sigmas)
+        x = question.x if held is None else held.before(question.x, question.sigma)
+        denoised = model(x, question.sigma, step).float()
+        check_finite(denoised, question, total)
+        denoised = denoised if held is None else held.after(denoised)
+        if on_step is not None and question.evaluation == 0:
+            on_step(question.step, total, denoised, question.x, question.sigma)
+        return denoised
+
+    return job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer))
+
+
+def drive(solver: Solver, answer: Callable[[Denoise], Tensor]) -> Tensor:
+    """Answers a sampler's questions until it returns its x."""
+    try:
+        question = next(solver)
+        while True:
+            question = solver.send(answer(question))
+    except StopIteration as end:
+        return end.value
+
+
+@dataclass(frozen=True)
+class HeldArea:
+    """Keeps the latent outside `mask` as it was: noised to the current level on the way in, clean on the way out."""
+
+    mask: Tensor
+    latent: Tensor
+    noise: Tensor
+    model_sampling: ModelSampling
+
+    def before(self, x: Tensor, sigma: Tensor) -> Tensor:
+        kept = self.model_sampling.noise_scaling(sigma, self.noise, self.latent)
+        return x * self.mask + kept * (1.0 - self.mask)
+
+    def after(self, denoised: Tensor) -> Tensor:
+        return denoised * self.mask + self.latent * (1.0 - self.mask)
+
+
+def latent_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A LATENT's `noise_mask` (`[H, W]`, `[B, H, W]` or `[B, 1, H, W]`, any size) as `[B, C, ...]` for `shape`.
+
+    For a video latent `[B, C, T, H, W]` the mask's first dim counts frames, unless it has five dims itself.
+    """
+    mask = mask.float()
+    if len(shape) == 5:
+        mask = mask if mask.ndim == 5 else mask.reshape(1, 1, -1, *mask.shape[-2:])
+        mask = functional.interpolate(mask, size=shape[2:], mode="trilinear")
+    else:
+        mask = functional.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=shape[2:], mode="bilinear")
+    if mask.shape[1] < shape[1]:
+        mask = mask.repeat(1, shape[1], *[1] * (mask.ndim - 2))[:, : shape[1]]
+    repeats = -(-shape[0] // mask.shape[0])
+    return mask.repeat(repeats, *[1] * (mask.ndim - 1))[: shape[0]]
+
+
+def check_shapes(job: SamplingJob) -> None:
+    if job.noise.shape != job.latent.shape:
+        raise UserError(
+            f"The noise has the shape {list(job.noise.shape)}, the latent {list(job.latent.shape)}.",
+            "Draw the noise for the latent that is sampled.",
+        )
+    if job.latent.numel() == 0:
+        raise UserError(
+            f"The latent is empty: its shape is {list(job.latent.shape)}.",
+            "Give a batch, a width and a height of at least 1.",
+        )
+
+
+def check_sigmas(sigmas: Tensor) -> Tensor:
+    """The levels as fp32 on the CPU."""
+    sigmas = sigmas.detach().float().cpu()
+    if not torch.isfinite(sigmas).all() or (sigmas < 0).any() or (sigmas.diff() >= 0).any():
+        raise UserError(
+            f"The sigmas do not fall from step to step: {[round(float(s), 6) for s in sigmas]}.",
+            "Every level must be finite, at least 0, and lower than the one before; use fewer steps or another "
+            "scheduler.",
+        )
+    return sigmas
+
+
+def check_finite(denoised: Tensor, question: Denoise, total: int) -> None:
+    """Raises UserError naming the step and the sigma when a prediction holds NaN or infinity."""
+    if not torch.isfinite(denoised).all():
+        broken = int((~torch.isfinite(denoised)).sum())
+        raise UserError(
+            f"The model's prediction is not finite at step {question.step + 1} of {total} "
+            f"(sigma {float(question.sigma):.4g}): {broken} of {denoised.numel()} values are NaN or infinite.",
+            "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
+        )

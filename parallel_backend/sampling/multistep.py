@@ -1,0 +1,200 @@
+"""Samplers with memory: each step evaluates the model once and uses what earlier steps saw.
+
+The history lives in the generator, so that one generator per strip of the latent works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .solver import Denoise, Solver, SolverContext, slope, split_variance, toward
+
+
+def dpmpp_2m(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """DPM-Solver++(2M) (Lu et al. 2022b), in lambda = -log sigma for every model."""
+    lambdas = -sigmas.log()
+    previous = None
+    for i in range(len(sigmas) - 1):
+        denoised = yield Denoise(x, sigmas[i], i)
+        if sigmas[i + 1] == 0:
+            return denoised
+        h = lambdas[i + 1] - lambdas[i]
+        target = denoised
+        if previous is not None:
+            ratio = (lambdas[i] - lambdas[i - 1]) / h
+            target = denoised + (denoised - previous) / (2 * ratio)
+        x = sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * target
+        previous = denoised
+    return x
+
+
+History = Sequence[tuple[Tensor, Tensor]]
+"""Newest first: (denoised, the step in lambda that started there)."""
+
+SdeCorrection = Callable[[Tensor, History], Tensor | float]
+"""`f(h_eta, history)`: what the earlier predictions add to a first-order step, in units of alpha."""
+
+
+def _midpoint_correction(h_eta: Tensor, history: History) -> Tensor | float:
+    if len(history) < 2:
+        return 0.0
+    (denoised, h), (previous, h_previous) = history[0], history[1]
+    return -0.5 * torch.expm1(-h_eta) * (h / h_previous) * (denoised - previous)
+
+
+def _second_order_correction(h_eta: Tensor, history: History) -> Tensor | float:
+    if len(history) < 2:
+        return 0.0
+    (denoised, h), (previous, h_previous) = history[0], history[1]
+    phi_2 = torch.expm1(-h_eta) / h_eta + 1
+    return phi_2 * (h / h_previous) * (denoised - previous)
+
+
+def _third_order_correction(h_eta: Tensor, history: History) -> Tensor | float:
+    if len(history) < 3:
+        return _second_order_correction(h_eta, history)
+    (denoised, h), (previous, h_1), (oldest, h_2) = history
+    ratio_1, ratio_2 = h_1 / h, h_2 / h
+    difference_1 = (denoised - previous) / ratio_1
+    difference_2 = (previous - oldest) / ratio_2
+    curvature = (difference_1 - difference_2) / (ratio_1 + ratio_2)
+    phi_2 = torch.expm1(-h_eta) / h_eta + 1
+    phi_3 = phi_2 / h_eta - 0.5
+    return phi_2 * (difference_1 + curvature * ratio_1) - phi_3 * curvature
+
+
+def _multistep_sde(x: Tensor, sigmas: Tensor, context: SolverContext, correction: SdeCorrection, eta: float) -> Solver:
+    sigmas = context.model_sampling.finite_half_log_snr(sigmas)
+    lambdas = context.model_sampling.half_log_snr(sigmas)
+    history: list[tuple[Tensor, Tensor]] = []
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        denoised = yield Denoise(x, sigma, i)
+        if sigma_next == 0:
+            return denoised
+        h = lambdas[i + 1] - lambdas[i]
+        h_eta = h * (1 + eta)
+        alpha = sigma_next * lambdas[i + 1].exp()
+        history = [(denoised, h), *history[:2]]
+        x = (
+            sigma_next / sigma * torch.exp(-h * eta) * x
+            - alpha * torch.expm1(-h_eta) * denoised
+            + alpha * correction(h_eta, history)
+            + sigma_next * torch.sqrt(-torch.expm1(-2 * h * eta)) * context.noise(sigma, sigma_next)
+        )
+    return x
+
+
+def dpmpp_2m_sde(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 1.0) -> Solver:
+    """DPM-Solver++(2M) for the diffusion SDE, midpoint form (Lu et al. 2022b, appendix)."""
+    return _multistep_sde(x, sigmas, context, _midpoint_correction, eta)
+
+
+def dpmpp_2m_sde_heun(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 1.0) -> Solver:
+    """DPM-Solver++(2M) for the diffusion SDE, Heun form."""
+    return _multistep_sde(x, sigmas, context, _second_order_correction, eta)
+
+
+def dpmpp_3m_sde(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 1.0) -> Solver:
+    """DPM-Solver++(3M) for the diffusion SDE (k-diffusion)."""
+    return _multistep_sde(x, sigmas, context, _third_order_correction, eta)
+
+
+def _phi_1(z: Tensor) -> Tensor:
+    return torch.expm1(z) / z
+
+
+def res_multistep(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 0.0) -> Solver:
+    """Refined exponential solver, second order multistep (Zhang et al. 2023, arXiv 2308.02157)."""
+    previous = previous_down = None
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        denoised = yield Denoise(x, sigma, i)
+        if sigma_next == 0:
+            return toward(x, denoised, sigma, sigma_next)
+        down, added = split_variance(sigma, sigma_next, eta)
+        if previous is None:
+            x = toward(x, denoised, sigma, down)
+        else:
+            h = sigma.log() - down.log()
+            c2 = (previous_down.log() - sigmas[i - 1].log()) / h
+            phi_2 = (_phi_1(-h) - 1.0) / -h
+            x = torch.exp(-h) * x + h * ((_phi_1(-h) - phi_2 / c2) * denoised + phi_2 / c2 * previous)
+        if eta > 0:
+            x = x + added * context.noise(sigma, sigma_next)
+        previous, previous_down = denoised, down
+    return x
+
+
+def res_multistep_ancestral(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """`res_multistep` with fresh noise at every step."""
+    return res_multistep(x, sigmas, context, eta=1.0)
+
+
+StepWeights = Sequence[Tensor | float]
+"""Weights of the newest slope first."""
+
+
+def _adams(x: Tensor, sigmas: Tensor, weights: Sequence[StepWeights]) -> Solver:
+    """A linear multistep method: each step adds weighted slopes of this step and of those before."""
+    slopes: list[Tensor] = []
+    for i in range(len(sigmas) - 1):
+        denoised = yield Denoise(x, sigmas[i], i)
+        if sigmas[i + 1] == 0:
+            return denoised
+        slopes = [slope(x, denoised, sigmas[i]), *slopes[:3]]
+        for weight, past in zip(weights[i], slopes, strict=False):
+            x = x + weight * past
+    return x
+
+
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def ipndm(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """Adams-Bashforth weights up to order 4, as if steps were equal (Zhang and Chen 2022, iPNDM)."""
+    steps = sigmas.diff()
+    return _adams(x, sigmas, [[step * w for w in ADAMS_BASHFORTH[min(i, 3)]] for i, step in enumerate(steps)])
+
+
+def deis(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """DEIS, tabulated Adams-Bashforth of order 3 in the time of a variance-preserving SDE (Zhang and Chen 2022)."""
+    return _adams(x, sigmas, _deis_weights(sigmas))
+
+
+DEIS_TIME = {"sigma_min": 0.002, "sigma_max": 80.0, "epsilon": 1e-3}
+DEIS_QUADRATURE_POINTS = 10000
+
+
+def _deis_weights(sigmas: Tensor, order: int = 3) -> list[StepWeights]:
+    """Integrals of Lagrange's polynomials against the SDE's weight, in fp32 as the values published with ComfyUI."""
+    low, high = (torch.log(torch.tensor(DEIS_TIME[key]) ** 2 + 1) for key in ("sigma_min", "sigma_max"))
+    beta_slope = 2 * (low / DEIS_TIME["epsilon"] - high) / (DEIS_TIME["epsilon"] - 1)
+    beta_start = high - 0.5 * beta_slope
+    times = ((beta_start**2 + 2 * beta_slope * torch.log(sigmas**2 + 1)).sqrt() - beta_start) / beta_slope
+
+    weights: list[StepWeights] = [[sigmas[1] - sigmas[0]]]
+    for i in range(1, len(sigmas) - 1):
+        nodes = times[max(i - order + 1, 0) : i + 1].flip(0)
+        taus = torch.linspace(float(times[i]), float(times[i + 1]), DEIS_QUADRATURE_POINTS)
+        alpha = torch.exp(-0.5 * taus**2 * beta_slope - taus * beta_start)
+        density = 0.5 * (taus * beta_slope + beta_start) / torch.sqrt(alpha * (1 - alpha))
+        width = (times[i + 1] - times[i]) / DEIS_QUADRATURE_POINTS
+        weights.append([torch.sum(density * _lagrange(nodes, j, taus)) * width for j in range(len(nodes))])
+    return weights
+
+
+def _lagrange(nodes: Tensor, j: int, at: Tensor) -> Tensor:
+    value = torch.ones_like(at)
+    for k in range(len(nodes)):
+        if k != j:
+            value = value * (at - nodes[k]) / (nodes[j] - nodes[k])
+    return value
