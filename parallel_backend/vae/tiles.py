@@ -1,0 +1,61 @@
+"""Where the tiles of a picture lie, and how they blend."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """A stretch of latent rows or columns."""
+
+    start: int
+    size: int
+
+
+class Window(NamedTuple):
+    """A tile: its rows and its columns."""
+
+    rows: Span
+    columns: Span
+
+
+def spans(extent: int, tile: int, overlap: int) -> list[Span]:
+    """The fewest spans of one size, `tile`, that cover `extent` evenly and share at least `overlap` with the next."""
+    if extent <= tile:
+        return [Span(0, extent)]
+    hops = ceil((extent - tile) / (tile - overlap))
+    return [Span(hop * (extent - tile) // hops, tile) for hop in range(hops + 1)]
+
+
+def windows(height: int, width: int, tile: int, overlap: int) -> list[Window]:
+    """All tiles of a latent of `height` x `width`, row by row."""
+    rows, columns = spans(height, tile, overlap), spans(width, tile, overlap)
+    return [Window(*window) for window in product(rows, columns)]
+
+
+def blend_weights(stretches: list[Span], scale: int) -> dict[Span, Tensor]:
+    """Per span, its share of each of its pixels `[size * scale]`: less towards inner ends, 1 in sum over all spans."""
+    last = stretches[-1]
+    extent = (last.start + last.size) * scale
+    heights = {}
+    for span in stretches:
+        pixel = torch.arange(span.size * scale, dtype=torch.float32)
+        height = torch.full_like(pixel, float(extent))
+        if span != stretches[0]:
+            height = torch.minimum(height, pixel + 1)
+        if span != last:
+            height = torch.minimum(height, span.size * scale - pixel)
+        heights[span] = height
+    total = torch.zeros(extent)
+    for span, height in heights.items():
+        total[_pixels(span, scale)] += height
+    return {span: height / total[_pixels(span, scale)] for span, height in heights.items()}
+
+
+def _pixels(span: Span, scale: int) -> slice:
+    return slice(span.start * scale, (span.start + span.size) * scale)
