@@ -1,0 +1,137 @@
+"""From the keys of a file to the parameters of a diffusers module, driven by a family's table of rules.
+
+Every parameter becomes a list of pieces (row ranges along dim 0 of a file's tensor). One piece is a view of the
+mapping, so fused matrices (qkv, qkv+mlp) are split without a copy; several pieces are concatenated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+
+BLOCK_INDEX = re.compile(r"(\w+)\.(\d+)\.")
+SUFFIXES = {"weight": "weight", "bias": "bias"}
+SCALES = ("scale_weight", "scale_input")  # scaled fp8: factor of a matrix; of its input (for fp8 matrix units only)
+SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The modules `targets` hold the rows of the module `source`, in order; `{i}` stands for a block's number.
+
+    `swap_halves`: the target holds the second half of the source's rows first. `suffixes`: parameter names, source
+    to target.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    swap_halves: bool = False
+    suffixes: Mapping[str, str] = field(default_factory=lambda: SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `[start, stop)` of the file's tensor `key`; `scale` is the key of its scaled-fp8 factor, if it has one."""
+
+    key: str
+    start: int
+    stop: int
+    scale: str | None
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class FileFamily:
+    """What loading knows of a family: how to recognise its files, its config from their shapes, its key rules.
+
+    `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
+    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class.
+    """
+
+    name: str
+    class_name: str
+    landmarks: Mapping[str, Mapping[str, str]]
+    rules: tuple[Rule, ...]
+    derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
+
+
+def count_blocks(shapes: Shapes, stem: str) -> int:
+    """Number of blocks `stem.0`, `stem.1`, …; raises UserError if one is missing in between."""
+    numbers = {int(match.group(1)) for key in shapes if (match := re.match(rf"{re.escape(stem)}\.(\d{{1,9}})\.", key))}
+    if numbers and max(numbers) + 1 != len(numbers):
+        first = next(number for number in range(len(numbers)) if number not in numbers)
+        raise UserError(
+            f"Block {stem}.{first} is missing; there are {len(numbers)} blocks up to number {max(numbers)}."
+        )
+    return len(numbers)
+
+
+def identity_map(shapes: Shapes, expected: Shapes) -> dict[str, list[Piece]]:
+    """Pieces for every parameter in `expected` from a file that already has its names."""
+    return _checked([(key, (key,), False) for key in _weights(shapes)], shapes, expected)
+
+
+def ruled_map(rules: Iterable[Rule], shapes: Shapes, expected: Shapes) -> dict[str, list[Piece]]:
+    """Pieces for every parameter in `expected` from a file in the layout that `rules` describe.
+
+    `shapes`: the file's keys (without prefix) and shapes. Raises UserError if a key is missing, left over or of the
+    wrong shape.
+    """
+    by_source = {f"{rule.source}.{suffix}": rule for rule in rules for suffix in rule.suffixes}
+    routes = []
+    for key in _weights(shapes):
+        block = BLOCK_INDEX.match(key)
+        pattern = BLOCK_INDEX.sub(r"\1.{i}.", key, count=1) if block else key
+        rule = by_source.get(pattern)
+        if rule is None:
+            routes.append((key, (key,), False))
+            continue
+        suffix = rule.suffixes[key.rsplit(".", 1)[1]]
+        number = block.group(2) if block else ""
+        targets = tuple(f"{target.replace('{i}', number)}.{suffix}" for target in rule.targets)
+        routes.append((key, targets, rule.swap_halves))
+    return _checked(routes, shapes, expected)
+
+
+def _weights(shapes: Shapes) -> list[str]:
+    return [key for key in shapes if key != SCALED_FP8 and key.rsplit(".", 1)[-1] not in SCALES]
+
+
+def _checked(
+    routes: list[tuple[str, tuple[str, ...], bool]], shapes: Shapes, expected: Shapes
+) -> dict[str, list[Piece]]:
+    unexpected = [key for key, targets, _ in routes if not expected.keys() >= set(targets)]
+    routes = [route for route in routes if expected.keys() >= set(route[1])]
+    pieces: dict[str, list[Piece]] = {}
+    wrong = []
+    for key, targets, swap_halves in routes:
+        rows = [expected[target][0] for target in targets]
+        needed = (sum(rows), *expected[targets[0]][1:])
+        if shapes[key] != needed:
+            wrong.append(f"{key} is {list(shapes[key])}, expected {list(needed)}")
+            continue
+        scale = f"{key.rsplit('.', 1)[0]}.scale_weight" if key.endswith(".weight") else None
+        start = 0
+        for target, count in zip(targets, rows, strict=True):
+            cuts = (
+                [(start + count // 2, start + count), (start, start + count // 2)]
+                if swap_halves
+                else [(start, start + count)]
+            )
+            pieces[target] = [Piece(key, *cut, scale if scale in shapes else None) for cut in cuts]
+            start += count
+    missing = [] if wrong else sorted(expected.keys() - pieces.keys())
+    faults = [
+        f"{len(items)} {what}: {'; '.join(items[:3])}{' …' if len(items) > 3 else ''}"
+        for what, items in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+        if items
+    ]
+    if faults:
+        raise UserError(f"The weights do not fit the model: {', and '.join(faults)}.", "Is it a complete model file?")
+    return pieces
