@@ -1,0 +1,172 @@
+"""Prompts to conditioning, by the text encoders of a diffusers folder. Never asks a hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import T5TokenizerFast as T5Tokenizer
+
+from ..errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """What a prompt becomes: `tokens` `[1, St, C]` and `pooled` `[1, Cp]`."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One encoder with its tokenizer: the subfolders and the classes."""
+
+    folder: str
+    tokenizer_folder: str
+    encoder: type[PreTrainedModel]
+    tokenizer: type[PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    encoder: Any
+    tokenizer: Any
+
+    def ids(self, prompt: str, length: int) -> Tensor:
+        """Token ids `[1, length]`, padded or cut; what is cut is logged."""
+        needed = len(self.tokenizer(prompt).input_ids)
+        if needed > length:
+            log.warning("The prompt has %d tokens, only the first %d are used by this text encoder.", needed, length)
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return tokens.input_ids.to(self.encoder.device)
+
+
+Encode = Callable[[tuple[LoadedPart, ...], str, str, int], TextConditioning]
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """The text side of some pipelines: their encoders and how these make one conditioning.
+
+    `encode(parts, prompt, prompt_2, max_length)`; `main_part` is the part whose length `max_length` is.
+    """
+
+    pipelines: tuple[str, ...]
+    parts: tuple[Part, ...]
+    main_part: int
+    default_length: int
+    encode: Encode
+
+
+def _encode_flux(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+    clip, t5 = parts
+    clip_length = min(clip.tokenizer.model_max_length, clip.encoder.config.max_position_embeddings)
+    return TextConditioning(
+        # Flux was trained without masking the padding of either encoder.
+        tokens=t5.encoder(t5.ids(prompt_2, max_length)).last_hidden_state,
+        pooled=clip.encoder(clip.ids(prompt, clip_length)).pooler_output,
+    )
+
+
+FAMILIES = (
+    TextFamily(
+        pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
+        parts=(
+            Part("text_encoder", "tokenizer", CLIPTextModel, CLIPTokenizer),
+            Part("text_encoder_2", "tokenizer_2", T5EncoderModel, T5Tokenizer),
+        ),
+        main_part=1,
+        default_length=512,
+        encode=_encode_flux,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """The text encoders of one folder on this rank's device."""
+
+    family: TextFamily
+    parts: tuple[LoadedPart, ...]
+
+    @property
+    def default_length(self) -> int:
+        """Tokens of the main encoder: what its tokenizer's folder says, at most the family's default."""
+        return min(self.parts[self.family.main_part].tokenizer.model_max_length, self.family.default_length)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, prompt_2: str | None = None, max_length: int | None = None) -> TextConditioning:
+        """Encode `prompt`, or `prompt_2` where it is given for the main encoder, padded or cut to `max_length` tokens.
+
+        Equals `encode_prompt` of the family's pipeline in diffusers. Raises UserError for a `max_length` below 1.
+        """
+        length = self.default_length if max_length is None else max_length
+        if length < 1:
+            raise UserError(f"max_length is {length}, but a prompt needs at least 1 token.")
+        return self.family.encode(self.parts, prompt, prompt_2 or prompt, length)
+
+
+def load_text_encoders(folder: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoders:
+    """Load the text encoders and tokenizers of a diffusers pipeline's `folder`.
+
+    Raises UserError for a pipeline without a row in FAMILIES, and for a missing or broken encoder.
+    """
+    folder = Path(folder)
+    family = _family(folder)
+    for part in family.parts:
+        for name in (part.folder, part.tokenizer_folder):
+            if not (folder / name).is_dir():
+                raise UserError(
+                    f"{folder} has no subfolder {name}, which the text encoders need.",
+                    "Give a whole diffusers folder, or encode the prompt with the host's own nodes.",
+                )
+    return TextEncoders(family, tuple(_load_part(folder, part, device, dtype) for part in family.parts))
+
+
+def _family(folder: Path) -> TextFamily:
+    pipeline = _read_json(folder / "model_index.json").get("_class_name")
+    for family in FAMILIES:
+        if pipeline in family.pipelines:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    raise UserError(f"{folder} is a {pipeline}, whose prompts cannot be encoded here; known are {known}.")
+
+
+def _load_part(folder: Path, part: Part, device: torch.device | str, dtype: torch.dtype) -> LoadedPart:
+    place = folder / part.folder
+    expected = part.encoder.config_class.model_type
+    found = _read_json(place / "config.json").get("model_type")
+    if found != expected:
+        raise UserError(f"{place} holds a model of the type {found}, expected was {expected}.")
+    try:
+        tokenizer = part.tokenizer.from_pretrained(folder / part.tokenizer_folder, local_files_only=True)
+        encoder, report = part.encoder.from_pretrained(
+            place, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"The text encoder {place} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{place} lacks {len(missing)} of its encoder's tensors, among them {missing[0]}.")
+    return LoadedPart(encoder.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist.", "Give the folder of a diffusers pipeline.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object.")
+    return content
