@@ -1,0 +1,1 @@
+"""The one place where queries, keys and values pass: kernels, and attention over sequence-parallel ranks."""

@@ -1,0 +1,114 @@
+"""The one layer through which ranks talk while they compute: axes, their collectives, and the ledger of what was sent."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What this rank sent to other ranks."""
+
+    bytes: int = 0
+    messages: int = 0
+
+
+@dataclass
+class Ledger:
+    """Bytes and messages sent by this rank, per axis and operation."""
+
+    sent: dict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+
+    def record(self, axis: str, operation: str, bytes: int, messages: int) -> None:
+        traffic = self.sent[axis, operation]
+        traffic.bytes += bytes
+        traffic.messages += messages
+
+    def bytes_on(self, axis: str) -> int:
+        return sum(traffic.bytes for (name, _), traffic in self.sent.items() if name == axis)
+
+    def reset(self) -> None:
+        self.sent.clear()
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """{"axis operation": {"bytes": …, "messages": …}}, ready for JSON."""
+        return {f"{axis} {operation}": vars(traffic).copy() for (axis, operation), traffic in self.sent.items()}
+
+
+class Shift:
+    """A ring hop under way: `wait` returns what the previous rank sent."""
+
+    def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work]) -> None:
+        self._received = received
+        self._sent = sent  # kept alive until the hop is over
+        self._works = works
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+class Axis:
+    """One mesh axis as this rank sees it: its ranks, this rank's place among them, and the collectives over it."""
+
+    def __init__(self, name: str, ranks: Sequence[int], group: dist.ProcessGroup | None, ledger: Ledger) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.group = group
+        self.ledger = ledger
+        self.size = len(self.ranks)
+        self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
+
+    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        """Send `x.split(send_sizes)[j]` to rank j, return what all ranks sent here, concatenated along dim 0.
+
+        `x` is contiguous; sizes are numbers of rows (dim 0) and may differ from rank to rank and be 0.
+        """
+        out = x.new_empty((sum(receive_sizes), *x.shape[1:]))
+        row = x[:1].numel() * x.element_size() if x.shape[0] else 0
+        dist.all_to_all_single(out, x, list(receive_sizes), list(send_sizes), group=self.group)
+        self._record("all_to_all", row * (sum(send_sizes) - send_sizes[self.rank]), self.size - 1)
+        return out
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        """Concatenate every rank's `x` along `dim`; `sizes[j]` is the extent of rank j's part."""
+        if self.size == 1:
+            return x
+        widest = max(sizes)
+        first = x.movedim(dim, 0)
+        padded = first.new_zeros((widest, *first.shape[1:]))
+        padded[: sizes[self.rank]] = first
+        gathered = padded.new_empty((self.size, *padded.shape))
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), padded, group=self.group)
+        self._record("all_gather", padded.numel() * padded.element_size() * (self.size - 1), self.size - 1)
+        return torch.cat([part[:extent] for part, extent in zip(gathered, sizes, strict=True)]).movedim(0, dim)
+
+    def start_shift(self, x: Tensor, received: Tensor) -> Shift:
+        """Send contiguous `x` to the next rank of the ring and receive the previous rank's into `received`."""
+        following = self.ranks[(self.rank + 1) % self.size]
+        previous = self.ranks[(self.rank - 1) % self.size]
+        # The receive goes first: a gloo send is a rendezvous that completes only once the peer has posted its receive.
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.irecv, received, previous, group=self.group),
+                dist.P2POp(dist.isend, x, following, group=self.group),
+            ]
+        )
+        self._record("shift", x.numel() * x.element_size(), 1)
+        return Shift(received, x, works)
+
+    def _record(self, operation: str, bytes: int, messages: int) -> None:
+        self.ledger.record(self.name, operation, bytes, messages)
+
+
+def split_sizes(total: int, parts: int) -> list[int]:
+    """`total` cut into `parts` as evenly as possible, the larger parts first; a part may be 0."""
+    quotient, remainder = divmod(total, parts)
+    return [quotient + (index < remainder) for index in range(parts)]

@@ -1,0 +1,104 @@
+"""The block view of a diffusion transformer, which every parallel method is written against."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.core import AttentionCore
+from ..sampling.model_sampling import ModelSampling
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What guides one prediction. `tokens` `[B, St, C]`, `pooled` `[B, Cp]`, `guidance`: the distilled guidance scale."""
+
+    tokens: Tensor
+    pooled: Tensor
+    guidance: float | None = None
+
+
+@dataclass
+class TokenState:
+    """The tokens that one rank holds between two blocks. A block returns a new state.
+
+    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`, `rotary`: cosines and sines, each `[St + Si, D]`.
+    """
+
+    image: Tensor
+    text: Tensor
+    modulation: Tensor
+    rotary: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which tokens of the whole a rank holds: ranges of the text tokens and of the image tokens (row by row)."""
+
+    text: slice
+    image: slice
+
+
+Block = Callable[[TokenState], TokenState]
+
+
+class Family(ABC):
+    """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention."""
+
+    name: str
+    latent_channels: int
+    patch_size: int
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.blocks: Sequence[Block] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the transformer computes in."""
+        return self.module.dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device  # type: ignore[return-value]
+
+    @abstractmethod
+    def use_attention(self, core: AttentionCore) -> None:
+        """Route every attention site of the model through `core`."""
+
+    @abstractmethod
+    def model_sampling(self, shift: float | None) -> ModelSampling:
+        """Sigmas and prediction type; `shift` replaces the family's own flow shift."""
+
+    @abstractmethod
+    def process_in(self, latent: Tensor) -> Tensor:
+        """From the VAE's latent to the latent that the transformer was trained on."""
+
+    @abstractmethod
+    def process_out(self, latent: Tensor) -> Tensor:
+        """The inverse of `process_in`."""
+
+    @abstractmethod
+    def tokenize(self, latent: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> `[B, S, C * patch_size**2]`, row by row; H and W need not be multiples of the patch."""
+
+    @abstractmethod
+    def untokenize(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `tokenize`: `[B, S, C * patch_size**2]` -> `[B, C, height, width]`."""
+
+    @abstractmethod
+    def embed(
+        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> TokenState:
+        """Whole-picture latent `tokens` `[B, S, c]` at `timestep` `[B]` (as `model_sampling.timestep` gives it) -> the state of the tokens in `shard`.
+
+        `grid`: rows and columns of image tokens.
+        """
+
+    @abstractmethod
+    def head(self, state: TokenState) -> Tensor:
+        """The prediction for the image tokens of `state`, `[B, Si, C * patch_size**2]`."""

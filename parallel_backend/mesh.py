@@ -1,0 +1,41 @@
+"""The one owner of the device mesh: which ranks form which axis."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from .comm import Axis, Ledger
+from .layout import AXES, Layout, check_ranks
+
+_COMBINED = {"sequence": ("ulysses", "ring")}
+"""Axes over several neighbouring mesh axes at once: the ranks that share one picture's tokens."""
+
+
+class Mesh:
+    """The axes of a layout over all ranks, as this rank sees them.
+
+    Ranks are numbered with the first of `layout.AXES` changing fastest, so Ulysses peers are neighbours. All ranks
+    build the mesh at the same time. Raises `UserError` when the degrees do not multiply to the number of ranks.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        check_ranks(layout, dist.get_world_size())
+        self.layout = layout
+        self.ledger = Ledger()
+        self.ulysses, self.ring, self.cfg, self.data = (self._axis(axis, (axis,)) for axis in AXES)
+        self.sequence = self._axis("sequence", _COMBINED["sequence"])
+
+    def _axis(self, name: str, members: tuple[str, ...]) -> Axis:
+        base = rank = dist.get_rank()
+        offsets = [0]
+        stride = 1
+        for axis in AXES:
+            degree = self.layout.degree(axis)
+            if axis in members:
+                base -= (rank // stride) % degree * stride
+                offsets = [offset + index * stride for index in range(degree) for offset in offsets]
+            stride *= degree
+        ranks = [base + offset for offset in offsets]
+        # Only the members of a group meet to make it: ranks of other groups are busy making theirs.
+        group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
+        return Axis(name, ranks, group, self.ledger)

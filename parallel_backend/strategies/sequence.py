@@ -1,0 +1,64 @@
+"""Sequence parallelism (Ulysses, ring, USP): every rank carries a share of the tokens through all blocks. Exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from ..attention.core import AttentionCore
+from ..attention.kernels import Kernel
+from ..comm import split_sizes
+from ..families.base import Condition, Family, Shard
+from ..mesh import Mesh
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """How many text and image tokens each sequence-parallel rank holds. Uneven and empty shares are fine."""
+
+    text_sizes: tuple[int, ...]
+    image_sizes: tuple[int, ...]
+
+    @classmethod
+    def even(cls, text_length: int, image_length: int, ranks: int) -> TokenPlan:
+        # The ranks that get a longer share of the image get a shorter share of the text, so that loads stay level.
+        text_sizes = split_sizes(text_length, ranks)[::-1]
+        return cls(tuple(text_sizes), tuple(split_sizes(image_length, ranks)))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [text + image for text, image in zip(self.text_sizes, self.image_sizes, strict=True)]
+
+    def shard(self, rank: int) -> Shard:
+        return Shard(text=_range(self.text_sizes, rank), image=_range(self.image_sizes, rank))
+
+
+class SequenceParallel:
+    """Predicts for whole pictures, each rank computing its share of the tokens of every block."""
+
+    def __init__(self, family: Family, mesh: Mesh, kernel: Kernel) -> None:
+        self.family = family
+        self.axis = mesh.sequence
+        self.core = AttentionCore(mesh.ulysses, mesh.ring, kernel)
+
+    def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """The transformer's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank."""
+        family = self.family
+        height, width = latent.shape[-2:]
+        patch = family.patch_size
+        grid = (-(-height // patch), -(-width // patch))
+        plan = TokenPlan.even(condition.tokens.shape[1], grid[0] * grid[1], self.axis.size)
+        self.core.set_lengths(plan.lengths)
+        family.use_attention(self.core)
+        state = family.embed(family.tokenize(latent), timestep, condition, plan.shard(self.axis.rank), grid)
+        for block in family.blocks:
+            state = block(state)
+        tokens = self.axis.all_gather(family.head(state), plan.image_sizes, dim=1)
+        return family.untokenize(tokens, height, width)
+
+
+def _range(sizes: tuple[int, ...], index: int) -> slice:
+    ends = list(accumulate(sizes))
+    return slice(ends[index] - sizes[index], ends[index])

@@ -1,0 +1,123 @@
+"""A pool of rank processes (gloo on CPU), started once per test session and shared by every test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+POOL_SIZE = 8
+TIMEOUT_S = 240
+
+
+class RankPool:
+    """Runs module-level functions of test modules on the first n of its ranks."""
+
+    def __init__(self) -> None:
+        # One server imports torch once; the ranks are its forks, made before it has any thread.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "diffusers"])
+        port = _free_port()
+        self.generation = self.world_size = 0
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(POOL_SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there, port), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(world: Axis, *args)` on n ranks; the list of what each returned. A rank's exception fails the test."""
+        code = function.__code__
+        self.generation += self.world_size != n
+        self.world_size = n
+        for pipe in self.pipes[:n]:
+            pipe.send((code.co_filename, function.__name__, n, self.generation, args))
+        answers: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:n])}
+        while waiting:
+            ready = wait(list(waiting), timeout=TIMEOUT_S)
+            if not ready:
+                pytest.exit(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT_S} s", returncode=3)
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                answers[rank] = pipe.recv()  # type: ignore[union-attr]
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+        return [answers[rank][1] for rank in range(n)]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(rank: int, pipe: Connection, port: int) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    _load_module(Path(__file__).resolve().parent.parent / "conftest.py")
+    from paralleldit.parallel_backend.comm import Axis, Ledger
+
+    store = dist.TCPStore("127.0.0.1", port, POOL_SIZE, is_master=rank == 0, timeout=timedelta(seconds=120))
+    joined = 0
+    while (task := pipe.recv()) is not None:
+        path, name, n, generation, args = task
+        try:
+            if generation != joined:
+                _join_world(dist.PrefixStore(f"world {generation}", store), rank, n)
+                joined = generation
+            world = Axis("world", range(n), dist.group.WORLD, Ledger())
+            answer = (True, getattr(_load_module(Path(path)), name)(world, *args))
+        except Exception:  # noqa: BLE001 the text travels to the test, which fails with it
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+def _join_world(store: dist.Store, rank: int, size: int) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S / 2))
+
+
+def _load_module(path: Path) -> Any:
+    name = f"rank_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
