@@ -1,0 +1,1 @@
+"""What runs in the host process: starts, watches and stops the sidecar, and talks to it."""

@@ -1,0 +1,26 @@
+"""`python <pack>/launcher ...`: loads the pack, whatever its folder is called, as a package, then runs the commands."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+PACK = Path(__file__).resolve().parent.parent
+PACKAGE = "paralleldit"
+
+
+def _load_pack() -> None:
+    """The pack's own __init__.py imports the nodes; a command needs the package's name and place only."""
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(PACK)]
+    package.__spec__ = importlib.util.spec_from_loader(PACKAGE, loader=None, is_package=True)
+    sys.modules[PACKAGE] = package
+
+
+if __name__ == "__main__":
+    # Python put this folder first on the path: its modules would shadow top-level ones of the same names.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK / "launcher"]
+    _load_pack()
+    from paralleldit.launcher.cli import main
+
+    sys.exit(main())

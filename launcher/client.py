@@ -1,0 +1,209 @@
+"""The host's end of the connection to a sidecar."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ..parallel_backend.errors import Cancelled, UserError
+from ..parallel_backend.protocol import addresses, frames, messages, records
+from ..parallel_backend.protocol.errors import ProtocolError
+from ..parallel_backend.protocol.tensors import unpack
+from .life import Life
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+POLL_S = 0.05
+"""How often a waiting request looks whether it has been cancelled."""
+
+Tensors = dict[str, "torch.Tensor"]
+Event = messages.Progress | messages.Log
+
+
+class SidecarError(Exception):
+    """The sidecar failed and is gone; the next request starts a new one."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.message = message
+        self.hint = hint
+
+
+class Client:
+    """One connection. Safe to use from several threads: their requests go one after the other.
+
+    `life` is the sidecar's directory when it runs on this host: then its end is explained, and its remains removed.
+    """
+
+    def __init__(
+        self,
+        stream: frames.FrameSocket,
+        welcome: messages.Welcome,
+        *,
+        life: Life | None = None,
+        hang_timeout: float = 30.0,
+        key: str = "",
+    ) -> None:
+        self.welcome = welcome
+        self.life = life
+        self.key = key
+        self._stream = stream
+        self._hang_timeout = hang_timeout
+        self._ids = itertools.count(1)
+        self._turn = threading.Lock()
+        self._inbox: queue.Queue[tuple[messages.Message, Tensors] | None] = queue.Queue()
+        self._current = 0
+        self._lost = ""
+        threading.Thread(target=self._read, name="sidecar reader", daemon=True).start()
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        socket_path: Path,
+        *,
+        token: str = "",
+        life: Life | None = None,
+        hang_timeout: float = 30.0,
+        key: str = "",
+        max_body: int = frames.MAX_BODY,
+    ) -> Client:
+        """Raises `OSError` when nobody listens, `ProtocolError` when the sidecar refuses."""
+        sock = addresses.connect(address, socket_path, timeout=5.0)
+        stream = frames.FrameSocket(sock, max_body=max_body, stall_timeout=hang_timeout)
+        try:
+            welcome = frames.greet(stream, token)
+        except BaseException:
+            stream.close()
+            raise
+        return cls(stream, welcome, life=life, hang_timeout=hang_timeout, key=key)
+
+    @property
+    def alive(self) -> bool:
+        return not self._lost
+
+    def close(self) -> None:
+        self._lost = self._lost or "the connection was closed"
+        self._stream.close()
+
+    def request(
+        self,
+        message: messages.Request,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        on_event: Callable[[Event, Tensors], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> tuple[messages.Result, Tensors]:
+        """The sidecar's answer to `message` (its id is set here). `on_event` and `cancelled` are called in this thread.
+
+        Raises `Cancelled` once every rank has left the run, `UserError`, and `SidecarError` when the sidecar is lost.
+        """
+        with self._turn:
+            self._current = next(self._ids)
+            self._inbox = queue.Queue()
+            try:
+                return self._exchange(message, tensors or {}, on_event, cancelled)
+            except (Cancelled, UserError, SidecarError, ProtocolError):
+                raise
+            except BaseException:
+                self._cancel()
+                raise
+
+    def _exchange(
+        self,
+        message: messages.Request,
+        tensors: Mapping[str, torch.Tensor],
+        on_event: Callable[[Event, Tensors], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> tuple[messages.Result, Tensors]:
+        try:
+            self._stream.send(message.model_copy(update={"id": self._current}), tensors)
+        except OSError as error:
+            raise self._bury(str(error)) from error
+        is_cancelled = False
+        while True:
+            if cancelled and not is_cancelled and cancelled():
+                is_cancelled = True
+                self._cancel()
+            found = self._next()
+            if found is None:
+                continue
+            reply, body = found
+            if isinstance(reply, Event):
+                if on_event and not is_cancelled:
+                    on_event(reply, body)
+            elif isinstance(reply, messages.Failure):
+                raise self._error(reply)
+            elif is_cancelled:
+                raise Cancelled("Cancelled.")
+            elif isinstance(reply, messages.Result):
+                return reply, body
+
+    def _next(self) -> tuple[messages.Message, Tensors] | None:
+        """What has arrived for this request; None when nothing has for a moment."""
+        try:
+            found = self._inbox.get(timeout=POLL_S)
+        except queue.Empty:
+            if self._lost:
+                raise self._bury(self._lost) from None
+            silence = time.monotonic() - self._stream.last_received
+            if silence > self._hang_timeout:
+                text = f"Rank 0 hangs: the sidecar has sent no heartbeat for {silence:.0f} s."
+                raise self._bury(text, hangs=True) from None
+            return None
+        if found is None:
+            raise self._bury(self._lost)
+        return found
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.send(messages.Cancel(id=self._current))
+
+    def _error(self, failure: messages.Failure) -> Exception:
+        if failure.code == "cancelled":
+            return Cancelled(failure.message)
+        if failure.code == "user":
+            return UserError(failure.message, failure.hint)
+        if failure.code == "protocol":
+            return ProtocolError(failure.message)
+        self.close()
+        if self.life is None:
+            return SidecarError(failure.message, failure.hint)
+        self.life.kill(patience=0.5)
+        return SidecarError(failure.message, f"{failure.hint} {self._log_hint(failure.rank)}".strip())
+
+    def _bury(self, reason: str, *, hangs: bool = False) -> SidecarError:
+        """Remove what is left of a lost sidecar, and say why it ended."""
+        self.close()
+        if self.life is None:
+            return SidecarError(f"The connection to the sidecar is lost: {reason}.")
+        if hangs:
+            records.write_first(self.life.path / records.EndFile, records.End(clean=False, message=reason, rank=0))
+        message, hint = self.life.why()
+        self.life.kill(patience=0.0 if hangs else 0.5)
+        end = self.life.end
+        return SidecarError(message, f"{hint} {self._log_hint(end.rank if end else None)}".strip())
+
+    def _log_hint(self, rank: int | None) -> str:
+        assert self.life is not None
+        name = records.AgentLog if rank is None else records.rank_log(rank)
+        return f"The log is {self.life.path / name}."
+
+    def _read(self) -> None:
+        reason = "the sidecar closed the connection"
+        try:
+            while (frame := self._stream.receive()) is not None:
+                message = frames.parse(messages.FROM_SIDECAR, frame.header)
+                if getattr(message, "id", None) == self._current:
+                    self._inbox.put((message, unpack(frame.body)))
+        except (OSError, ValueError, ProtocolError) as error:
+            reason = str(error)
+        self._lost = self._lost or reason
+        self._inbox.put(None)

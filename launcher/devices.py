@@ -1,0 +1,79 @@
+"""Which devices the ranks get, and the environment that they need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from ..parallel_backend.errors import UserError
+
+PACK = Path(__file__).resolve().parent.parent
+CPU_RANKS = 2
+"""Ranks of a CPU sidecar when nobody says how many."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+Device = Literal["cpu", "cuda"]
+
+
+def gpu_count(python: str = sys.executable) -> int:
+    """GPUs that torch sees in the environment of `python`. Raises `UserError` when it has no torch."""
+    if python == sys.executable and "torch" in sys.modules:
+        return sys.modules["torch"].cuda.device_count()
+    command = [python, "-c", "import torch; print(torch.cuda.device_count())"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except OSError as error:
+        raise UserError(f"The sidecar's Python {python} cannot be run: {error.strerror}.") from error
+    if answer.returncode:
+        last = answer.stderr.strip().rpartition("\n")[2]
+        raise UserError(
+            f"The sidecar's Python {python} cannot import torch: {last}",
+            f"Install the pack's requirements into it: {python} -m pip install -r {PACK / 'requirements.txt'}",
+        )
+    return int(answer.stdout)
+
+
+def choose(kind: Literal["auto", "cpu", "cuda"], ranks: int, nnodes: int, gpus: int) -> tuple[Device, int]:
+    """The device and the number of ranks over all hosts. `ranks` 0: all GPUs of `nnodes` equal hosts, or 2 on CPU."""
+    device: Device = "cuda" if kind == "cuda" or (kind == "auto" and gpus) else "cpu"
+    ranks = ranks or (max(CPU_RANKS, nnodes) if device == "cpu" else gpus * nnodes)
+    if ranks % nnodes:
+        raise UserError(
+            f"{ranks} ranks cannot be spread evenly over {nnodes} hosts.",
+            f"Use a multiple of {nnodes} ranks: every host runs the same number.",
+        )
+    if device == "cuda" and ranks // nnodes > gpus:
+        raise UserError(
+            f"{ranks // nnodes} ranks on this host need as many GPUs, but torch sees {gpus}.",
+            f"Use at most {gpus * nnodes} ranks, or device cpu."
+            if gpus
+            else "Use device cpu, or install a CUDA torch.",
+        )
+    return device, ranks
+
+
+def rank_environment(device: Device, local_ranks: int, *, single_host: bool, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of torchrun: `base`, with what the ranks need and without what harms them."""
+    env = dict(base)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACK), base.get("PYTHONPATH", "")]))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
+    if single_host:
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for variable in ALLOCATOR_VARIABLES:
+        if variable in env:
+            env[variable] = without_async_allocator(env[variable])
+            if not env[variable]:
+                del env[variable]
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return env
+
+
+def without_async_allocator(setting: str) -> str:
+    """ComfyUI may choose cudaMallocAsync; ranks that exchange tensors climb to out-of-memory with it."""
+    kept = [option for option in setting.split(",") if option.strip() not in ("backend:cudaMallocAsync", "")]
+    return ",".join(kept)

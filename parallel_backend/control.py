@@ -1,0 +1,101 @@
+"""The ranks' agreement: the same request and the same cancel point for all, over a CPU group of long patience."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from .errors import Cancelled
+from .protocol import messages
+from .protocol.frames import parse
+from .protocol.tensors import unpack
+from .server import Work
+
+PATIENCE = timedelta(days=365)
+"""How long a rank waits for the next request. A waiting rank uses no CPU."""
+
+
+class Control:
+    """Collectives on the control group. Every rank makes the same calls in the same order."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def share(self, work: Work | None) -> Work:
+        """Rank 0's work on every rank."""
+        header = work.request.model_dump_json().encode() if work else b""
+        sizes = torch.tensor([len(header), len(work.body) if work else 0])
+        self._broadcast(sizes)
+        header_size, body_size = sizes.tolist()
+        header = self._share_bytes(bytearray(header), header_size)
+        body = self._share_bytes(work.body if work else bytearray(), body_size)
+        if work:
+            return work
+        request = parse(messages.FROM_CLIENT, bytes(header))
+        assert not isinstance(request, messages.Cancel)
+        return Work(request, body, unpack(body))
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's flag on every rank."""
+        decision = torch.tensor([flag], dtype=torch.uint8)
+        self._broadcast(decision)
+        return bool(decision)
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's JSON value, on every rank, in the order of ranks."""
+        mine = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._group)
+        longest = int(max(sizes))
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(padded, _as_bytes(bytearray(mine.ljust(longest))), group=self._group)
+        return [json.loads(text.numpy()[: int(size)].tobytes()) for text, size in zip(padded, sizes, strict=True)]
+
+    def _share_bytes(self, data: bytearray, size: int) -> bytearray:
+        data = data if self.rank == 0 else bytearray(size)
+        if size:
+            self._broadcast(_as_bytes(data))
+        return data
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, src=0, group=self._group)
+
+
+class Run:
+    """One request as the engine sees it: where it reports, and where it may be cancelled."""
+
+    def __init__(self, control: Control, work: Work) -> None:
+        self._control = control
+        self._work = work
+
+    def progress(self, phase: messages.Phase, step: int, total: int, preview: torch.Tensor | None = None) -> None:
+        """Tell the client; nothing on ranks other than 0. `preview` [1, C, H, W]."""
+        if self._control.rank != 0:
+            return
+        event = messages.Progress(id=self._work.request.id, phase=phase, step=step, total=total)
+        self._work.progress = event
+        self._work.send(event, {} if preview is None else {"preview": preview.detach().cpu()})
+
+    def log(self, level: Literal["info", "warning"], text: str) -> None:
+        """A line for the client; nothing on ranks other than 0."""
+        if self._control.rank == 0:
+            self._work.send(messages.Log(id=self._work.request.id, level=level, text=text))
+
+    def check_cancelled(self) -> None:
+        """A collective: every rank calls it at every step, and all raise `Cancelled` together or none."""
+        if self._control.agree(self._work.cancelled):
+            raise Cancelled("Cancelled.")
+
+    def gather(self, value: object) -> list[object]:
+        """A collective: every rank's JSON value, in the order of ranks."""
+        return self._control.gather(value)
+
+
+def _as_bytes(data: bytearray) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)

@@ -1,0 +1,125 @@
+"""What launcher and ranks tell each other through files of the sidecar's own directory (one directory per life)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from .messages import Message
+
+SettingsFile = "settings.json"
+OwnerFile = "owner.json"
+AgentFile = "agent.json"
+ReadyFile = "ready.json"
+EndFile = "end.json"
+TokenFile = "token"
+SocketFile = "socket"
+AgentLog = "torchrun.log"
+
+Record = TypeVar("Record", bound=Message)
+
+
+class Settings(Message):
+    """How the launcher wants the ranks of one host to run. Times in seconds; 0 for `idle_timeout` means never."""
+
+    key: str
+    device: Literal["cpu", "cuda"]
+    address: str
+    ranks: int
+    nnodes: int
+    node_rank: int
+    compute_timeout: float
+    hang_timeout: float
+    idle_timeout: float
+    grace: float
+    max_body: int
+    log_bytes: int
+    worker: str
+    store: str
+
+    @property
+    def local_ranks(self) -> range:
+        count = self.ranks // self.nnodes
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
+
+
+class Process(Message):
+    """A process, told apart from a later one of the same pid by its start time (clock ticks since boot)."""
+
+    pid: int
+    started: int
+
+    @property
+    def alive(self) -> bool:
+        return self.started == started(self.pid)
+
+
+class Ready(Message):
+    """Written by each host's first rank when all ranks have met."""
+
+    device: str
+    seconds: float
+
+
+class End(Message):
+    """Why the sidecar ended. The first to know writes it. `clean`: it was asked to, or had nothing left to do."""
+
+    clean: bool
+    message: str
+    hint: str = ""
+    rank: int | None = None
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank}.json"
+
+
+def rank_log(rank: int) -> str:
+    return f"rank-{rank}.log"
+
+
+def started(pid: int) -> int | None:
+    """Start time of a living process in clock ticks since boot; None when there is none or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def this_process() -> Process:
+    pid = os.getpid()
+    return Process(pid=pid, started=started(pid) or 0)
+
+
+def write(path: Path, record: Message) -> None:
+    """All of the file or nothing of it, readable by the owner only."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    _write_private(part, record)
+    part.replace(path)
+
+
+def write_first(path: Path, record: Message) -> None:
+    """Like `write`, but the record that is already there stays."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    _write_private(part, record)
+    with contextlib.suppress(FileExistsError):
+        os.link(part, path)
+    part.unlink()
+
+
+def read(path: Path, kind: type[Record]) -> Record | None:
+    """None when there is no such record, or one of another version of the pack."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def _write_private(path: Path, record: Message) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(record.model_dump_json())

@@ -1,0 +1,214 @@
+"""One rank: `torchrun -m parallel_backend.worker LIFE`. The same loop on every rank; rank 0 also holds the socket."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from . import logs
+from .protocol import messages, records
+
+if TYPE_CHECKING:
+    import torch
+
+    from .control import Control, Run
+    from .outcomes import Outcome
+    from .server import Server, Work
+    from .watch import Watch
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+LAST_WORDS_S = 5.0
+"""How long a rank that lost its peers waits for torchrun to end it, so that its exit hides no other rank's death."""
+
+
+class Engine(Protocol):
+    """What does the work. Every call happens on every rank."""
+
+    def handle(
+        self, request: messages.AnyRequest, tensors: dict[str, torch.Tensor], run: Run
+    ) -> tuple[dict[str, object], dict[str, torch.Tensor]]: ...
+
+    def status(self) -> dict[str, object]: ...
+
+
+def main(engine_factory: Callable[[torch.device], Engine]) -> None:
+    life, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    _die_with(records.read(life / records.AgentFile, records.Process))
+    records.write(life / records.rank_file(rank), records.this_process())
+    logs.attach(life / records.rank_log(rank))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    try:
+        Rank(life, rank, engine_factory).serve()
+    except Exception as error:
+        log.exception("rank %d ends", rank)
+        time.sleep(LAST_WORDS_S if isinstance(error, RuntimeError) else 0.0)
+        text = f"Rank {rank} failed: {type(error).__name__}: {error}"
+        records.write_first(life / records.EndFile, records.End(clean=False, message=text, rank=rank))
+        raise
+
+
+class Rank:
+    def __init__(self, life: Path, rank: int, engine_factory: Callable[[torch.device], Engine]) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from .control import Control
+        from .liveness import Pulse, connect_store
+
+        started = time.monotonic()
+        settings = records.read(life / records.SettingsFile, records.Settings)
+        if settings is None:
+            raise FileNotFoundError(f"{life / records.SettingsFile} is missing or of another version")
+        self.rank = rank
+        self.settings = settings
+        self.life = life
+        self.device = torch.device(
+            settings.device, int(os.environ["LOCAL_RANK"]) if settings.device == "cuda" else None
+        )
+        if settings.device == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.compute_timeout))
+        self.control: Control = Control()
+        self.store = connect_store()
+        Pulse(rank, settings.hang_timeout + LAST_WORDS_S).start()
+        self.engine = engine_factory(self.device)
+        self.sequence = 0
+        self.born = time.monotonic()
+        self.ready = records.Ready(device=str(self.device), seconds=time.monotonic() - started)
+        self.server: Server | None = None
+        self.watch: Watch | None = None
+        self.last_status: dict[str, object] = {"ranks": [], "models": [], "traffic": {}}
+
+    def serve(self) -> None:
+        import torch.distributed as dist
+
+        if self.rank == 0:
+            self._open()
+        if self.rank == self.settings.local_ranks[0]:
+            records.write(self.life / records.ReadyFile, self.ready)
+        while self._serve_one():
+            pass
+        dist.destroy_process_group()
+
+    def _serve_one(self) -> bool:
+        """One request through all ranks; False when it was the last one."""
+        from .control import Run
+        from .outcomes import judge
+
+        work = self.control.share(self.server.next() if self.server else None)
+        self.sequence += 1
+        if self.watch:
+            self.watch.sequence = self.sequence
+        data, tensors, outcome = self._attempt(work, Run(self.control, work))
+        outcomes = self._agree(outcome)
+        verdict = judge(work.request.id, outcomes)
+        if self.watch:
+            self.watch.sequence = None
+        if self.server:
+            self.server.finish(work, verdict.failure or messages.Result(id=work.request.id, data=data), tensors)
+        if not verdict.is_warm:
+            self._end(outcomes[verdict.rank], verdict.rank)
+        if isinstance(work.request, messages.Shutdown):
+            self._close()
+            return False
+        return True
+
+    def _attempt(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
+        from .liveness import report_failure
+        from .outcomes import Outcome, describe
+
+        try:
+            data, tensors = self._handle(work, run)
+            return data, tensors, Outcome("ok")
+        except Exception as error:
+            outcome = describe(error, self.rank, self.device)
+            if outcome.kind == "crash":
+                log.exception("request %s failed", work.request.type)
+            if outcome.kind != "cancelled":
+                report_failure(self.store, self.sequence, self.rank, outcome)
+            return {}, {}, outcome
+
+    def _handle(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+        if isinstance(work.request, messages.Shutdown):
+            return {}, {}
+        if isinstance(work.request, messages.Status):
+            return self._status(run), {}
+        return self.engine.handle(work.request, work.tensors, run)
+
+    def _status(self, run: Run) -> dict[str, object]:
+        mine = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), **self.engine.status()}
+        ranks = [each for each in run.gather(mine) if isinstance(each, dict)]
+        self.last_status = {
+            "ranks": ranks,
+            "models": ranks[0].get("models", []),
+            "traffic": ranks[0].get("traffic", {}),
+        }
+        return {**self.last_status, "busy": None, "uptime_s": time.monotonic() - self.born}
+
+    def _busy_status(self, running: Work) -> dict[str, object]:
+        """What rank 0 knows while a request is under way: the ranks' state is that of the last idle status."""
+        progress = running.progress
+        busy = {"type": running.request.type} | (progress.model_dump(exclude={"type", "id"}) if progress else {})
+        return {**self.last_status, "busy": busy, "uptime_s": time.monotonic() - self.born}
+
+    def _agree(self, outcome: Outcome) -> dict[int, Outcome]:
+        from .outcomes import Outcome
+
+        gathered = self.control.gather(outcome.to_json())
+        return {rank: Outcome(**each) for rank, each in enumerate(gathered) if isinstance(each, dict)}
+
+    def _open(self) -> None:
+        from .server import Server, listen
+        from .watch import Watch
+
+        listener = listen(self.settings.address, self.life / records.SocketFile)
+        token = (self.life / records.TokenFile).read_text().strip() if self.settings.address != "unix" else ""
+        welcome = messages.Welcome(
+            version=messages.PROTOCOL_VERSION, ranks=self.settings.ranks, device=self.settings.device, pid=os.getpid()
+        )
+        self.server = Server(listener, welcome, token=token, max_body=self.settings.max_body, status=self._busy_status)
+        self.watch = Watch(self.server, self.settings, self.life)
+        self.server.start()
+        self.watch.start()
+
+    def _close(self) -> None:
+        if self.server:
+            end = records.End(clean=True, message="The sidecar was stopped.")
+            records.write_first(self.life / records.EndFile, end)
+            self.server.close()
+
+    def _end(self, outcome: Outcome, rank: int) -> None:
+        """The ranks are out of step: rank 0 ends its process, torchrun then ends the others."""
+        if self.watch:
+            self.watch.crash(outcome, rank)
+        time.sleep(LAST_WORDS_S)
+        raise SystemExit(1)
+
+
+def _die_with(parent: records.Process | None) -> None:
+    """Let the kernel kill this process when torchrun's agent dies, even while this process is stopped."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is None or os.getppid() != parent.pid:
+        raise SystemExit("The torchrun agent that started this rank is gone.")
+
+
+def _engine(device: torch.device) -> Engine:
+    from .engine import Engine
+
+    return Engine(device)
+
+
+if __name__ == "__main__":
+    main(_engine)
