@@ -106,30 +106,31 @@ def _weights(shapes: Shapes) -> list[str]:
 def _checked(
     routes: list[tuple[str, tuple[str, ...], bool]], shapes: Shapes, expected: Shapes
 ) -> dict[str, list[Piece]]:
-    unexpected = [key for key, targets, _ in routes if not expected.keys() >= set(targets)]
-    routes = [route for route in routes if expected.keys() >= set(route[1])]
+    """Cuts the rows of every route's key for its targets; `routes`: (key, targets, swap_halves)."""
     pieces: dict[str, list[Piece]] = {}
-    wrong = []
+    unexpected, wrong = [], []
     for key, targets, swap_halves in routes:
-        rows = [expected[target][0] for target in targets]
-        needed = (sum(rows), *expected[targets[0]][1:])
+        if not expected.keys() >= set(targets):
+            unexpected.append(key)
+            continue
+        needed = (sum(expected[target][0] for target in targets), *expected[targets[0]][1:])
         if shapes[key] != needed:
             wrong.append(f"{key} is {list(shapes[key])}, expected {list(needed)}")
-            continue
-        scale = f"{key.rsplit('.', 1)[0]}.scale_weight" if key.endswith(".weight") else None
+        scale = f"{key.rsplit('.', 1)[0]}.scale_weight" if key.endswith(".weight") else ""
         start = 0
-        for target, count in zip(targets, rows, strict=True):
-            cuts = (
-                [(start + count // 2, start + count), (start, start + count // 2)]
-                if swap_halves
-                else [(start, start + count)]
-            )
+        for target in targets:
+            stop = start + expected[target][0]
+            middle = (start + stop) // 2
+            cuts = [(middle, stop), (start, middle)] if swap_halves else [(start, stop)]
             pieces[target] = [Piece(key, *cut, scale if scale in shapes else None) for cut in cuts]
-            start += count
-    missing = [] if wrong else sorted(expected.keys() - pieces.keys())
+            start = stop
     faults = [
         f"{len(items)} {what}: {'; '.join(items[:3])}{' …' if len(items) > 3 else ''}"
-        for what, items in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+        for what, items in (
+            ("missing", sorted(expected.keys() - pieces.keys())),
+            ("unexpected", unexpected),
+            ("of the wrong shape", wrong),
+        )
         if items
     ]
     if faults:

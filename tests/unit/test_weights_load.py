@@ -1,0 +1,310 @@
+"""A model loaded from any kind of file computes what the plain diffusers model of the same weights computes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.weights import fingerprint, load_transformer, open_checkpoint
+from paralleldit.parallel_backend.weights.cast_linear import CastLinear
+from paralleldit.parallel_backend.weights.flux_keys import RULES, rotary_axes
+from paralleldit.parallel_backend.weights.keymap import ruled_map
+from safetensors.torch import save_file
+from torch import nn
+
+HIDDEN, HEAD_DIM, FP8 = 64, 32, torch.float8_e4m3fn
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
+
+# Original name of a module -> the diffusers modules whose rows it holds, in order. Written down apart from the
+# product's table, by reading the two modules side by side.
+TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+}
+DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+SINGLE = {
+    "modulation.lin": "norm.linear",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+
+
+def tiny_flux(guidance: bool = True, hidden: int = HIDDEN) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=hidden // HEAD_DIM,
+        joint_attention_dim=24,
+        pooled_projection_dim=40,
+        guidance_embeds=guidance,
+        axes_dims_rope=rotary_axes(HEAD_DIM),
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    return model.eval().requires_grad_(False)
+
+
+def original_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights under their original names, fused as in the original model."""
+    sources = {f"{name}.{{}}": [f"{target}.{{}}"] for name, target in TOP.items()}
+    for stem, target_stem, table in (
+        ("double_blocks", "transformer_blocks", DOUBLE),
+        ("single_blocks", "single_transformer_blocks", SINGLE),
+    ):
+        count = len({key.split(".")[1] for key in weights if key.startswith(f"{target_stem}.")})
+        for i in range(count):
+            for name, targets in table.items():
+                sources[f"{stem}.{i}.{name}.{{}}"] = [f"{target_stem}.{i}.{target}.{{}}" for target in targets.split()]
+    original = {}
+    for source, targets in sources.items():
+        for suffix in ("weight", "bias"):
+            parts = [weights[target.format(suffix)] for target in targets if target.format(suffix) in weights]
+            if parts:
+                norm = source.endswith("_norm.{}")
+                original[source.format("scale" if norm else suffix)] = torch.cat(parts)
+    for suffix in ("weight", "bias"):
+        scale, shift = weights[f"norm_out.linear.{suffix}"].chunk(2)
+        original[f"final_layer.adaLN_modulation.1.{suffix}"] = torch.cat([shift, scale])
+    return original
+
+
+def inputs(dtype: torch.dtype, guidance: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 12, 16, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(2, 5, 24, generator=generator).to(dtype),
+        "pooled_projections": torch.randn(2, 40, generator=generator).to(dtype),
+        "timestep": torch.tensor([0.7, 0.2]).to(dtype),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(5, 3),
+        **({"guidance": torch.tensor([3.5, 3.5])} if guidance else {}),
+    }
+
+
+@torch.no_grad()
+def forward(model: nn.Module, dtype: torch.dtype, guidance: bool = True) -> torch.Tensor:
+    return model(**inputs(dtype, guidance), return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    form: str  # "pipeline", "component", "sharded", "index", "diffusers_file", "original"
+    dtype: str
+    prefix: str = ""
+    guidance: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.form}-{self.dtype}-{self.prefix or 'bare'}-{'dev' if self.guidance else 'schnell'}"
+
+
+CASES = [
+    *(
+        Case("original", dtype, prefix)
+        for dtype in DTYPES
+        for prefix in ("", "diffusion_model.", "model.diffusion_model.")
+    ),
+    *(Case(form, dtype) for form in ("component", "sharded", "diffusers_file") for dtype in DTYPES),
+    Case("pipeline", "bf16"),
+    Case("index", "bf16"),
+    Case("original", "bf16", guidance=False),
+    Case("component", "bf16", guidance=False),
+]
+
+
+def write(case: Case, weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    """Writes `weights` (diffusers names) as `case` says; returns the path to load."""
+    if case.form in ("original", "diffusers_file"):
+        named = original_layout(weights) if case.form == "original" else weights
+        named = {case.prefix + key: value.contiguous() for key, value in named.items()}
+        if case.prefix == "model.diffusion_model.":
+            named["vae.decoder.conv_in.weight"] = torch.ones(3)
+        save_file(named, folder / "model.safetensors")
+        return folder / "model.safetensors"
+    target = folder / "transformer" if case.form == "pipeline" else folder
+    model = tiny_flux(case.guidance)
+    target.mkdir(exist_ok=True)
+    model.save_config(target)
+    groups = [weights]
+    if case.form in ("sharded", "index"):
+        keys = sorted(weights)
+        groups = [{key: weights[key] for key in keys[part::3]} for part in range(3)]
+    names = ["diffusion_pytorch_model.safetensors"]
+    if len(groups) > 1:
+        names = [f"diffusion_pytorch_model-{part + 1:05}-of-00003.safetensors" for part in range(3)]
+        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    for name, group in zip(names, groups, strict=True):
+        save_file(group, target / name)
+    return target / "diffusion_pytorch_model.safetensors.index.json" if case.form == "index" else folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loaded_model_computes_what_the_plain_model_computes(case: Case, tmp_path: Path) -> None:
+    dtype = DTYPES[case.dtype]
+    plain = tiny_flux(case.guidance)
+    weights = {name: tensor.to(dtype) for name, tensor in plain.state_dict().items()}
+    loaded = load_transformer(write(case, weights, tmp_path), device="cpu")
+
+    compute = torch.float32 if case.dtype == "fp8" else dtype
+    plain.load_state_dict({name: tensor.to(compute) for name, tensor in weights.items()}, assign=True)
+    expected = forward(plain, compute, case.guidance)
+    assert (loaded.weight_dtype, loaded.compute_dtype) == (dtype, compute)
+    assert torch.equal(forward(loaded.module, compute, case.guidance), expected)
+    assert not loaded.module.training
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+
+
+def test_original_layout_agrees_with_diffusers_own_conversion() -> None:
+    """Diffusers' converter knows hidden size 3072 only, so the matrices have that many rows but few columns."""
+    plain = tiny_flux()
+    wide = {
+        key: torch.randn(value.shape[0] // HIDDEN * 3072 if "scale" not in key else HEAD_DIM, *value.shape[1:])
+        for key, value in original_layout(plain.state_dict()).items()
+        if key.startswith(("single_blocks.", "final_layer.adaLN"))
+    }
+    original = original_layout(plain.state_dict()) | wide
+    converted = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    pieces = ruled_map(
+        RULES,
+        {key: tuple(value.shape) for key, value in original.items()},
+        {key: tuple(value.shape) for key, value in converted.items()},
+    )
+    for name, expected in converted.items():
+        rows = [original[piece.key][piece.start : piece.stop] for piece in pieces[name]]
+        assert torch.equal(torch.cat(rows), expected), name
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_scaled_fp8_multiplies_by_the_scale(layout: str, tmp_path: Path) -> None:
+    plain = tiny_flux()
+    weights = original_layout(plain.state_dict()) if layout == "original" else dict(plain.state_dict())
+    stored, dequantized = {"scaled_fp8": torch.empty(0, dtype=FP8)}, {}
+    for key, value in weights.items():
+        dequantized[key] = value.to(FP8).float()
+        stored[key] = value.to(FP8)
+        if key.endswith(".weight") and value.ndim == 2:
+            scale = value.abs().max() / 448
+            stored[key] = (value / scale).to(FP8)
+            stored[key.removesuffix("weight") + "scale_weight"] = scale
+            stored[key.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+            dequantized[key] = stored[key].float() * scale
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file(dequantized, tmp_path / "plain.safetensors")
+    loaded = load_transformer(tmp_path / "scaled.safetensors", device="cpu")
+    wide = load_transformer(tmp_path / "scaled.safetensors", device="cpu", weight_dtype="fp32")
+    expected = forward(load_transformer(tmp_path / "plain.safetensors", device="cpu").module, torch.float32)
+    assert loaded.weight_dtype == FP8
+    assert torch.equal(forward(loaded.module, torch.float32), expected)
+    assert torch.equal(forward(wide.module, torch.float32), expected)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "fp8_e4m3fn"])
+def test_weight_dtype_casts_the_file(name: str, tmp_path: Path) -> None:
+    plain = tiny_flux()
+    path = write(Case("original", "fp32"), plain.state_dict(), tmp_path)
+    loaded = load_transformer(path, device="cpu", weight_dtype=name)
+    narrow = FP8 if name == "fp8_e4m3fn" else DTYPES[name]
+    for module in plain.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.to(narrow).to(loaded.compute_dtype)
+    plain.to(loaded.compute_dtype)
+    assert loaded.module.x_embedder.weight.dtype == narrow
+    assert torch.equal(forward(loaded.module, loaded.compute_dtype), forward(plain, loaded.compute_dtype))
+
+
+def test_cast_linear_is_a_linear_of_the_cast_weight() -> None:
+    linear = nn.Linear(32, 16, dtype=torch.bfloat16).requires_grad_(False)
+    linear.weight = nn.Parameter(linear.weight.to(FP8), requires_grad=False)
+    cast = CastLinear.from_linear(linear, torch.tensor(0.5))
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    assert torch.equal(cast(x), nn.functional.linear(x, linear.weight.bfloat16() * 0.5, linear.bias))
+
+
+def test_weights_are_the_files_pages_but_for_the_swapped_rows(tmp_path: Path) -> None:
+    plain = tiny_flux().bfloat16()
+    path = write(Case("original", "bf16"), plain.state_dict(), tmp_path)
+    before = path.read_bytes()
+    loaded = load_transformer(path, device="cpu")
+    swapped = sum(value.nbytes for key, value in plain.state_dict().items() if key.startswith("norm_out."))
+    assert loaded.bytes - loaded.shared_bytes == swapped
+    attention = loaded.module.single_transformer_blocks[0].attn
+    assert attention.to_k.weight.data_ptr() - attention.to_q.weight.data_ptr() == attention.to_q.weight.nbytes
+    attention.to_q.weight.data.zero_()
+    assert path.read_bytes() == before, "a write to the weights must not reach the file"
+
+
+def test_a_slice_of_a_tensor_is_a_view_of_the_mapping(tmp_path: Path) -> None:
+    plain = tiny_flux()
+    checkpoint = open_checkpoint(write(Case("component", "fp32"), plain.state_dict(), tmp_path))
+    key = "transformer_blocks.1.ff.net.0.proj.weight"
+    rows = checkpoint.tensor(key)[3:7, 8:16]
+    assert checkpoint.is_mapped(rows)
+    assert torch.equal(rows, plain.state_dict()[key][3:7, 8:16])
+
+
+def test_unaligned_tensors_are_read_right(tmp_path: Path) -> None:
+    plain = tiny_flux()
+    path = write(Case("original", "fp32"), plain.state_dict(), tmp_path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :])
+    loaded = load_transformer(path, device="cpu")
+    assert loaded.shared_bytes == 0
+    assert torch.equal(forward(loaded.module, torch.float32), forward(plain, torch.float32))
+
+
+def test_keep_loads_only_the_named_blocks(tmp_path: Path) -> None:
+    path = write(Case("original", "fp8"), {k: v.to(FP8) for k, v in tiny_flux().state_dict().items()}, tmp_path)
+    loaded = load_transformer(path, device="cpu", keep=lambda name: name.startswith("transformer_blocks.1."))
+    real = {name for name, parameter in loaded.module.named_parameters() if not parameter.is_meta}
+    assert real == {name for name, _ in loaded.module.named_parameters() if name.startswith("transformer_blocks.1.")}
+    assert loaded.bytes == sum(p.nbytes for p in loaded.module.transformer_blocks[1].parameters())
+
+
+def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
+    weights = dict(tiny_flux().state_dict())
+    weights["x_embedder.weight"][0, 0] = 1e5
+    path = write(Case("component", "fp32"), weights, tmp_path)
+    for dtype, limit in (("fp16", "65504"), ("fp8_e4m3fn", "448")):
+        with pytest.raises(UserError, match=rf"x_embedder.weight holds 100000, .* ends at {limit}"):
+            load_transformer(path, device="cpu", weight_dtype=dtype)
+
+
+def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
+    path = write(Case("original", "fp32"), tiny_flux().state_dict(), tmp_path)
+    first = fingerprint(path)
+    assert fingerprint(path) == first == load_transformer(path, device="cpu").fingerprint
+    write(Case("original", "fp32"), tiny_flux().state_dict() | {"proj_out.bias": torch.ones(16)}, tmp_path)
+    assert fingerprint(path) != first
