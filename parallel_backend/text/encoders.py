@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 from transformers import T5TokenizerFast as T5Tokenizer
 
 from ..errors import UserError
+from ..weights.checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class LoadedPart:
 
     def ids(self, prompt: str, length: int) -> Tensor:
         """Token ids `[1, length]`, padded or cut; what is cut is logged."""
-        needed = len(self.tokenizer(prompt).input_ids)
+        needed = len(self.tokenizer(prompt, verbose=False).input_ids)
         if needed > length:
             log.warning("The prompt has %d tokens, only the first %d are used by this text encoder.", needed, length)
         tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -148,16 +149,30 @@ def _load_part(folder: Path, part: Part, device: torch.device | str, dtype: torc
     found = _read_json(place / "config.json").get("model_type")
     if found != expected:
         raise UserError(f"{place} holds a model of the type {found}, expected was {expected}.")
+    open_checkpoint(place)  # names what is wrong with the files
+    _check_tokenizer(folder / part.tokenizer_folder, part.tokenizer)
     try:
         tokenizer = part.tokenizer.from_pretrained(folder / part.tokenizer_folder, local_files_only=True)
         encoder, report = part.encoder.from_pretrained(
             place, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The text encoder {place} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{place} lacks {len(missing)} of its encoder's tensors, among them {missing[0]}.")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise UserError(
+            f"{folder / part.tokenizer_folder} has {len(tokenizer)} tokens, {place} knows {encoder.config.vocab_size}.",
+            "Take both from the same model.",
+        )
     return LoadedPart(encoder.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def _check_tokenizer(place: Path, tokenizer: type[PreTrainedTokenizerBase]) -> None:
+    # Without a vocabulary transformers makes an empty tokenizer and says nothing.
+    files = tokenizer.vocab_files_names.values()
+    if not any((place / file).is_file() for file in files):
+        raise UserError(f"{place} holds no tokenizer: there is none of {', '.join(files)}.")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
