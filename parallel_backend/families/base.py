@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention.core import AttentionCore
 from ..sampling.model_sampling import ModelSampling
@@ -20,6 +20,14 @@ class Condition:
     tokens: Tensor
     pooled: Tensor
     guidance: float | None = None
+
+    def part(self, part: slice, batch: int) -> Condition:
+        """The condition of the pictures `part` of a batch; one text for all of them stays one."""
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[part] if tensor.shape[0] == batch else tensor[:1]
+
+        return replace(self, tokens=of(self.tokens), pooled=of(self.pooled))
 
 
 @dataclass
@@ -53,22 +61,19 @@ class Family(ABC):
     latent_channels: int
     patch_size: int
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        """`dtype`: what the transformer computes in (its weights may be stored in another)."""
+        self.dtype = dtype
+        self.device = device
         self.blocks: Sequence[Block] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the transformer computes in."""
-        return self.module.dtype  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self.module.device  # type: ignore[return-value]
 
     @abstractmethod
     def use_attention(self, core: AttentionCore) -> None:
         """Route every attention site of the model through `core`."""
+
+    @abstractmethod
+    def check_condition(self, condition: Condition) -> None:
+        """Raise `UserError` when the conditioning is not of this model's kind."""
 
     @abstractmethod
     def model_sampling(self, shift: float | None) -> ModelSampling:

@@ -13,7 +13,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from ..attention.core import AttentionCore
-from ..sampling.model_sampling import ModelSampling
+from ..errors import UserError
+from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
 from .base import Block, Condition, Family, Shard, TokenState
 
 DEFAULT_GUIDANCE = 3.5
@@ -62,22 +63,40 @@ class Flux(Family):
     patch_size = 2
 
     def __init__(
-        self, module: FluxTransformer2DModel, latent_scale: float = 0.3611, latent_shift: float = 0.1159
+        self,
+        transformer: FluxTransformer2DModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        latent_scale: float = 0.3611,
+        latent_shift: float = 0.1159,
     ) -> None:
-        super().__init__(module)
-        self.transformer = module
+        super().__init__(dtype, device)
+        self.transformer = transformer
         self.latent_scale = latent_scale
         self.latent_shift = latent_shift
-        layers = [*module.transformer_blocks, *module.single_transformer_blocks]
-        self.blocks = [_as_block(layer) for layer in layers]
+        self.blocks = [_as_block(layer) for layer in self._layers()]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
     def use_attention(self, core: AttentionCore) -> None:
-        for layer in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
+        for layer in self._layers():
             cast(FluxAttention, layer.attn).set_processor(FluxSite(core))
 
+    def check_condition(self, condition: Condition) -> None:
+        config = self.transformer.config
+        found = (condition.tokens.shape[-1], condition.pooled.shape[-1])
+        wanted = (config.joint_attention_dim, config.pooled_projection_dim)
+        if found != wanted:
+            raise UserError(
+                f"The conditioning has text tokens of width {found[0]} and a pooled vector of {found[1]}; "
+                f"this Flux model takes {wanted[0]} and {wanted[1]}.",
+                "Encode the prompt with the text encoders that belong to the model (CLIP-L and T5-XXL for Flux.1).",
+            )
+
     def model_sampling(self, shift: float | None) -> ModelSampling:
-        raise RuntimeError
+        # Only dev is distilled with guidance and trained with a shifted clock; schnell's runs straight.
+        if self.transformer.config.guidance_embeds:
+            return FluxFlow() if shift is None else FluxFlow(shift=shift)
+        return DiscreteFlow(shift=1.0 if shift is None else shift, multiplier=1.0)
 
     def process_in(self, latent: Tensor) -> Tensor:
         return (latent - self.latent_shift) * self.latent_scale
@@ -125,6 +144,9 @@ class Flux(Family):
 
     def head(self, state: TokenState) -> Tensor:
         return self.transformer.proj_out(self.transformer.norm_out(state.image, state.modulation))
+
+    def _layers(self) -> list[nn.Module]:
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def _compute_rotary(self, text_length: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[St + S, D]`: text tokens sit at position 0, image tokens at their row and column."""

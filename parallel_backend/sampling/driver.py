@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..errors import UserError
 from .model_sampling import ModelSampling
-from .noise import mask_noise, noise_source
+from .noise import SlicedNoise, mask_noise, noise_source
 from .samplers import find_sampler
 from .solver import Denoise, NoiseSource, Solver, SolverContext
 
@@ -40,6 +40,7 @@ class SamplingJob:
     `noise`, `latent`: `[B, C, ...]` on the device where sampling takes place. `sigmas`: `[steps + 1]`.
     `mask`: broadcastable to the latent, 1 where the latent is to change, 0 where it is to stay.
     `noise_source`: what a stochastic sampler draws from; by default ComfyUI's for the seed.
+    `part`: which pictures of the batch to sample (data parallel); their noise is that of the whole batch's run.
     """
 
     sampler: str
@@ -50,10 +51,11 @@ class SamplingJob:
     seed: int
     mask: Tensor | None = None
     noise_source: NoiseSource | None = None
+    part: slice = slice(None)
 
 
 def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor:
-    """Samples and returns the latent, fp32, in the model's space.
+    """Samples and returns the latent of the job's `part`, fp32, in the model's space.
 
     Raises UserError for an unknown sampler, too few steps, sigmas that do not descend, tensors that do not fit, or a
     prediction that is not finite.
@@ -62,18 +64,20 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
     latent, noise = job.latent.float(), job.noise.float()
     check_shapes(job)
     if len(job.sigmas) < 2:
-        return latent
+        return latent[job.part]
     sigmas = sampler.end_levels(check_sigmas(job.sigmas))
     total = len(sigmas) - 1
     held = None
     if job.mask is not None:
         mask_fill = mask_noise(noise.shape, job.seed).to(noise) if sampler.fresh_mask_noise else noise
-        held = HeldArea(job.mask.to(latent), latent, mask_fill, job.model_sampling)
+        parts = (whole[job.part] for whole in (job.mask.to(latent).expand_as(latent), latent, mask_fill))
+        held = HeldArea(*parts, job.model_sampling)
 
     from_noise = job.model_sampling.starts_from_pure_noise(sigmas[0])
     x = job.model_sampling.noise_scaling(sigmas[0], noise, latent, from_noise)
     source = job.noise_source or noise_source(sampler.noise, x, job.seed, sigmas)
-    solver = sampler.function(x, sigmas, SolverContext(job.model_sampling, source))
+    own_source = SlicedNoise(source, [job.part]).part(0)
+    solver = sampler.function(x[job.part], sigmas, SolverContext(job.model_sampling, own_source))
 
     def answer(question: Denoise) -> Tensor:
         step = StepContext(question.step, total, question.evaluation, sigmas)

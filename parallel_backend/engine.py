@@ -1,0 +1,126 @@
+"""What a rank does with a request. The same calls are made on every rank, and the same models are loaded."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .comm import Axis, Ledger
+from .errors import UserError
+from .layout import Layout
+from .mesh import Mesh
+from .models import ModelStore
+from .protocol import messages
+
+if TYPE_CHECKING:
+    from .control import Run
+
+Answer = tuple[dict[str, Any], dict[str, Tensor]]
+"""The `data` and the tensors of a `Result`."""
+
+
+class Engine:
+    """Serves every request that is about models. Rank 0's answer goes to the client."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.models = ModelStore(device)
+        self.world = Axis("world", range(dist.get_world_size()), dist.group.WORLD, Ledger())
+        self._meshes: dict[Layout, Mesh] = {}
+        self._serve = {
+            messages.Load: self._load,
+            messages.EncodeText: self._encode_text,
+            messages.Sample: self._sample,
+            messages.Decode: self._decode,
+            messages.EncodeImage: self._encode_image,
+            messages.Unload: self._unload,
+        }
+
+    @torch.inference_mode()
+    def handle(self, request: messages.AnyRequest, tensors: dict[str, Tensor], run: Run) -> Answer:
+        return self._serve[type(request)](request, tensors, run)
+
+    def status(self) -> dict[str, object]:
+        """This rank's device, memory, models and traffic since the start, ready for JSON."""
+        return {
+            "device": str(self.device),
+            "memory": self.models.memory(),
+            "models": self.models.summary(),
+            "traffic": {str(layout): mesh.ledger.summary() for layout, mesh in self._meshes.items()},
+        }
+
+    def _load(self, request: messages.Load, tensors: dict[str, Tensor], run: Run) -> Answer:
+        started = time.monotonic()
+        match request.ref:
+            case messages.ModelRef():
+                self.models.transformer(request.ref, run)
+            case messages.VaeRef():
+                self.models.vae(request.ref, run)
+            case messages.TextRef():
+                self._on_rank_0(lambda: self.models.text(request.ref, run), run)
+        return {"seconds": time.monotonic() - started, "models": self.models.summary()}, {}
+
+    def _encode_text(self, request: messages.EncodeText, tensors: dict[str, Tensor], run: Run) -> Answer:
+        """On rank 0 alone: a copy of the text encoders on every rank would cost memory and save no time."""
+
+        def encode() -> dict[str, Tensor]:
+            encoders = self.models.text(request.text, run)
+            run.progress("encode text", 0, 1)
+            encoded = encoders.encode(request.prompt, request.prompt_2, request.max_length)
+            return {"tokens": encoded.tokens.float().cpu(), "pooled": encoded.pooled.float().cpu()}
+
+        return {}, self._on_rank_0(encode, run) or {}
+
+    def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from .sample_request import sample
+
+        mesh = self._mesh(request.layout)
+        family = self.models.transformer(request.model, run)
+        mesh.ledger.reset()
+        started = time.monotonic()
+        latent = sample(request, tensors, family, mesh, run)
+        seconds = time.monotonic() - started
+        return {"layout": str(request.layout), "seconds": seconds, "traffic": mesh.ledger.summary()}, {"latent": latent}
+
+    def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from .vae.decode import decode
+
+        def progress(done: int, total: int) -> None:
+            run.check_cancelled()
+            run.progress("decode", done, total)
+
+        vae = self.models.vae(request.vae, run)
+        tiles = {"tile_size": request.tile_size, "overlap": request.overlap}
+        return {}, {"image": decode(vae, tensors["latent"], self.world, **tiles, on_progress=progress)}
+
+    def _encode_image(self, request: messages.EncodeImage, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from .vae.encode import encode
+
+        vae = self.models.vae(request.vae, run)
+        return {}, {"latent": encode(vae, tensors["image"], on_progress=lambda *at: run.progress("encode image", *at))}
+
+    def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
+        return {"freed_bytes": run.gather(self.models.unload())}, {}
+
+    def _mesh(self, layout: Layout) -> Mesh:
+        if layout not in self._meshes:
+            self._meshes[layout] = Mesh(layout)
+        return self._meshes[layout]
+
+    def _on_rank_0(self, work: Any, run: Run) -> Any:
+        """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""
+        result, failure = None, None
+        if dist.get_rank() == 0:
+            try:
+                result = work()
+            except UserError as error:
+                failure = [error.message, error.hint]
+        reported = run.gather(failure)[0]
+        if reported:
+            raise UserError(*reported)
+        return result

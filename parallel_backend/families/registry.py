@@ -1,0 +1,26 @@
+"""The families that the engine samples, by the name that detection gives them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..weights.load import LoadedTransformer
+from .base import Family
+from .flux import Flux
+
+FAMILIES: dict[str, type[Flux]] = {"flux": Flux}
+
+
+def build_family(loaded: LoadedTransformer, path: Path) -> Family:
+    """The block view of a loaded transformer.
+
+    A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
+    """
+    vae_config = path / "vae" / "config.json"
+    scale = {}
+    if vae_config.is_file():
+        config = json.loads(vae_config.read_text())
+        scale = {"latent_scale": config["scaling_factor"], "latent_shift": config.get("shift_factor") or 0.0}
+    device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
+    return FAMILIES[loaded.family](loaded.module, loaded.compute_dtype, device, **scale)

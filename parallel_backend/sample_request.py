@@ -1,0 +1,120 @@
+"""From a `Sample` request to its latent: what is checked, who computes what, and what is told on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention.kernels import select_kernel
+from .comm import split_sizes
+from .errors import UserError
+from .families.base import Condition, Family
+from .layout import check_run
+from .mesh import Mesh
+from .protocol.messages import Conditioning, Sample
+from .sampling.driver import SamplingJob, StepContext, latent_mask
+from .sampling.driver import run as run_sampler
+from .sampling.noise import initial_noise
+from .sampling.schedules import sigmas_for
+from .strategies.guidance import Guidance
+from .strategies.sequence import SequenceParallel
+
+if TYPE_CHECKING:
+    from .control import Run
+
+
+def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Mesh, run: Run) -> Tensor:
+    """The sampled latent `[B, C, H, W]`, unscaled, fp32 on the CPU, the same on every rank.
+
+    Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
+    prediction that is not finite; `Cancelled` within a step of a cancel.
+    """
+    latent = tensors["latent"].float()
+    check_latent(latent, family)
+    batch = latent.shape[0]
+    positive = condition_from(request.positive, "positive", tensors, family)
+    negative = condition_from(request.negative, "negative", tensors, family) if request.negative else None
+    check_run(request.layout, batch=batch, cfg=request.cfg, has_negative=negative is not None)
+    kernel = select_kernel(request.layout.attention, family.device, family.dtype)
+
+    counts = split_sizes(batch, mesh.data.size)
+    start = sum(counts[: mesh.data.rank])
+    own = slice(start, start + counts[mesh.data.rank])
+    model_sampling = family.model_sampling(request.sampling_shift)
+    noise = initial_noise(latent.shape, torch.float32, request.seed, request.batch_index)
+    job = SamplingJob(
+        sampler=request.sampler,
+        model_sampling=model_sampling,
+        sigmas=sigmas_of(request, tensors, model_sampling),
+        noise=(noise if request.add_noise else torch.zeros_like(noise)).to(family.device),
+        # An empty latent is zero in the model's space too: there is nothing in it to be scaled.
+        latent=(family.process_in(latent) if latent.any() else latent).to(family.device),
+        seed=request.seed,
+        mask=latent_mask(tensors["noise_mask"], latent.shape) if "noise_mask" in tensors else None,
+        part=own,
+    )
+    guidance = Guidance(
+        SequenceParallel(family, mesh, kernel).predict,
+        model_sampling,
+        mesh.cfg,
+        positive.part(own, batch),
+        negative.part(own, batch) if negative else None,
+        request.cfg,
+    )
+
+    def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
+        run.check_cancelled()
+        return guidance.denoised(x, sigma)
+
+    def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
+        run.progress("sample", step + 1, total, family.process_out(denoised[:1]) if request.preview else None)
+
+    sampled = run_sampler(model, job, on_step)
+    whole = mesh.data.all_gather(sampled, counts, dim=0)
+    return family.process_out(whole).cpu()
+
+
+def check_latent(latent: Tensor, family: Family) -> None:
+    """Raise `UserError` for a latent that is empty, of another model's channel count, or not finite."""
+    if latent.ndim != 4 or not latent.numel():
+        raise UserError(
+            f"The latent has the shape {list(latent.shape)}; a picture's latent is [batch, channels, height, width].",
+            "Give a batch, a width and a height of at least 1.",
+        )
+    if latent.shape[1] != family.latent_channels:
+        raise UserError(
+            f"The latent has {latent.shape[1]} channels; a {family.name} model samples {family.latent_channels}.",
+            "Use the VAE (or the empty latent node) that belongs to the model.",
+        )
+    if not torch.isfinite(latent).all():
+        raise UserError(
+            "The latent that comes in holds NaN or infinite values.", "Look at the node that made it; sampling did not start."
+        )
+
+
+def condition_from(
+    entries: tuple[Conditioning, ...], side: str, tensors: dict[str, Tensor], family: Family
+) -> Condition:
+    """The condition of one side, on the family's device. Raises `UserError` for what cannot be sampled."""
+    if len(entries) != 1:
+        raise UserError(
+            f"The {side} conditioning has {len(entries)} entries; the Parallel Sampler takes one.",
+            "Remove ConditioningCombine or ConditioningSetArea before it.",
+        )
+    condition = Condition(
+        tokens=tensors[f"{side}.0.tokens"].to(family.device),
+        pooled=tensors[f"{side}.0.pooled"].to(family.device),
+        guidance=entries[0].guidance,
+    )
+    family.check_condition(condition)
+    return condition
+
+
+def sigmas_of(request: Sample, tensors: dict[str, Tensor], model_sampling) -> Tensor:
+    """The noise levels: the graph's own where it sent them, else the family's for the named schedule."""
+    if request.schedule is None:
+        return tensors["sigmas"]
+    schedule = request.schedule
+    return sigmas_for(model_sampling, schedule.scheduler, schedule.steps, schedule.denoise, request.sampler)
