@@ -1,0 +1,55 @@
+"""Write the newest averaged weights as a diffusers folder: `python -m tools.demo_model.export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from . import checkpoint
+from .model import DemoModel
+from .train import FOLDER, SHIFT
+from .train_vae import load_trained
+
+TARGET = Path(__file__).parents[2] / "demo_model" / "flux-tiny"
+SCHEDULER_SHIFT = SHIFT[256]
+
+
+def load_averaged() -> DemoModel:
+    """The demo model with the newest moving-average weights."""
+    state = checkpoint.load(FOLDER)
+    if state is None:
+        raise SystemExit("no trained transformer yet: run python -m tools.demo_model.train first")
+    parts, meta = state
+    model = DemoModel().requires_grad_(False)
+    model.load_state_dict(parts["ema"])
+    print(f"weights of step {meta['step']}, {meta['seconds'] / 60:.0f} minutes")
+    return model
+
+
+def pipeline_of(model: DemoModel) -> FluxPipeline:
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SCHEDULER_SHIFT, use_dynamic_shifting=False),
+        vae=load_trained(),
+        text_encoder=model.clip,
+        tokenizer=model.clip_tokenizer,
+        text_encoder_2=model.t5,
+        tokenizer_2=model.t5_tokenizer,
+        transformer=model.transformer,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=Path, default=TARGET)
+    options = parser.parse_args()
+    pipeline = pipeline_of(load_averaged()).to(dtype=torch.bfloat16)
+    pipeline.save_pretrained(options.target)
+    size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
+    print(f"{options.target}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Procedural scenes with captions: what the demo model is trained and judged on.
+
+A `Scene` is resolution-free (positions and radii are fractions of the side). The same (seed, index) always gives
+the same scene, and `draw` renders it anti-aliased at any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (214, 34, 38),
+    "green": (24, 138, 48),
+    "blue": (30, 70, 210),
+    "yellow": (248, 222, 40),
+    "orange": (246, 136, 20),
+    "purple": (128, 36, 158),
+    "white": (250, 250, 250),
+    "black": (22, 22, 26),
+}
+BACKGROUNDS = {
+    "gray": (150, 152, 156),
+    "green": (164, 206, 166),
+    "blue": (158, 196, 232),
+    "pink": (244, 188, 204),
+    "yellow": (238, 228, 172),
+    "purple": (196, 180, 226),
+}
+PATTERNS = ("plain", "striped", "checkered")
+FILLS = ("plain", "striped", "outlined")
+SIZES = {"small": (0.100, 0.116), "": (0.142, 0.165), "large": (0.205, 0.232)}
+NUMBERS = {1: "a", 2: "two", 3: "three"}
+RELATIONS = ("left of", "right of", "above", "below")
+POSITIONS = {
+    "at the top left": (0.27, 0.27),
+    "at the top right": (0.73, 0.27),
+    "at the bottom left": (0.27, 0.73),
+    "at the bottom right": (0.73, 0.73),
+    "in the center": (0.5, 0.5),
+}
+HELD_OUT_SHARE = 8
+"""One combination in this many is never trained on."""
+MARGIN = 0.02
+
+Style = Literal["picture", "chalk"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` like objects: what one noun phrase of a caption says."""
+
+    count: int
+    size: str
+    fill: str
+    colour: str
+    shape: str
+
+    def phrase(self) -> str:
+        fill = "" if self.fill == "plain" else self.fill
+        noun = self.shape if self.count == 1 else plural(self.shape)
+        words = (self.size, fill, self.colour, noun)
+        said = " ".join(word for word in words if word)
+        article = "an" if self.count == 1 and said[0] in "aeiou" else NUMBERS[self.count]
+        return f"{article} {said}"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One drawn object; lengths are fractions of the picture's side, `angle` in radians."""
+
+    group: int
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    groups: tuple[Group, ...]
+    relation: str | None
+    position: str | None
+    background: str
+    pattern: str
+    objects: tuple[Placed, ...]
+    light: float
+
+    def caption(self) -> str:
+        parts = [self.groups[0].phrase()]
+        if self.relation is not None:
+            parts += [self.relation, self.groups[1].phrase()]
+        if self.position is not None:
+            parts.append(self.position)
+        pattern = "" if self.pattern == "plain" else f" {self.pattern}"
+        return " ".join(parts) + f" on a {self.background}{pattern} background"
+
+    def held_out(self) -> bool:
+        """True for the combinations of objects kept for evaluation."""
+        key = repr((self.groups, self.relation, self.position)).encode()
+        return hashlib.sha256(key).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def plural(noun: str) -> str:
+    return noun + "es" if noun.endswith("s") else noun + "s"
+
+
+def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
+    """The scene number `index` of the training stream `seed`, or of its held-out stream."""
+    rng = np.random.default_rng([seed, index, int(held_out)])
+    while True:
+        scene = _sample(rng)
+        if scene is not None and scene.held_out() == held_out:
+            return scene
+
+
+def draw(scene: Scene, size: int, style: Style = "picture") -> np.ndarray:
+    """The picture as uint8 `[size, size, 3]`."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    if style == "chalk":
+        return _draw_chalk(scene, size, axis)
+    image = _draw_background(scene, axis)
+    for placed in scene.objects:
+        group = scene.groups[placed.group]
+        rows, columns, distance, u, v = _patch(placed, group.shape, axis)
+        alpha = np.clip(0.5 - distance * size, 0, 1)[..., None]
+        colour = _object_colour(group, placed, scene, distance, v, size)
+        shade = 1 - 0.16 * (u * np.cos(scene.light) + v * np.sin(scene.light)) / placed.radius
+        region = image[rows, columns]
+        image[rows, columns] = region * (1 - alpha) + colour * shade[..., None] * alpha
+    return (np.clip(image, 0, 255) + 0.5).astype(np.uint8)
+
+
+def edge_map(picture: np.ndarray) -> np.ndarray:
+    """White edges on black, uint8 `[H, W, 3]`: the ControlNet's condition for a uint8 picture `[H, W, 3]`."""
+    padded = np.pad(picture.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    across = padded[1:-1, 2:] - padded[1:-1, :-2]
+    down = padded[2:, 1:-1] - padded[:-2, 1:-1]
+    strength = np.sqrt(across**2 + down**2).max(axis=-1)
+    line = np.clip((strength - 24) * 4, 0, 255).astype(np.uint8)
+    return np.repeat(line[..., None], 3, axis=-1)
+
+
+def label_map(scene: Scene, cells: int) -> np.ndarray:
+    """What each of `cells` x `cells` cells shows, as shares: float32 `[cells, cells, (1 + shapes) + (1 + colours)]`.
+
+    The first entry of each of the two parts is the share of background.
+    """
+    fine = cells * 8
+    axis = (np.arange(fine, dtype=np.float32) + 0.5) / fine
+    shape_share = np.zeros((fine, fine, 1 + len(SHAPES)), np.float32)
+    colour_share = np.zeros((fine, fine, 1 + len(COLOURS)), np.float32)
+    shape_share[..., 0] = 1
+    colour_share[..., 0] = 1
+    colours = tuple(COLOURS)
+    for placed in scene.objects:
+        group = scene.groups[placed.group]
+        rows, columns, distance, _, _ = _patch(placed, group.shape, axis)
+        inside = (distance < 0)[..., None]
+        for share, entry in ((shape_share, SHAPES.index(group.shape)), (colour_share, colours.index(group.colour))):
+            one_hot = np.eye(share.shape[-1], dtype=np.float32)[1 + entry]
+            share[rows, columns] = np.where(inside, one_hot, share[rows, columns])
+    both = np.concatenate([shape_share, colour_share], axis=-1)
+    return both.reshape(cells, 8, cells, 8, -1).mean(axis=(1, 3))
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...], weights: tuple[float, ...] | None = None) -> str:
+    return options[int(rng.choice(len(options), p=weights))]
+
+
+def _sample(rng: np.random.Generator) -> Scene | None:
+    background = _pick(rng, tuple(BACKGROUNDS))
+    pattern = _pick(rng, PATTERNS, (0.5, 0.25, 0.25))
+    pair = rng.random() < 0.55
+    relation = _pick(rng, RELATIONS) if pair else None
+    groups = [_sample_group(rng, background, pair)]
+    if pair:
+        second = _sample_group(rng, background, pair)
+        if (second.colour, second.shape) == (groups[0].colour, groups[0].shape):
+            return None
+        groups.append(second)
+    position = None
+    if not pair and groups[0].count == 1 and rng.random() < 0.6:
+        position = _pick(rng, tuple(POSITIONS))
+    objects = _place(rng, tuple(groups), relation, position)
+    if objects is None:
+        return None
+    light = float(rng.uniform(0.6, 1.0))
+    return Scene(tuple(groups), relation, position, background, pattern, objects, light)
+
+
+def _sample_group(rng: np.random.Generator, background: str, pair: bool) -> Group:
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
+    sizes = {1: ("small", "", "large"), 2: ("small", "", "large"), 3: ("small",) if pair else ("small", "")}
+    size = _pick(rng, sizes[count])
+    shape = _pick(rng, SHAPES)
+    fill = _pick(rng, FILLS, (0.6, 0.18, 0.22))
+    if shape == "ring" or size == "small":
+        fill = "plain"
+    colour = _pick(rng, tuple(name for name in COLOURS if name != background))
+    if fill == "striped" and background == "gray" and colour in ("white", "black"):
+        fill = "plain"
+    return Group(count, size, fill, colour, shape)
+
+
+def _region(which: int, relation: str | None) -> tuple[float, float, float, float]:
+    """x0, x1, y0, y1 of the half (or whole) of the picture that group number `which` may fill."""
+    if relation is None:
+        return 0.0, 1.0, 0.0, 1.0
+    first_half = (which == 0) == (relation in ("left of", "above"))
+    low, high = (0.0, 0.5) if first_half else (0.5, 1.0)
+    return (low, high, 0.0, 1.0) if relation in ("left of", "right of") else (0.0, 1.0, low, high)
+
+
+def _place(
+    rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, position: str | None
+) -> tuple[Placed, ...] | None:
+    placed: list[Placed] = []
+    for which, group in enumerate(groups):
+        radius = float(rng.uniform(*SIZES[group.size]))
+        x0, x1, y0, y1 = _region(which, relation)
+        for _ in range(group.count):
+            for _ in range(30):
+                if position is None:
+                    x, y = (
+                        rng.uniform(x0 + radius + 0.008, x1 - radius - 0.008),
+                        rng.uniform(y0 + radius + 0.008, y1 - radius - 0.008),
+                    )
+                else:
+                    x, y = np.array(POSITIONS[position]) + rng.uniform(-0.03, 0.03, 2)
+                if all(np.hypot(x - o.x, y - o.y) > radius + o.radius + MARGIN for o in placed):
+                    angle = float(rng.uniform(-0.2, 0.2))
+                    placed.append(Placed(which, float(x), float(y), radius, angle))
+                    break
+            else:
+                return None
+    return tuple(placed)
+
+
+def outline_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to the outline (negative inside), `u` to the right and `v` down from the centre."""
+    if shape == "circle":
+        return np.hypot(u, v) - radius * 0.92
+    if shape == "ring":
+        return np.abs(np.hypot(u, v) - radius * 0.74) - radius * 0.23
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - radius * 0.78
+    if shape == "cross":
+        long, thick = radius * 0.95, radius * 0.31
+        first = np.maximum(np.abs(u) - long, np.abs(v) - thick)
+        second = np.maximum(np.abs(u) - thick, np.abs(v) - long)
+        return np.minimum(first, second)
+    if shape == "triangle":
+        lean = np.abs(u) * np.float32(np.sqrt(3) / 2) - v * np.float32(0.5)
+        return np.maximum(lean, v) - radius * 0.54
+    if shape == "star":
+        sector = np.float32(np.pi / 5)
+        angle = np.arctan2(u, -v)
+        folded = np.abs(np.mod(angle + sector, 2 * sector) - sector)
+        length = np.hypot(u, v)
+        along, across = length * np.cos(folded), length * np.sin(folded)
+        outer = radius * 1.05
+        inner = outer * 0.5
+        tip, notch = np.array([outer, 0.0]), inner * np.array([np.cos(sector), np.sin(sector)])
+        edge = notch - tip
+        normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+        return ((along - tip[0]) * normal[0] + across * normal[1]).astype(np.float32)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _patch(placed: Placed, shape: str, axis: np.ndarray) -> tuple[slice, slice, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and columns around an object, the signed distance there, and the unrotated offsets u, v."""
+    size = len(axis)
+    reach = placed.radius * 1.25 + 2 / size
+    centre_y = placed.y + (placed.radius * 0.18 if shape == "triangle" else 0.0)
+    columns = slice(max(0, int((placed.x - reach) * size)), min(size, int((placed.x + reach) * size) + 1))
+    rows = slice(max(0, int((centre_y - reach) * size)), min(size, int((centre_y + reach) * size) + 1))
+    du = axis[columns][None, :] - np.float32(placed.x)
+    dv = axis[rows][:, None] - np.float32(centre_y)
+    cosine, sine = np.float32(np.cos(placed.angle)), np.float32(np.sin(placed.angle))
+    u, v = du * cosine + dv * sine, dv * cosine - du * sine
+    return rows, columns, outline_distance(shape, u, v, placed.radius), u, v
+
+
+def _draw_background(scene: Scene, axis: np.ndarray) -> np.ndarray:
+    base = np.array(BACKGROUNDS[scene.background], np.float32)
+    image = np.empty((len(axis), len(axis), 3), np.float32)
+    image[:] = base * (1.05 - 0.12 * axis)[:, None, None]
+    soft = np.float32(len(axis) / 8)
+
+    def wave(t: np.ndarray, period: float) -> np.ndarray:
+        triangle = np.abs(np.mod(t / period, 1) - 0.5) - 0.25
+        return np.clip(triangle * period * soft * 8, -0.5, 0.5)
+
+    if scene.pattern == "striped":
+        band = wave((axis[None, :] + axis[:, None]), 0.25) + 0.5
+        image *= (1 - 0.16 * band)[..., None]
+    elif scene.pattern == "checkered":
+        check = 2 * wave(axis[None, :] + 0.0625, 0.25) * wave(axis[:, None] + 0.0625, 0.25) + 0.5
+        image *= (1 - 0.16 * check)[..., None]
+    return image
+
+
+def stripe_colour(colour: str) -> np.ndarray:
+    """The second colour of a striped object, float32 `[3]`."""
+    if colour in ("white", "black"):
+        return np.full(3, 118, np.float32)
+    return np.array(COLOURS[colour], np.float32) * np.float32(0.55)
+
+
+def _object_colour(
+    group: Group, placed: Placed, scene: Scene, distance: np.ndarray, v: np.ndarray, size: int
+) -> np.ndarray:
+    base = np.array(COLOURS[group.colour], np.float32)
+    colour = np.broadcast_to(base, (*distance.shape, 3))
+    if group.fill == "striped":
+        partner = stripe_colour(group.colour)
+        triangle = np.abs(np.mod(v / 0.09, 1) - 0.5) - 0.25
+        band = np.clip(triangle * 0.09 * size + 0.5, 0, 1)[..., None]
+        colour = colour * (1 - band) + partner * band
+    elif group.fill == "outlined":
+        ink = np.array((245, 245, 245) if group.colour == "black" else (20, 20, 24), np.float32)
+        band = np.clip(0.5 + (distance + 0.024) * size, 0, 1)[..., None]
+        colour = colour * (1 - band) + ink * band
+    return colour
+
+
+def _draw_chalk(scene: Scene, size: int, axis: np.ndarray) -> np.ndarray:
+    """The scene as rough white outlines on a black board."""
+    seed = int(abs(scene.objects[0].x) * 1e6)
+    grain = np.random.default_rng(seed).random((32, 32), dtype=np.float32)
+    where = (axis * 31).astype(int)
+    rough = grain[where][:, where] * 0.35 + 0.65
+    board = np.full((size, size), 18, np.float32)
+    for placed in scene.objects:
+        group = scene.groups[placed.group]
+        rows, columns, distance, _, _ = _patch(placed, group.shape, axis)
+        line = np.clip(0.5 + (0.011 - np.abs(distance + 0.011)) * size, 0, 1)
+        board[rows, columns] = board[rows, columns] * (1 - line) + 235 * line * rough[rows, columns]
+    return np.repeat((board + 0.5).astype(np.uint8)[..., None], 3, axis=-1)

@@ -1,0 +1,193 @@
+"""Train transformer and text encoders: `python -m tools.demo_model.train --minutes 100` (resumes by itself).
+
+The learning rate and the picture sizes follow the minutes spent, which are kept in the checkpoint: an interrupted
+run goes on where it was. SIGTERM and SIGINT save and end it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from . import checkpoint
+from .cache_latents import Latents, load_latents
+from .model import DemoModel, label_loss, pack, shifted
+from .sampling import sample_sheet
+from .train_vae import load_trained
+
+FOLDER = checkpoint.CACHE / "transformer"
+SEED = 21
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 100
+DECAY_FROM = 0.6
+LARGE_FROM = 0.62
+BATCH = {128: 32, 192: 18, 256: 10}
+SHIFT = {128: 2.0, 192: 2.5, 256: 3.0}
+SIZE_CYCLE = (128, 256, 128, 256, 192)
+PROMPT_DROPOUT = 0.1
+UNIFORM_SHARE = 0.15
+LABEL_WEIGHT = 0.15
+EMA_DECAY = 0.998
+SAVE_SECONDS = 200
+SHEET_SECONDS = 480
+SHEET_CAPTIONS = (
+    "a large red circle on a gray background",
+    "two small blue squares on a yellow background",
+    "three green stars on a pink striped background",
+    "a purple triangle left of a yellow ring on a green background",
+    "a large white cross above two small black circles on a blue checkered background",
+    "an orange star at the top left on a purple background",
+    "two outlined red triangles below a small blue ring on a gray background",
+    "a large striped green square right of three small white stars on a pink background",
+)
+
+
+class Feed:
+    """Random batches of the cached latents of one size; the batch of a step depends on the step alone."""
+
+    def __init__(self, cached: Latents, model: DemoModel) -> None:
+        self.cached = cached
+        self.clip_ids, self.t5_ids = model.tokenize(cached.captions)
+        self.no_clip, self.no_t5 = model.tokenize([""])
+
+    def at(self, step: int) -> tuple[torch.Tensor, ...]:
+        rng = np.random.default_rng([SEED, self.cached.size, step])
+        size = BATCH[self.cached.size]
+        chosen = torch.from_numpy(rng.integers(len(self.cached.captions), size=size))
+        dropped = torch.from_numpy(rng.random(size) < PROMPT_DROPOUT)[:, None]
+        clean = pack(self.cached.latents[chosen].float())
+        normal = torch.from_numpy(rng.standard_normal(size, dtype=np.float32)) * 1.2
+        sigma = shifted(torch.sigmoid(normal), SHIFT[self.cached.size])
+        uniform = torch.from_numpy(rng.random(size, dtype=np.float32))
+        sigma = torch.where(torch.from_numpy(rng.random(size) < UNIFORM_SHARE), uniform, sigma)
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+        return (
+            clean,
+            noise,
+            sigma,
+            torch.where(dropped, self.no_clip, self.clip_ids[chosen]),
+            torch.where(dropped, self.no_t5, self.t5_ids[chosen]),
+            self.cached.labels[chosen].float() / 255,
+        )
+
+
+def learning_rate(step: int, share: float) -> float:
+    """Warm-up by steps, then constant, then linear to a fiftieth over the last part of the time."""
+    fall = min(1.0, max(0.02, (1 - share) / (1 - DECAY_FROM)))
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * fall
+
+
+def size_at(step: int, share: float) -> int:
+    return 128 if share < LARGE_FROM else SIZE_CYCLE[step % len(SIZE_CYCLE)]
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=240)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(SEED)
+    (checkpoint.CACHE / "train.pid").write_text(f"{os.getpid()}\n")
+    model, shadow = DemoModel(), DemoModel().requires_grad_(False)
+    weights = list(model.parameters())
+    average = list(shadow.parameters())
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    step, seconds = 0, 0.0
+    resumed = checkpoint.load(FOLDER)
+    if resumed is not None:
+        parts, meta = resumed
+        step, seconds = meta["step"], meta["seconds"]
+        model.load_state_dict(parts["model"])
+        checkpoint.load_optimizer(optimizer, parts["optimizer"])
+        shadow.load_state_dict(parts["ema"])
+        print(f"resumed at step {step}, {seconds / 60:.1f} minutes", flush=True)
+    else:
+        shadow.load_state_dict(model.state_dict())
+    feeds: dict[int, Feed] = {}
+    vae = load_trained()
+    if options.compile:
+        model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+    stop = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
+
+    begun = time.monotonic() - seconds
+    saved = sheeted = printed = time.monotonic()
+    since: dict[int, list[tuple[float, float]]] = {}
+    pictures = 0
+    while not stop and (share := (time.monotonic() - begun) / (60 * options.minutes)) < 1:
+        size = size_at(step, share)
+        if size not in feeds:
+            feeds[size] = Feed(load_latents(size), model)
+        clean, noise, sigma, clip_ids, t5_ids, shares = feeds[size].at(step)
+        level = sigma[:, None, None]
+        velocity, logits = model(torch.lerp(clean, noise, level), sigma, clip_ids, t5_ids, size // 16)
+        flow = F.mse_loss(velocity, noise - clean)
+        labels = label_loss(logits, shares)
+        optimizer.zero_grad(set_to_none=True)
+        (flow + LABEL_WEIGHT * labels).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, share)
+        optimizer.step()
+        step += 1
+        keep = min(EMA_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1 - keep)
+        since.setdefault(size, []).append((flow.item(), labels.item()))
+        pictures += len(clean)
+        now = time.monotonic()
+        if now - printed > 20 and step % 20 == 0:
+            losses = ", ".join(
+                f"{size} px: flow {np.mean([f for f, _ in v]):.4f} labels {np.mean([s for _, s in v]):.3f}"
+                for size, v in sorted(since.items())
+            )
+            speed = pictures / (now - printed)
+            print(f"step {step}, {(now - begun) / 60:.1f} min, {speed:.1f} pictures/s, {losses}", flush=True)
+            since, pictures, printed = {}, 0, now
+        if now - saved > SAVE_SECONDS:
+            save(model, shadow, optimizer, step, now - begun)
+            saved = time.monotonic()
+        if now - sheeted > SHEET_SECONDS:
+            write_sheet(shadow, vae, FOLDER / "sheets" / f"{step:06d}.png", 128)
+            sheeted = time.monotonic()
+    save(model, shadow, optimizer, step, time.monotonic() - begun)
+    write_sheet(shadow, vae, FOLDER / "sheets" / f"{step:06d}.png", 256)
+    print(f"ended at step {step}", flush=True)
+
+
+def save(model: DemoModel, shadow: DemoModel, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+    parts = {
+        "model": model.state_dict(),
+        "ema": shadow.state_dict(),
+        "optimizer": checkpoint.optimizer_tensors(optimizer),
+    }
+    checkpoint.save(FOLDER, parts, {"step": step, "seconds": seconds})
+
+
+def write_sheet(shadow: DemoModel, vae, path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sample_sheet(shadow, vae, list(SHEET_CAPTIONS), size, SHIFT[size])).save(path)
+
+
+if __name__ == "__main__":
+    main()
