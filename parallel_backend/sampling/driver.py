@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class SamplingJob:
     seed: int
     mask: Tensor | None = None
     noise_source: NoiseSource | None = None
-    part: slice = slice(None)
+    part: slice = field(default_factory=lambda: slice(None))
 
 
 def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor:

@@ -185,15 +185,18 @@ class EpsPrediction(ModelSampling):
 
     @cached_property
     def sigmas(self) -> Tensor:
+        return self._exact_sigmas().float()
+
+    @cached_property
+    def log_sigmas(self) -> Tensor:
+        return self._exact_sigmas().log().float()
+
+    def _exact_sigmas(self) -> Tensor:
         power = {"linear": 2, "sqrt_linear": 1}[self.beta_schedule]
         ends = (self.linear_start ** (1 / power), self.linear_end ** (1 / power))
         betas = torch.linspace(*ends, self.table_size, dtype=torch.float64) ** power
         alphas = torch.cumprod(1.0 - betas, dim=0)
-        return torch.sqrt((1 - alphas) / alphas).float()
-
-    @cached_property
-    def log_sigmas(self) -> Tensor:
-        return self.sigmas.log()
+        return torch.sqrt((1 - alphas) / alphas)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         distance = (sigma.log().to(self.log_sigmas.device).reshape(1, -1) - self.log_sigmas[:, None]).abs()
@@ -201,7 +204,8 @@ class EpsPrediction(ModelSampling):
 
     def sigma(self, timestep: Tensor) -> Tensor:
         time = timestep.float().to(self.log_sigmas.device).clamp(0, self.table_size - 1)
-        log_sigma = torch.lerp(self.log_sigmas[time.floor().long()], self.log_sigmas[time.ceil().long()], time.frac())
+        low, high = self.log_sigmas[time.floor().long()], self.log_sigmas[time.ceil().long()]
+        log_sigma = (1 - time.frac()) * low + time.frac() * high
         return log_sigma.exp().to(timestep.device)
 
     def percent_to_sigma(self, percent: float) -> float:

@@ -5,6 +5,7 @@ The history lives in the generator, so that one generator per strip of the laten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -170,14 +171,15 @@ def deis(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
     return _adams(x, sigmas, _deis_weights(sigmas))
 
 
-DEIS_TIME = {"sigma_min": 0.002, "sigma_max": 80.0, "epsilon": 1e-3}
+DEIS_SIGMA_MIN, DEIS_SIGMA_MAX, DEIS_EPSILON = 0.002, 80.0, 1e-3
 DEIS_QUADRATURE_POINTS = 10000
 
 
 def _deis_weights(sigmas: Tensor, order: int = 3) -> list[StepWeights]:
-    """Integrals of Lagrange's polynomials against the SDE's weight, in fp32 as the values published with ComfyUI."""
-    low, high = (torch.log(torch.tensor(DEIS_TIME[key]) ** 2 + 1) for key in ("sigma_min", "sigma_max"))
-    beta_slope = 2 * (low / DEIS_TIME["epsilon"] - high) / (DEIS_TIME["epsilon"] - 1)
+    """Integrals of Lagrange's polynomials against the SDE's weight; rounded where ComfyUI's are, to equal them."""
+    low = float(torch.log(torch.tensor(DEIS_SIGMA_MIN) ** 2 + 1))
+    high = math.log(DEIS_SIGMA_MAX**2 + 1)
+    beta_slope = 2 * (low / DEIS_EPSILON - high) / (DEIS_EPSILON - 1)
     beta_start = high - 0.5 * beta_slope
     times = ((beta_start**2 + 2 * beta_slope * torch.log(sigmas**2 + 1)).sqrt() - beta_start) / beta_slope
 
@@ -196,5 +198,5 @@ def _lagrange(nodes: Tensor, j: int, at: Tensor) -> Tensor:
     value = torch.ones_like(at)
     for k in range(len(nodes)):
         if k != j:
-            value = value * (at - nodes[k]) / (nodes[j] - nodes[k])
+            value = value * ((at - nodes[k]) / (nodes[j] - nodes[k]))
     return value

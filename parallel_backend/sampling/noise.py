@@ -73,17 +73,21 @@ class BrownianNoise:
     """Increments of one Brownian path over sigma (torchsde), drawn on the CPU: the noise between two levels does not
     depend on the steps in between."""
 
+    DIGITS = 6
+    """Decimals of sigma that the path tells apart: torchsde's default, as in ComfyUI."""
+
     def __init__(self, like: Tensor, seed: int, sigmas: Tensor) -> None:
         """`sigmas` are the run's levels; the path spans the positive ones."""
         self._like = like
-        positive = sigmas[sigmas > 0].cpu()
-        start = torch.zeros(like.shape, dtype=like.dtype)
-        self._path = torchsde.BrownianTree(positive.min(), start, positive.max(), entropy=seed)
+        positive = sigmas[sigmas > 0]
+        self._start, self._end = (round(float(end), self.DIGITS) for end in (positive.min(), positive.max()))
+        origin = torch.zeros(like.shape, dtype=like.dtype)
+        self._path = torchsde.BrownianTree(self._start, origin, self._end, entropy=seed, tol=10.0**-self.DIGITS)
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        low, high = sorted((sigma.float().cpu(), sigma_next.float().cpu()))
-        sign = 1 if sigma < sigma_next else -1
-        return (self._path(low, high) * sign / (high - low).sqrt()).to(self._like)
+        low, high = (min(max(float(s), self._start), self._end) for s in sorted((sigma, sigma_next)))
+        increment = self._path(low, high) / (sigma_next - sigma).abs().sqrt().cpu()
+        return (increment if sigma < sigma_next else -increment).to(self._like)
 
 
 class NoiseKind(Enum):

@@ -38,14 +38,14 @@ def normal(model_sampling: ModelSampling, steps: int) -> Tensor:
     """Equal strides in the model's time, both ends included."""
     first, last = _time_range(model_sampling)
     if _is_zero(model_sampling.sigma(last)):
-        return model_sampling.sigma(torch.linspace(float(first), float(last), steps + 1))
-    return _ending_at_zero(model_sampling.sigma(torch.linspace(float(first), float(last), steps)))
+        return _levels_at(model_sampling, torch.linspace(float(first), float(last), steps + 1))
+    return _ending_at_zero(_levels_at(model_sampling, torch.linspace(float(first), float(last), steps)))
 
 
 def sgm_uniform(model_sampling: ModelSampling, steps: int) -> Tensor:
     """Equal strides in the model's time, without the last (Stability's generative models)."""
     first, last = _time_range(model_sampling)
-    return _ending_at_zero(model_sampling.sigma(torch.linspace(float(first), float(last), steps + 1)[:-1]))
+    return _ending_at_zero(_levels_at(model_sampling, torch.linspace(float(first), float(last), steps + 1)[:-1]))
 
 
 def karras(model_sampling: ModelSampling, steps: int, rho: float = 7.0) -> Tensor:
@@ -90,6 +90,11 @@ def kl_optimal(model_sampling: ModelSampling, steps: int) -> Tensor:
     low, high = (math.atan(s) for s in (model_sampling.sigma_min, model_sampling.sigma_max))
     share = torch.arange(steps) / (steps - 1) if steps > 1 else torch.zeros(1)
     return _ending_at_zero(torch.tan(share * low + (1 - share) * high))
+
+
+def _levels_at(model_sampling: ModelSampling, times: Tensor) -> Tensor:
+    # One by one: a vectorised exp may differ in the last bit, and Brownian noise is keyed by the exact level.
+    return torch.stack([model_sampling.sigma(time) for time in times])
 
 
 def _ending_at_zero(levels: Tensor) -> Tensor:

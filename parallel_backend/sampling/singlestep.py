@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from .solver import (
@@ -101,30 +104,40 @@ def dpmpp_2s_ancestral(x: Tensor, sigmas: Tensor, context: SolverContext, eta: f
     return x
 
 
+class Level(NamedTuple):
+    """A noise level and its lambda. Each is kept as computed: next to pure noise a round trip loses digits."""
+
+    sigma: Tensor
+    half_log_snr: Tensor
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.sigma * self.half_log_snr.exp()
+
+
 def dpmpp_sde(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 1.0) -> Solver:
     """DPM-Solver++ for the diffusion SDE, one midpoint in lambda per step (k-diffusion)."""
     sampling = context.model_sampling
     sigmas = sampling.finite_half_log_snr(sigmas)
 
-    def advance(x: Tensor, denoised: Tensor, sigma: Tensor, target: Tensor) -> Tensor:
-        lambda_from, lambda_to = sampling.half_log_snr(sigma), sampling.half_log_snr(target)
-        alpha_from, alpha_to = sigma * lambda_from.exp(), target * lambda_to.exp()
-        down, added = split_variance((-lambda_from).exp(), (-lambda_to).exp(), eta)
-        keep = (lambda_from + down.log()).exp()
-        noise = context.noise(sigma, target)
-        return (alpha_to / alpha_from) * keep * x + alpha_to * ((1 - keep) * denoised + added * noise)
+    def advance(x: Tensor, denoised: Tensor, start: Level, target: Level) -> Tensor:
+        down, added = split_variance((-start.half_log_snr).exp(), (-target.half_log_snr).exp(), eta)
+        h = -down.log() - start.half_log_snr
+        noise = context.noise(start.sigma, target.sigma)
+        return target.alpha / start.alpha * torch.exp(-h) * x + target.alpha * (
+            added * noise - torch.expm1(-h) * denoised
+        )
 
     for i in range(len(sigmas) - 1):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        denoised = yield Denoise(x, sigma, i)
-        if sigma_next == 0:
+        denoised = yield Denoise(x, sigmas[i], i)
+        if sigmas[i + 1] == 0:
             return denoised
-        middle = sampling.sigma_from_half_log_snr(
-            sampling.half_log_snr(sigma).lerp(sampling.half_log_snr(sigma_next), 0.5)
-        )
-        x_middle = advance(x, denoised, sigma, middle)
-        denoised_middle = yield Denoise(x_middle, middle, i, evaluation=1)
-        x = advance(x, denoised_middle, sigma, sigma_next)
+        start, end = (Level(sigma, sampling.half_log_snr(sigma)) for sigma in (sigmas[i], sigmas[i + 1]))
+        lambda_middle = start.half_log_snr + (end.half_log_snr - start.half_log_snr) / 2
+        middle = Level(sampling.sigma_from_half_log_snr(lambda_middle), lambda_middle)
+        x_middle = advance(x, denoised, start, middle)
+        denoised_middle = yield Denoise(x_middle, middle.sigma, i, evaluation=1)
+        x = advance(x, denoised_middle, start, end)
     return x
 
 

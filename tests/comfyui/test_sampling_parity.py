@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
 from paralleldit.parallel_backend.sampling import driver, noise, schedules
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow, EpsPrediction, FluxFlow, VPrediction
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS, NoiseKind
 from paralleldit.tests.comfyui import sampling_host as host
+from safetensors.torch import load_file
+from torch import Tensor
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -34,6 +33,11 @@ MODELS = {
     "v_prediction": VPrediction(),
     "dit": EpsPrediction("sqrt_linear", 0.0001, 0.02),
 }
+TOLERANCE = 1e-5
+ILL_CONDITIONED = {
+    ("deis", "linear_quadratic"): 1e-4,
+}
+"""(sampler, scheduler): the tolerance where the sampler's own weights, +466 and -428, amplify a last bit."""
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +123,7 @@ def test_sigmas_equal_native(native, name: str) -> None:
         if theirs.isnan().any():
             assert case[0] == "kl_optimal", f"{case}: native sigmas are NaN"
             continue
-        assert_close(schedules.sigmas_for(MODELS[name], *case), theirs, 1e-6, f"{name} {case}")
+        assert torch.equal(schedules.sigmas_for(MODELS[name], *case), theirs), case
 
 
 @pytest.mark.parametrize("name", host.SAMPLED_MODELS)
@@ -129,4 +133,5 @@ def test_latents_equal_native(native, name: str, sampler: str) -> None:
         if case[0] == sampler:
             theirs = native[host.case_key("latent", name, case)]
             assert theirs.isfinite().all(), f"{name} {case}: the native latent is not finite"
-            assert_close(our_latent(native, name, case), theirs, 1e-5, f"{name} {case}")
+            tolerance = ILL_CONDITIONED.get(case[:2], TOLERANCE)
+            assert_close(our_latent(native, name, case), theirs, tolerance, f"{name} {case}")
