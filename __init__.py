@@ -1,0 +1,20 @@
+"""What ComfyUI imports: the node mappings and the folder of the front end's files."""
+
+import sys
+from pathlib import Path
+
+try:
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.startswith(__name__):
+        raise
+    requirements = Path(__file__).resolve().parent / "requirements.txt"
+    raise ModuleNotFoundError(
+        f"ComfyUI-ParallelDiT needs the Python package {error.name!r}, which this Python does not have. "
+        f"Install the pack's requirements: {sys.executable} -m pip install -r {requirements}",
+        name=error.name,
+    ) from error
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -1,0 +1,32 @@
+"""The pack's nodes for ComfyUI's graph."""
+
+from .layout import ParallelDiTLayout
+from .loader import ParallelDiTLoader
+from .sampler import ParallelDiTSampler
+from .status import ParallelDiTStatus, ParallelDiTUnload
+from .text import ParallelDiTTextEncode
+from .vae import ParallelDiTVAEDecode, ParallelDiTVAELoader
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node
+    for node in (
+        ParallelDiTLoader,
+        ParallelDiTLayout,
+        ParallelDiTTextEncode,
+        ParallelDiTSampler,
+        ParallelDiTVAELoader,
+        ParallelDiTVAEDecode,
+        ParallelDiTStatus,
+        ParallelDiTUnload,
+    )
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "ParallelDiTLoader": "Parallel Loader",
+    "ParallelDiTLayout": "Parallel Layout",
+    "ParallelDiTTextEncode": "Parallel Text Encode",
+    "ParallelDiTSampler": "Parallel Sampler",
+    "ParallelDiTVAELoader": "Parallel VAE Loader",
+    "ParallelDiTVAEDecode": "Parallel VAE Decode",
+    "ParallelDiTStatus": "Parallel Status",
+    "ParallelDiTUnload": "Parallel Unload",
+}

@@ -1,0 +1,77 @@
+"""ComfyUI as a host: its folders, progress bar, previews, cancel button and sigmas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import latent_preview
+from torch import Tensor
+
+from ..parallel_backend.errors import Cancelled
+from ..parallel_backend.protocol.messages import Schedule
+from . import comfy_model
+from .host import Host, OnProgress
+
+PREVIEW_FORMAT = "JPEG"
+
+
+class ComfyHost(Host):
+    takes_paths = False
+
+    def folders(self, kind: str) -> Sequence[Path]:
+        return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+
+    def progress(self, model: Any = None) -> OnProgress:
+        bar = comfy.utils.ProgressBar(1)
+        previewer = _previewer(model)
+
+        def on_progress(phase: str, step: int, total: int, preview: Tensor | None) -> None:
+            picture = None
+            if previewer is not None and preview is not None:
+                picture = previewer.decode_latent_to_preview_image(PREVIEW_FORMAT, preview)
+            bar.update_absolute(step, total, picture)
+
+        return on_progress
+
+    def wants_previews(self, model: Any) -> bool:
+        return _previewer(model) is not None
+
+    def cancelled(self) -> bool:
+        return comfy.model_management.processing_interrupted()
+
+    def leave_cancelled(self, error: Cancelled) -> NoReturn:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException from error
+
+    def new_model(self, handle: Any) -> Any:
+        return comfy_model.new_model(handle)
+
+    def check_model(self, model: Any) -> None:
+        comfy_model.check_patches(model)
+
+    def schedule(
+        self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float
+    ) -> tuple[Schedule | None, Tensor | None, float | None]:
+        run = comfy.samplers.KSampler(
+            model,
+            steps,
+            "cpu",
+            sampler=sampler,
+            scheduler=scheduler,
+            denoise=denoise,
+            model_options=model.model_options,
+        )
+        patched = model.object_patches.get("model_sampling")
+        return None, run.sigmas.cpu(), float(patched.shift) if patched is not None else None
+
+
+def _previewer(model: Any) -> Any:
+    if model is None:
+        return None
+    return latent_preview.get_previewer(model.load_device, model.model.latent_format)

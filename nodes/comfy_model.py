@@ -1,0 +1,118 @@
+"""A MODEL of ComfyUI whose weights are in the ranks: the family's own BaseModel around a network without memory.
+
+Sampling settings, latent format and LoRA keys are ComfyUI's; the network itself is on torch's meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..parallel_backend.errors import UserError
+from .handles import ATTACHMENT, ModelHandle
+
+META = torch.device("meta")
+
+
+class RemotePatcher(comfy.model_patcher.ModelPatcher):
+    """Nothing of this model is in the memory of ComfyUI's process, so there is nothing to move, patch or free."""
+
+    def model_size(self, *args: Any, **kwargs: Any) -> int:
+        return 1
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        self.model.model_loaded_weight_memory = self.model_size()
+        self.model.current_weight_patches_uuid = self.patches_uuid
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True, *args: Any, **kwargs: Any) -> None:
+        super().unpatch_model(None, False)
+        if unpatch_weights:
+            self.model.model_loaded_weight_memory = 0
+            self.model.current_weight_patches_uuid = None
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def model_patches_to(self, device: Any) -> None:
+        """Only dtypes are set on patches; there are none on the meta device."""
+
+
+def new_model(handle: ModelHandle) -> RemotePatcher:
+    """The MODEL that carries `handle`."""
+    config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle.family](handle.config))
+    config.set_inference_dtype(torch.bfloat16, None)
+    with torch.device(META):
+        model = config.get_model({}, device=META)
+    model.diffusion_model.forward = MethodType(_refuse_stock_sampler, model.diffusion_model)
+    patcher = RemotePatcher(
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
+    patcher.set_attachments(ATTACHMENT, handle)
+    return patcher
+
+
+def check_patches(patcher: Any) -> None:
+    """Raises `UserError` naming what other nodes have put on the model and a run in the ranks cannot obey."""
+    options = patcher.model_options
+    found = [
+        *(f"{len(patcher.patches)} weight patches (LoRA)" for _ in range(bool(patcher.patches))),
+        *(name for name in patcher.object_patches if name != "model_sampling"),
+        *(name for name, value in options.items() if value and name not in ("transformer_options", *HARMLESS_OPTIONS)),
+        *(f"transformer_options.{name}" for name, value in options["transformer_options"].items() if _is_set(value)),
+        *(name for name in PATCHER_TABLES if _is_set(getattr(patcher, name, None))),
+    ]
+    if found:
+        raise UserError(
+            f"The model carries {', '.join(found)}, which Parallel Sampler cannot send to the ranks.",
+            "Remove the nodes between Parallel Loader and Parallel Sampler that set this.",
+        )
+
+
+HARMLESS_OPTIONS = ("disable_cfg1_optimization",)
+PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a table of the host, possibly of empty tables, holds anything."""
+    return any(map(_is_set, value.values())) if isinstance(value, dict) else bool(value)
+
+
+def _refuse_stock_sampler(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    raise UserError(
+        "This model's weights are in the ranks, where ComfyUI's own samplers cannot reach them.",
+        "Use Parallel Sampler instead of KSampler.",
+    )
+
+
+def _flux(config: dict[str, Any]) -> dict[str, Any]:
+    patch = 2
+    head_dim = config["attention_head_dim"]
+    return {
+        "image_model": "flux",
+        "in_channels": config["in_channels"] // patch**2,
+        "out_channels": (config.get("out_channels") or config["in_channels"]) // patch**2,
+        "patch_size": patch,
+        "vec_in_dim": config["pooled_projection_dim"],
+        "context_in_dim": config["joint_attention_dim"],
+        "hidden_size": config["num_attention_heads"] * head_dim,
+        "mlp_ratio": 4.0,
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "depth_single_blocks": config["num_single_layers"],
+        "axes_dim": list(config["axes_dims_rope"]),
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": config["guidance_embeds"],
+    }
+
+
+UNET_CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"flux": _flux}
+"""Per family: what ComfyUI's detection would say of a model with this diffusers config."""

@@ -1,0 +1,36 @@
+"""What the outputs of our loaders carry: all that is needed to load again in a new sidecar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.protocol.messages import ModelRef
+from .layout import LayoutChoice
+
+ATTACHMENT = "paralleldit"
+"""Under this name a MODEL of ComfyUI carries our handle."""
+
+
+@dataclass(frozen=True)
+class ModelHandle:
+    """`family` and `config` (as diffusers names them) are what the checkpoint's header tells."""
+
+    ref: ModelRef
+    layout: LayoutChoice | None
+    family: str
+    config: dict[str, Any]
+
+
+def handle_of(model: Any) -> ModelHandle:
+    """The handle in a MODEL. Raises `UserError` for a model that did not come from our loader."""
+    if isinstance(model, ModelHandle):
+        return model
+    attachments = getattr(model, "attachments", {})
+    if ATTACHMENT not in attachments:
+        raise UserError(
+            "This model was not loaded by Parallel Loader, so it is in ComfyUI's memory and not in the ranks.",
+            "Connect the MODEL of a Parallel Loader to Parallel Sampler.",
+        )
+    return attachments[ATTACHMENT]

@@ -1,0 +1,102 @@
+"""What a node needs of the program that runs it. `Host` serves scripts and tests; ComfyUI's is in comfy_host.py."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from ..launcher.sidecar import SidecarSpec
+from ..parallel_backend.errors import Cancelled
+from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int, Tensor | None], None]
+"""`on_progress(phase, step, total, preview)`; the preview is a latent `[1, C, H, W]` in the model's own scale."""
+
+
+class Host:
+    """Runs nodes without ComfyUI. `models`: a folder laid out as ComfyUI's `models`; `spec`: the sidecar to use.
+
+    An `owned` sidecar ends with this process; another one stays warm until its idle time is over.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: Path | None = None,
+        spec: SidecarSpec | None = None,
+        owned: bool = True,
+        on_progress: OnProgress | None = None,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.models = models
+        self.spec = spec or SidecarSpec()
+        self.owned = owned
+        self.say = say
+        self._on_progress = on_progress
+
+    takes_paths = True
+    """Whether a loader may be given a path instead of a name in a list."""
+
+    def folders(self, kind: str) -> Sequence[Path]:
+        """Where models of a kind (`diffusion_models`, `diffusers`, `vae`) lie."""
+        kinds = {"diffusion_models": ("unet", "diffusion_models")}.get(kind, (kind,))
+        return [self.models / each for each in kinds] if self.models else []
+
+    def progress(self, model: Any = None) -> OnProgress:
+        """A receiver of progress for one request; `model` is the MODEL whose latents are previewed."""
+        return self._on_progress or (lambda phase, step, total, preview: None)
+
+    def wants_previews(self, model: Any) -> bool:
+        return False
+
+    def cancelled(self) -> bool:
+        return False
+
+    def leave_cancelled(self, error: Cancelled) -> NoReturn:
+        """Ends the node whose request was cancelled."""
+        raise error
+
+    def new_model(self, handle: Any) -> Any:
+        """The MODEL that carries `handle`."""
+        return handle
+
+    def sending(self, message: Request, welcome: Welcome) -> None:
+        """Called before a request goes to the sidecar that `welcome` describes."""
+
+    def check_model(self, model: Any) -> None:
+        """Raises `UserError` naming what other nodes have put on the MODEL and a run in the ranks cannot obey."""
+
+    def schedule(
+        self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float
+    ) -> tuple[Schedule | None, Tensor | None, float | None]:
+        """The noise levels of a run, by name or as sigmas, and the flow shift if a node has set one."""
+        return Schedule(scheduler=scheduler, steps=steps, denoise=denoise), None, None
+
+
+_current: Host | None = None
+
+
+def current() -> Host:
+    """The host in use: the one given to `use`, else ComfyUI when this process is ComfyUI, else a plain `Host`."""
+    global _current
+    if _current is None:
+        if "comfy.model_management" in sys.modules:
+            from .comfy_host import ComfyHost
+
+            _current = ComfyHost()
+        else:
+            _current = Host()
+    return _current
+
+
+def use(host: Host | None) -> None:
+    """Make `host` the current one; None looks again at the next use."""
+    global _current
+    _current = host

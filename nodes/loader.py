@@ -1,0 +1,59 @@
+"""Parallel Loader: names a diffusion transformer for the ranks. They read it when it is first used."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from ..parallel_backend.protocol.messages import ModelRef, WeightDtype
+from ..parallel_backend.weights.checkpoint import open_checkpoint
+from ..parallel_backend.weights.detect import detect
+from . import host, paths
+from .handles import ModelHandle
+from .layout import LayoutChoice
+from .validation import verdict
+
+KIND = "diffusion_models"
+WHAT = "The diffusion model"
+LAYOUT_INPUT = (
+    "PARALLELDIT_LAYOUT",
+    {"tooltip": "How the ranks share the work. Without it: all GPUs (or 2 ranks on CPU) and the largest exact layout."},
+)
+
+
+class ParallelDiTLoader:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = (
+        "Loads a diffusion transformer into the ranks of the sidecar, each of them reading only what it needs."
+    )
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("For Parallel Sampler.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": (
+                    paths.names(KIND),
+                    {
+                        "tooltip": "A safetensors file in models/diffusion_models or models/unet, or a diffusers "
+                        "pipeline folder in models/diffusers."
+                    },
+                ),
+                "weight_dtype": (
+                    list(get_args(WeightDtype)),
+                    {"default": "auto", "tooltip": "The weights' type in the ranks' memory. auto keeps the file's."},
+                ),
+            },
+            "optional": {"layout": LAYOUT_INPUT},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model: str) -> bool | str:
+        return verdict(lambda name: paths.resolve(name, KIND, WHAT), model)
+
+    def load(self, model: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None) -> tuple[Any]:
+        path = paths.resolve(model, KIND, WHAT)
+        detected = detect(open_checkpoint(path))
+        ref = ModelRef(path=str(path), weight_dtype=weight_dtype)
+        return (host.current().new_model(ModelHandle(ref, layout, detected.family, detected.config)),)

@@ -1,0 +1,53 @@
+"""Names of models in a list, and the files and folders behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..parallel_backend.errors import UserError
+from . import host
+
+PACK = Path(__file__).resolve().parent.parent
+BUNDLED = "demo_model"
+"""Folder of the pack that holds the pipelines which come with it."""
+DIFFUSERS = "diffusers"
+WEIGHTS = (".safetensors", ".sft")
+PIPELINE = "model_index.json"
+
+
+def names(kind: str | None) -> list[str]:
+    """What a loader's list shows: files of `kind`, then pipeline folders (`diffusers/NAME`), then the bundled ones."""
+    return list(dict.fromkeys(name for name, _ in _known(kind)))
+
+
+def resolve(name: str, kind: str | None, what: str) -> Path:
+    """The path behind `name`. Raises `UserError` naming what was looked for and where."""
+    for known, path in _known(kind):
+        if known == name:
+            return path
+    if host.current().takes_paths:
+        for base in (Path.cwd(), PACK):
+            path = base / Path(name).expanduser()
+            if name and path.exists():
+                return path.resolve()
+    listed = names(kind)
+    raise UserError(
+        f"{what} {name!r} was not found.",
+        f"Choose one of: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}."
+        if listed
+        else f"Put it into one of ComfyUI's folders {', '.join(filter(None, (kind, DIFFUSERS)))}.",
+    )
+
+
+def _known(kind: str | None) -> Iterator[tuple[str, Path]]:
+    here = host.current()
+    for folder in here.folders(kind) if kind else ():
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in WEIGHTS and path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+    for folder in here.folders(DIFFUSERS):
+        for index in sorted(folder.rglob(PIPELINE)):
+            yield f"{DIFFUSERS}/{index.parent.relative_to(folder).as_posix()}", index.parent
+    for index in sorted((PACK / BUNDLED).glob(f"*/{PIPELINE}")):
+        yield index.parent.relative_to(PACK).as_posix(), index.parent

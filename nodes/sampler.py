@@ -1,0 +1,134 @@
+"""Parallel Sampler: one request per run; the ranks do all the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.layout import check_run
+from ..parallel_backend.protocol.messages import Sample
+from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+from . import conditioning, host, latent, session
+from .handles import handle_of
+from .layout import LayoutChoice
+from .validation import verdict
+
+
+class ParallelDiTSampler:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = "Samples a latent in the ranks. Same samplers, schedulers and noise as KSampler."
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_TOOLTIPS = ("The denoised latent.",)
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From Parallel Loader."}),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 0xFFFFFFFFFFFFFFFF,
+                        "control_after_generate": True,
+                        "tooltip": "The same seed gives the same noise as in KSampler, however many ranks there are.",
+                    },
+                ),
+                "steps": ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Steps from noise to latent."}),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "round": 0.01,
+                        "tooltip": "Weight of the positive against the negative prompt. At 1 the negative prompt is "
+                        "not evaluated: right for distilled models such as Flux.",
+                    },
+                ),
+                "sampler_name": (
+                    list(SAMPLER_NAMES),
+                    {"default": "euler", "tooltip": "How a step uses the model's prediction."},
+                ),
+                "scheduler": (
+                    list(SCHEDULER_NAMES),
+                    {"default": "simple", "tooltip": "How the noise falls over the steps."},
+                ),
+                "positive": ("CONDITIONING", {"tooltip": "What to show."}),
+                "latent_image": ("LATENT", {"tooltip": "An empty latent, or a picture's latent with denoise below 1."}),
+                "denoise": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.01,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Below 1 the latent is noised only in part, so that the picture stays similar.",
+                    },
+                ),
+            },
+            "optional": {"negative": ("CONDITIONING", {"tooltip": "What to avoid. Needed when cfg is not 1."})},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, sampler_name: str, scheduler: str) -> bool | str:
+        return verdict(_check_names, sampler_name, scheduler)
+
+    def sample(
+        self,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: list[Any],
+        latent_image: dict[str, Any],
+        denoise: float,
+        negative: list[Any] | None = None,
+    ) -> tuple[dict[str, Any]]:
+        here = host.current()
+        handle = handle_of(model)
+        here.check_model(model)
+        _check_names(sampler_name, scheduler)
+        if cfg != 1.0 and negative is None:
+            raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
+
+        tensors = latent.travelling(latent_image, handle)
+        positives, positive_tensors = conditioning.travelling("positive", positive)
+        negatives, negative_tensors = (), {}
+        if negative is not None and cfg != 1.0:
+            negatives, negative_tensors = conditioning.travelling("negative", negative)
+        schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
+        tensors |= positive_tensors | negative_tensors | ({} if sigmas is None else {"sigmas": sigmas})
+        batch = len(tensors["latent"])
+
+        choice = handle.layout or LayoutChoice()
+        client = session.client_for(handle.layout.ranks if handle.layout else None)
+        layout = choice.resolve(client.welcome.ranks, batch=batch, guided=bool(negatives))
+        check_run(layout, batch=batch, cfg=cfg, has_negative=negative is not None)
+        message = Sample(
+            id=0,
+            model=handle.ref,
+            layout=layout,
+            positive=positives,
+            negative=negatives,
+            cfg=cfg,
+            sampler=sampler_name,
+            schedule=schedule,
+            sampling_shift=shift,
+            seed=seed,
+            batch_index=latent.batch_index(latent_image),
+            preview=here.wants_previews(model),
+        )
+        reply = session.ask(client, message, tensors, model)
+        return ({**latent_image, "samples": reply.tensors["latent"]},)
+
+
+def _check_names(sampler_name: str, scheduler: str) -> None:
+    for what, name, known in (("sampler", sampler_name, SAMPLER_NAMES), ("scheduler", scheduler, SCHEDULER_NAMES)):
+        if name not in known:
+            raise UserError(f"Unknown {what} {name!r}.", f"Known {what}s: {', '.join(known)}.")

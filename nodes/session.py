@@ -1,0 +1,79 @@
+"""The nodes' way to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..launcher import devices, sidecar
+from ..launcher.client import Client, Event
+from ..launcher.sidecar import SidecarSpec
+from ..parallel_backend.errors import Cancelled
+from ..parallel_backend.protocol.messages import Progress, Request, Result
+from . import host
+
+
+@dataclass(frozen=True)
+class Reply:
+    result: Result
+    tensors: dict[str, Tensor]
+
+
+def ranks_for(ranks: int) -> int:
+    """Ranks of the sidecar that would be started for a layout of `ranks`. Raises `UserError` for too few GPUs."""
+    spec = host.current().spec
+    if spec.remote:
+        return ranks or spec.ranks
+    gpus = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
+    return devices.choose(spec.device, ranks or spec.ranks, spec.nnodes, gpus)[1]
+
+
+def client_for(ranks: int | None) -> Client:
+    """A client of a sidecar of `ranks` ranks, started if need be. None takes the one that runs, however many it has."""
+    here = host.current()
+    spec = running() if ranks is None else None
+    if spec is None:
+        spec = here.spec if here.spec.remote else replace(here.spec, ranks=ranks_for(ranks or 0))
+
+    def say(text: str) -> None:
+        if here.cancelled():
+            here.leave_cancelled(Cancelled("Cancelled while the sidecar started."))
+        here.say(text)
+
+    return sidecar.ensure_sidecar(spec, say, owned=here.owned)
+
+
+def running() -> SidecarSpec | None:
+    """The specification of the sidecar that runs now, None when none does."""
+    spec = host.current().spec
+    if spec.remote:
+        return spec
+    life = sidecar.current(spec.slot)
+    if life is None or not life.is_alive or life.settings is None:
+        return None
+    return replace(spec, ranks=life.settings.ranks)
+
+
+def ask(client: Client, message: Request, tensors: Mapping[str, Tensor] | None = None, model: Any = None) -> Reply:
+    """Sends `message` and waits; shows progress and previews of `model`, and leaves when the user cancels."""
+    here = host.current()
+    on_progress = here.progress(model)
+
+    def on_event(event: Event, tensors: dict[str, Tensor]) -> None:
+        if isinstance(event, Progress):
+            on_progress(event.phase, event.step, event.total, tensors.get("preview"))
+        else:
+            here.say(event.text)
+
+    here.sending(message, client.welcome)
+    try:
+        return Reply(*client.request(message, _sendable(tensors or {}), on_event, here.cancelled))
+    except Cancelled as error:
+        here.leave_cancelled(error)
+
+
+def _sendable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,94 @@
+"""Parallel Text Encode: prompts to CONDITIONING, by the text encoders of a diffusers folder, in the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..parallel_backend.protocol.messages import EncodeText, TextRef
+from . import paths, session
+from .layout import LayoutChoice
+from .loader import LAYOUT_INPUT
+from .validation import verdict
+
+WHAT = "The pipeline folder"
+MAX_LENGTH = 4096
+
+
+class ParallelDiTTextEncode:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = (
+        "Encodes a prompt with the text encoders of a diffusers pipeline folder. For single text encoder files use "
+        "ComfyUI's own CLIP loaders: their conditioning serves Parallel Sampler just as well."
+    )
+    RETURN_TYPES = ("CONDITIONING",)
+    OUTPUT_TOOLTIPS = ("For the positive or negative input of Parallel Sampler.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "text_encoders": (
+                    paths.names(None),
+                    {"tooltip": "A diffusers pipeline folder in models/diffusers with its tokenizers and encoders."},
+                ),
+                "text": (
+                    "STRING",
+                    {"multiline": True, "dynamicPrompts": True, "tooltip": "The prompt, for all text encoders."},
+                ),
+                "guidance": (
+                    "FLOAT",
+                    {
+                        "default": 3.5,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "tooltip": "The distilled guidance of models that have it (Flux dev). Others ignore it.",
+                    },
+                ),
+                "max_length": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": MAX_LENGTH,
+                        "tooltip": "Tokens of the long text encoder (T5). 0: as many as the model's own pipeline uses.",
+                    },
+                ),
+            },
+            "optional": {
+                "text_2": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "default": "",
+                        "tooltip": "Another prompt for the long text encoder (T5). Empty: the same as text.",
+                    },
+                ),
+                "layout": LAYOUT_INPUT,
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, text_encoders: str) -> bool | str:
+        return verdict(lambda name: paths.resolve(name, None, WHAT), text_encoders)
+
+    def encode(
+        self,
+        text_encoders: str,
+        text: str,
+        guidance: float,
+        max_length: int,
+        text_2: str = "",
+        layout: LayoutChoice | None = None,
+    ) -> tuple[list[Any]]:
+        message = EncodeText(
+            id=0,
+            text=TextRef(path=str(paths.resolve(text_encoders, None, WHAT))),
+            prompt=text,
+            prompt_2=text_2 or None,
+            max_length=max_length or None,
+        )
+        reply = session.ask(session.client_for(layout.ranks if layout else None), message)
+        return ([[reply.tensors["tokens"], {"pooled_output": reply.tensors["pooled"], "guidance": guidance}]],)
