@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
-TEXT = """Run a saved API-format workflow without ComfyUI, for servers, scripts and tests. ComfyUI is the pack's host:
-only the pack's own nodes and a few core nodes (empty latents, LoadImage, SaveImage, PreviewImage, primitives) run here."""
+TEXT = """Run a saved API-format workflow without ComfyUI, for servers, scripts and tests.
+ComfyUI is the pack's host: only the pack's own nodes and a few core nodes run here
+(empty latents, LoadImage, SaveImage, PreviewImage, primitives)."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

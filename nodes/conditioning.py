@@ -52,9 +52,12 @@ def travelling(side: str, conditioning: list[Any]) -> tuple[tuple[Conditioning, 
     for key, neutral in NEUTRAL.items():
         if entry.get(key, neutral) != neutral:
             raise _refused(side, f"{key}={entry[key]}", f"Set it to {neutral}")
-    tensors = {f"{side}.0.tokens": tokens}
-    if entry.get("pooled_output") is not None:
-        tensors[f"{side}.0.pooled"] = entry["pooled_output"]
+    if entry.get("pooled_output") is None:
+        raise UserError(
+            f"The {side} conditioning has no pooled output, which this model needs.",
+            "Use the text encoders that belong to the model (Flux: CLIP-L and T5).",
+        )
+    tensors = {f"{side}.0.tokens": tokens, f"{side}.0.pooled": entry["pooled_output"]}
     return (Conditioning(guidance=entry.get("guidance", DEFAULT_GUIDANCE)),), tensors
 
 

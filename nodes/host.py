@@ -17,7 +17,7 @@ from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int, Tensor | None], None]
-"""`on_progress(phase, step, total, preview)`; the preview is a latent `[1, C, H, W]` in the model's own scale."""
+"""`on_progress(phase, step, total, preview)`; the preview is an unscaled latent `[1, C, H, W]`."""
 
 
 class Host:
