@@ -1,0 +1,189 @@
+"""Prompts become what the Flux pipeline of diffusers makes of them, from local files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.text.encoders import load_text_encoders
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+CLIP_LENGTH = 10
+T5_LENGTH = 14
+
+
+def save_tokenizers(place: Path, t5_length: int | None) -> None:
+    """Letter by letter, as both kinds do for words they do not know."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], model_max_length=CLIP_LENGTH
+    ).save_pretrained(place / "tokenizer")
+    scores = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁", *letters)]
+    length = {} if t5_length is None else {"model_max_length": t5_length}
+    T5TokenizerFast(vocab=scores, extra_ids=0, **length).save_pretrained(place / "tokenizer_2")
+
+
+def save_flux(place: Path, t5_length: int | None = T5_LENGTH) -> Path:
+    save_tokenizers(place, t5_length)
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    t5 = T5Config(vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
+    CLIPTextModel(clip).save_pretrained(place / "text_encoder")
+    T5EncoderModel(t5).save_pretrained(place / "text_encoder_2")
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory) -> Path:
+    return save_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a hub was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def pipeline_of(folder: Path, dtype: torch.dtype) -> FluxPipeline:
+    return FluxPipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype),
+        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype),
+    )
+
+
+PROMPTS = {
+    "short": ("red fox", None, None),
+    "two prompts": ("red fox", "blue", None),
+    "empty": ("", None, None),
+    "too long": ("a red fox jumps over the lazy dog", None, None),
+    "own length": ("red fox", None, 30),
+}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conditioning_equals_the_flux_pipeline(flux_folder, dtype):
+    encoders = load_text_encoders(flux_folder, device="cpu", dtype=dtype)
+    pipeline = pipeline_of(flux_folder, dtype)
+    for name, (prompt, prompt_2, length) in PROMPTS.items():
+        ours = encoders.encode(prompt, prompt_2, length)
+        with torch.no_grad():
+            tokens, pooled, _ = pipeline.encode_prompt(prompt, prompt_2, max_sequence_length=length or T5_LENGTH)
+        assert ours.tokens.shape == (1, length or T5_LENGTH, 24), name
+        assert torch.equal(ours.tokens, tokens), name
+        assert torch.equal(ours.pooled, pooled), name
+
+
+def test_what_is_cut_off_is_logged(flux_folder, caplog):
+    load_text_encoders(flux_folder, device="cpu", dtype=torch.float32).encode("abcdefghijklmnop")
+    assert "18 tokens, only the first 14" in caplog.text
+    assert "18 tokens, only the first 10" in caplog.text
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(14, 14), (512, 512), (4096, 512), (None, 512)])
+def test_the_default_length_is_the_tokenizers_where_it_makes_sense(saved, expected, tmp_path):
+    encoders = load_text_encoders(save_flux(tmp_path, saved), device="cpu", dtype=torch.float32)
+    assert encoders.default_length == expected
+    assert encoders.encode("fox").tokens.shape == (1, expected, 24)
+
+
+def test_a_length_without_tokens_is_refused(flux_folder):
+    with pytest.raises(UserError, match="max_length is 0"):
+        load_text_encoders(flux_folder, device="cpu", dtype=torch.float32).encode("fox", max_length=0)
+
+
+def edit_tensors(file: Path, edit: Callable[[dict], object]) -> None:
+    state = load_file(file)
+    edit(state)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def drop_clip_tensor(folder: Path) -> None:
+    edit_tensors(folder / "text_encoder/model.safetensors", lambda state: state.pop(max(state)))
+
+
+def cut_clip_tensor(folder: Path) -> None:
+    def cut(state: dict) -> None:
+        state[max(state)] = state[max(state)][:3].clone()
+
+    edit_tensors(folder / "text_encoder/model.safetensors", cut)
+
+
+def swap_encoders(folder: Path) -> None:
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(folder / "text_encoder_2", folder / "text_encoder")
+
+
+def swap_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer_2")
+    letters = [(chr(code), 0.0) for code in range(200, 300)]
+    T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0).save_pretrained(
+        folder / "tokenizer_2"
+    )
+
+
+def empty_tokenizer(folder: Path) -> None:
+    for file in (folder / "tokenizer_2").iterdir():
+        file.unlink()
+
+
+BROKEN = {
+    "no index": (lambda folder: (folder / "model_index.json").unlink(), "model_index.json does not exist"),
+    "no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json cannot be read"),
+    "other pipeline": (
+        lambda folder: (folder / "model_index.json").write_text('{"_class_name": "MochiPipeline"}'),
+        "is a MochiPipeline, .* known are FluxPipeline",
+    ),
+    "no encoder": (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "no subfolder text_encoder_2"),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "no subfolder tokenizer"),
+    "empty tokenizer": (empty_tokenizer, "tokenizer_2 holds no tokenizer: there is none of spiece.model, tokenizer"),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{"),
+        "text_encoder cannot be loaded",
+    ),
+    "other tokenizer": (swap_tokenizer, "tokenizer_2 has 103 tokens, .*text_encoder_2 knows 32"),
+    "other encoder": (swap_encoders, "text_encoder holds a model of the type t5, expected was clip_text_model"),
+    "no weights": (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), "No safetensors weights"),
+    "truncated": (lambda folder: os.truncate(folder / "text_encoder_2/model.safetensors", 5000), "truncated"),
+    "tensor missing": (drop_clip_tensor, "text_encoder lacks 1 of its encoder's tensors"),
+    "tensor of another shape": (cut_clip_tensor, "text_encoder cannot be loaded"),
+}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_named(damage: Callable[[Path], object], message: str, flux_folder, tmp_path):
+    folder = tmp_path / "flux"
+    shutil.copytree(flux_folder, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load_text_encoders(folder, device="cpu", dtype=torch.float32)
