@@ -113,16 +113,15 @@ class _Reader:
         """Gives `module` its parameter or buffer `name`; returns how many of its bytes are the file's own pages."""
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        stays_fp8 = self.storage in FP8 and isinstance(owner, nn.Linear) and leaf == "weight"
         scale = self._scale(pieces[0].scale) if pieces[0].scale else None
         raw = self._raw(pieces).to(self.device)
-        if stays_fp8 and (scale is None or raw.dtype in FP8):
-            tensor = _cast(raw, self.storage if raw.dtype not in FP8 else raw.dtype, name)
-            module.set_submodule(path, CastLinear.from_linear(owner, scale))
-            owner = module.get_submodule(path)
+        may_stay_fp8 = self.storage in FP8 and (scale is None or raw.dtype in FP8)
+        if may_stay_fp8 and isinstance(owner, nn.Linear) and leaf == "weight":
+            tensor = raw if raw.dtype in FP8 else _cast(raw, self.storage, name)
+            owner = CastLinear.from_linear(owner, scale)
+            module.set_submodule(path, owner)
         else:
-            unscaled = raw if scale is None else raw.float() * scale
-            tensor = _cast(unscaled, self.compute, name)
+            tensor = _cast(raw if scale is None else raw.float() * scale, self.compute, name)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
         return tensor.nbytes if self.checkpoint.is_mapped(tensor) else 0
 
