@@ -206,4 +206,5 @@ class Client:
         except (OSError, ValueError, ProtocolError) as error:
             reason = str(error)
         self._lost = self._lost or reason
+        self._stream.close()
         self._inbox.put(None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..parallel_backend.protocol import records
 
 TAIL_BYTES = 16_384
-INTERPRETATIONS = (
+KNOWN_FAULTS = (
     (
         r"No module named '([\w.]+)'",
         "The sidecar's Python has no module {0}.",
@@ -99,18 +99,23 @@ class Life:
         while self.end is None and self.is_alive and time.monotonic() < deadline:
             time.sleep(0.02)
         end = self.end
-        if end is not None and end.rank is None and end.clean:
+        if end is not None:
             return end.message, end.hint
-        cause = self._interpret(f"{end.message}\n" if end else "")
-        if end is not None and (cause is None or not re.search("exited with code|torchrun failed", end.message)):
-            return end.message, end.hint
-        if cause is not None:
-            return cause
-        dead = [rank for rank, process in self.ranks.items() if not process.alive]
+        dead = [f"{rank} (process {process.pid})" for rank, process in self.ranks.items() if not process.alive]
         if self.is_alive and dead:
-            return f"Rank {dead[0]} (process {self.ranks[dead[0]].pid}) is gone.", ""
+            return f"Rank {dead[0]} is gone.", ""
         agent = self.agent
         return f"The sidecar's torchrun (process {agent.pid if agent else 'unknown'}) ended without a word.", ""
+
+    def why_not_started(self) -> tuple[str, str]:
+        """Like `why`, but a start also fails of things that only the logs tell: they are read for the known ones."""
+        message, hint = self.why(patience=1.0)
+        text = "\n".join([message, self.tail(), *(self.tail(rank) for rank in self.ranks)])
+        for pattern, known, remedy in KNOWN_FAULTS:
+            found = re.search(pattern, text)
+            if found:
+                return known.format(*found.groups()), remedy
+        return message, hint
 
     def tail(self, rank: int | None = None) -> str:
         """The end of a rank's log, or of torchrun's."""
@@ -121,14 +126,6 @@ class Life:
                 return file.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
-
-    def _interpret(self, text: str) -> tuple[str, str] | None:
-        text += self.tail() + "".join(self.tail(rank) for rank in self.ranks)
-        for pattern, message, hint in INTERPRETATIONS:
-            found = re.search(pattern, text)
-            if found:
-                return message.format(*found.groups()), hint
-        return None
 
     def _processes(self) -> list[records.Process]:
         return [*self.ranks.values(), *([self.agent] if self.agent else [])]

@@ -232,7 +232,7 @@ def _wait_ready(
     began, seen = time.monotonic(), 0
     while not life.is_ready:
         if agent.poll() is not None or life.end is not None:
-            message, hint = life.why(patience=1.0)
+            message, hint = life.why_not_started()
             raise SidecarError(f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip())
         if time.monotonic() - began > timeout:
             raise SidecarError(

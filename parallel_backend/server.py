@@ -62,16 +62,15 @@ class Connection:
     def close(self, timeout: float = 1.0) -> None:
         """Send what is waiting, then close."""
         self._outgoing.put(None)
-        if threading.current_thread() is not self._writer:
-            self._writer.join(timeout)
-        self.stream.close()
+        self._writer.join(timeout)
+        self.stream.hang_up()
 
     def _write(self) -> None:
         try:
             while (item := self._outgoing.get()) is not None:
                 self._send(*item)
         except OSError as error:
-            log.info("client lost: %s", error)
+            log.info("client does not read: %s", error)
             self.stream.close()
 
     def _send(self, message: messages.Message, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -52,7 +52,8 @@ def main(engine_factory: Callable[[torch.device], Engine]) -> None:
         Rank(life, rank, engine_factory).serve()
     except Exception as error:
         log.exception("rank %d ends", rank)
-        time.sleep(LAST_WORDS_S if isinstance(error, RuntimeError) else 0.0)
+        if (life / records.ReadyFile).exists():
+            time.sleep(LAST_WORDS_S)
         text = f"Rank {rank} failed: {type(error).__name__}: {error}"
         records.write_first(life / records.EndFile, records.End(clean=False, message=text, rank=rank))
         raise

@@ -105,6 +105,16 @@ class FrameSocket:
             self.last_received = time.monotonic()
         return buffer
 
+    def hang_up(self, seconds: float = 0.5) -> None:
+        """Close after the last frame has been taken: closing on unread bytes would reset the connection and lose it."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            self._sock.settimeout(seconds)
+            while time.monotonic() < deadline and self._sock.recv(CHUNK):
+                pass
+        self.close()
+
     def close(self) -> None:
         """Wake and end whoever sends or receives."""
         with contextlib.suppress(OSError):
@@ -154,6 +164,7 @@ def admit(stream: FrameSocket, token: str, welcome: messages.Welcome, timeout: f
     except ProtocolError as error:
         stream.max_header = MAX_HEADER
         stream.send(messages.Failure(id=0, code="protocol", message=str(error)))
+        stream.hang_up()
         raise
     stream.max_header, stream.max_body = full_limits
     stream.send(welcome)

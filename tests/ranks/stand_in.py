@@ -47,9 +47,6 @@ class StandIn:
     def crash(self, tensors, run):
         raise ValueError("the stand-in was told to crash")
 
-    def out_of_memory(self, tensors, run):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
     def die(self, tensors, run):
         os.kill(os.getpid(), signal.SIGKILL)
 

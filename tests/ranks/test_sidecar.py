@@ -1,0 +1,319 @@
+"""A real sidecar of two CPU ranks: it serves, it fails well, and it leaves nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from paralleldit.launcher import sidecar
+from paralleldit.launcher.client import SidecarError
+from paralleldit.launcher.sidecar import SidecarSpec, connect, current, ensure_sidecar
+from paralleldit.parallel_backend.errors import Cancelled, UserError
+from paralleldit.parallel_backend.protocol import messages, records
+
+PACK = Path(__file__).resolve().parents[2]
+HANG_S = 3.0
+
+
+def spec_in(directory, **more):
+    usual = {"ranks": 2, "device": "cpu", "worker": "tests.ranks.stand_in", "hang_timeout": HANG_S, "grace": 1.0}
+    return SidecarSpec(directory=directory, **(usual | more))
+
+
+def ask(client, prompt, tensors=None, **more):
+    request = messages.EncodeText(id=0, text=messages.TextRef(path="/none"), prompt=prompt)
+    return client.request(request, tensors, **more)
+
+
+def pids_of(client):
+    result, _ = ask(client, "echo")
+    return result.data["pids"]
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(life):
+    return [process for process in (life.agent, *life.ranks.values()) if process and process.alive]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    spec = spec_in(tmp_path_factory.mktemp("sidecar"))
+    yield spec
+    sidecar.stop(spec.slot)
+    assert alive(current(spec.slot)) == []
+
+
+@pytest.fixture
+def client(spec):
+    return ensure_sidecar(spec)
+
+
+# -- a warm sidecar ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_passes_all_ranks_and_returns_with_its_events(client):
+    events = []
+    sent = {"tokens": torch.randn(1, 3, 4), "empty": torch.zeros(0)}
+    result, tensors = ask(client, "echo", sent, on_event=lambda event, body: events.append((event, body)))
+    assert result.data["sum"] == 0 + 1
+    assert all(torch.equal(tensors[name], sent[name]) for name in sent)
+    ((event, body),) = events
+    assert (event.phase, event.step, event.total) == ("encode text", 1, 1)
+    assert torch.equal(body["preview"], sent["tokens"])
+
+
+def test_status_names_every_rank(client):
+    result, _ = client.request(messages.Status(id=0))
+    assert [rank["pid"] for rank in result.data["ranks"]] == pids_of(client)
+    assert result.data["busy"] is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "text"),
+    [("user_error", UserError, "This prompt cannot be encoded. Use another."), ("steps", Cancelled, "Cancelled.")],
+)
+def test_an_error_on_which_all_ranks_agree_leaves_them_warm(client, prompt, error, text):
+    before = pids_of(client)
+    with pytest.raises(error, match=text):
+        ask(client, prompt, cancelled=lambda: True)
+    assert pids_of(client) == before
+
+
+def test_cancel_takes_effect_within_one_step(client):
+    steps, asked_at = [], []
+
+    def cancelled():
+        if len(steps) >= 3 and not asked_at:
+            asked_at.append(time.monotonic())
+        return bool(asked_at)
+
+    with pytest.raises(Cancelled):
+        ask(client, "steps", on_event=lambda event, _: steps.append(event.step), cancelled=cancelled)
+    assert time.monotonic() - asked_at[0] < 0.5
+    assert len(steps) < 10
+
+
+def test_a_second_client_asks_for_status_meanwhile_and_a_lost_one_frees_the_ranks(client, spec):
+    busy, watching = connect(current(spec.slot)), connect(current(spec.slot))
+    busy.life = None
+    running = threading.Event()
+
+    def run():
+        with pytest.raises(SidecarError):
+            ask(busy, "steps", on_event=lambda *_: running.set())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert running.wait(5)
+    result, _ = watching.request(messages.Status(id=0))
+    assert result.data["busy"]["type"] == "encode_text"
+    assert result.data["busy"]["step"] >= 1
+    began = time.monotonic()
+    busy.close()
+    pids_of(client)
+    assert time.monotonic() - began < 2
+    thread.join()
+
+
+def test_a_stranger_on_the_socket_hurts_nobody(client, spec):
+    before = pids_of(client)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(current(spec.slot).path / records.SocketFile))
+        stranger.sendall(os.urandom(100_000))
+    assert pids_of(client) == before
+
+
+def test_another_process_adopts_the_running_sidecar(client, spec):
+    before = pids_of(client)
+    code = f"""
+import sys; sys.path.insert(0, {str(PACK / "tests")!r})
+import conftest
+from paralleldit.launcher.sidecar import *
+from pathlib import Path, PosixPath
+print(ensure_sidecar({spec!r}, owned=False).welcome.pid)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert int(found.stdout) == before[0]
+
+
+def test_logs_are_bounded_and_a_full_disk_is_told_once(client, spec):
+    life = current(spec.slot)
+    log = life.path / records.rank_log(1)
+    ask(client, "flood 1")
+    wait_for(lambda: log.exists() and log.stat().st_size > 900_000, 5)
+    log.unlink()
+    log.symlink_to("/dev/full")
+    told = []
+    for heard in (30, 60):
+        ask(client, "flood 1")
+        until = partial(lambda heard: len(told) > heard, heard)
+        with pytest.raises(Cancelled):
+            ask(client, "steps", on_event=lambda event, _: told.append(event), cancelled=until)
+    lines = [event.text for event in told if isinstance(event, messages.Log)]
+    assert len(lines) == 1
+    assert "No space left on device" in lines[0]
+    log.unlink()
+
+
+# -- the end of ranks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "text", "seconds"),
+    [
+        ("die 0", SidecarError, r"Rank 0 \(process \d+\) was killed by SIGKILL", 5),
+        ("die 1", SidecarError, r"Rank 1 \(process \d+\) was killed by SIGKILL", 5),
+        ("hang 0", SidecarError, "Rank 0 hangs", HANG_S + 5),
+        ("hang 1", SidecarError, "Rank 1 hangs", HANG_S + 5),
+        ("crash 1", SidecarError, "Rank 1 failed: ValueError: the stand-in was told to crash.*line", 5),
+        ("user_error 1", UserError, "This prompt cannot be encoded. Use another.", 5),
+    ],
+)
+def test_a_lost_rank_is_named_in_time_and_the_next_request_works(spec, prompt, error, text, seconds):
+    client = ensure_sidecar(spec)
+    pids_of(client)
+    life = client.life
+    began = time.monotonic()
+    with pytest.raises(error, match=text):
+        ask(client, prompt)
+    assert time.monotonic() - began < seconds
+    assert ask(ensure_sidecar(spec), "echo")[0].data["sum"] == 1
+    assert alive(life) == []
+
+
+def test_a_sidecar_that_dies_idle_is_replaced(spec):
+    client = ensure_sidecar(spec)
+    life = client.life
+    os.kill(life.agent.pid, signal.SIGKILL)
+    wait_for(lambda: not client.alive, 5)
+    assert pids_of(ensure_sidecar(spec))
+    assert alive(life) == []
+
+
+# -- the end of owners -------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_some_time_after_the_owner_was_killed(tmp_path):
+    spec = spec_in(tmp_path / "run")
+    code = f"""
+import sys; sys.path.insert(0, {str(PACK / "tests")!r})
+import conftest
+from paralleldit.launcher.sidecar import *
+from pathlib import Path, PosixPath
+import os, signal
+ensure_sidecar({spec!r})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    owner = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert owner.returncode == -signal.SIGKILL
+    life = current(spec.slot)
+    assert len(alive(life)) == 3
+    wait_for(lambda: not alive(life), spec.grace + 8)
+    assert "owned the sidecar has been gone" in life.end.message
+
+
+# -- starts that fail --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"worker": "tests.ranks.no_such_module"}, "no module tests.ranks.no_such_module"),
+        ({"python": "bare"}, "no module"),
+        ({"python": "/nonexistent/python"}, "cannot be run: No such file"),
+        ({"address": "tcp://127.0.0.1:{taken}"}, "port .* is taken"),
+        ({"rdzv_endpoint": "127.0.0.1:{taken}"}, "port .* is taken"),
+        ({"start_timeout": 0.5}, r"did not start within 0.5 s: 0 of the 2 ranks"),
+    ],
+)
+def test_a_start_that_fails_says_why(tmp_path, more, text):
+    if more.get("python") == "bare":
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+        more = {"python": str(tmp_path / "venv" / "bin" / "python")}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        more = {name: _fill(value, taken) for name, value in more.items()}
+        spec = spec_in(tmp_path / "run", **more)
+        began = time.monotonic()
+        with pytest.raises((SidecarError, UserError), match=text):
+            ensure_sidecar(spec)
+        assert time.monotonic() - began < 20
+    life = current(spec.slot)
+    assert life is None or alive(life) == []
+
+
+def _fill(value, taken):
+    return value.format(taken=taken.getsockname()[1]) if isinstance(value, str) else value
+
+
+# -- several hosts, TCP, command line ----------------------------------------------------------------------------
+
+
+def launcher(directory, *arguments, wait=True):
+    process = subprocess.Popen(
+        [sys.executable, PACK / "launcher", *arguments],
+        env={**os.environ, "PARALLELDIT_RUNTIME_DIR": str(directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
+    (tmp_path / "token").write_text("a secret\n")
+    (tmp_path / "guess").write_text("a guess\n")
+    run = tmp_path / "run"
+    address, meeting = f"tcp://127.0.0.1:{sidecar._free_port()}", f"127.0.0.1:{sidecar._free_port()}"
+    shape = ["--ranks", "2", "--nnodes", "2", "--rdzv-endpoint", meeting, "--device", "cpu", "--idle-timeout", "4"]
+    shape += ["--address", address, "--token-file", str(tmp_path / "token"), "--worker", "tests.ranks.stand_in"]
+    starting = [launcher(run, "start", *shape, "--node-rank", str(node), wait=False) for node in (0, 1)]
+    ends = [(*process.communicate(timeout=60), process.returncode) for process in starting]
+    assert [code for *_, code in ends] == [0, 0], ends
+    lives = [current(replace(spec_in(run), nnodes=2, node_rank=node).slot) for node in (0, 1)]
+
+    remote = SidecarSpec(remote=True, address=address, token_file=tmp_path / "token")
+    assert len(set(pids_of(ensure_sidecar(remote)))) == 2
+    with pytest.raises(UserError, match="Wrong token"):
+        ensure_sidecar(replace(remote, token_file=tmp_path / "guess"))
+    code, out, _ = launcher(run, "status")
+    assert (code, "rank 1 on" in out) == (0, True)
+
+    wait_for(lambda: not any(alive(life) for life in lives), 12)
+    assert lives[0].end.message == "No request for 4 s."
+    with pytest.raises(SidecarError, match="connection to the sidecar is lost"):
+        ask(sidecar._clients[remote], "echo")
+
+
+def test_the_commands_start_show_and_stop_a_sidecar(tmp_path):
+    run = tmp_path / "run"
+    assert launcher(run, "status")[0] == 3
+    assert launcher(run, "stop")[0] == 3
+    code, out, err = launcher(run, "start", "--ranks", "2", "--device", "cpu", "--worker", "tests.ranks.stand_in")
+    assert (code, "2 ranks on cpu" in out, "2 of 2 ranks are up" in err) == (0, True, True)
+    life = current(spec_in(run).slot)
+    assert len(alive(life)) == 3
+    code, out, _ = launcher(run, "status")
+    assert (code, "idle" in out, f"process {life.ranks[1].pid}" in out) == (0, True, True)
+    code, out, _ = launcher(run, "logs", "--rank", "0")
+    assert (code, "==>" in out) == (0, True)
+    assert launcher(run, "stop")[0] == 0
+    assert alive(life) == []
+    code, _, err = launcher(run, "status")
+    assert (code, "the last one ended: The sidecar was stopped." in err) == (3, True)

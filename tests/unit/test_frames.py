@@ -1,0 +1,370 @@
+"""The bytes of the protocol: what is sent arrives, and nothing that is malformed hurts the receiver."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from paralleldit.parallel_backend.protocol import addresses, frames, messages
+from paralleldit.parallel_backend.protocol.errors import ProtocolError
+from paralleldit.parallel_backend.protocol.frames import MAGIC, PREFIX, FrameSocket
+from paralleldit.parallel_backend.protocol.tensors import DTYPES, pack, unpack
+from paralleldit.parallel_backend.server import MAX_QUEUED, Server, listen
+
+WELCOME = messages.Welcome(version=messages.PROTOCOL_VERSION, ranks=1, device="cpu", pid=1)
+TOKEN = "the right one"
+
+
+def joined(tensors):
+    return bytearray().join(pack(tensors).buffers)
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 4), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in DTYPES.values()], ids=str)
+def test_tensors_arrive_bit_for_bit_and_are_safetensors(dtype, shape):
+    raw = torch.randint(0, 2, (*shape, dtype.itemsize), dtype=torch.uint8)
+    sent = {"x": raw.view(dtype).reshape(shape), "odd": torch.tensor([True])}
+    for received in (unpack(joined(sent)), safetensors.torch.load(bytes(joined(sent)))):
+        assert {name: (t.dtype, t.shape) for name, t in received.items()} == {
+            name: (t.dtype, t.shape) for name, t in sent.items()
+        }
+        assert all(as_bytes(received[name]) == as_bytes(sent[name]) for name in sent)
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_a_file_of_the_safetensors_library_is_read():
+    sent = {"x": torch.randn(3, 4), "y": torch.arange(7, dtype=torch.int8), "z": torch.randn(2, dtype=torch.float64)}
+    received = unpack(bytearray(safetensors.torch.save(sent)))
+    assert all(torch.equal(received[name], sent[name]) for name in sent)
+
+
+def test_a_slice_of_a_larger_tensor_sends_only_itself():
+    part = torch.arange(12.0).reshape(3, 4).t()[1:3]
+    assert torch.equal(unpack(joined({"x": part}))["x"], part)
+    assert pack({"x": part}).size < 200
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "has 4 bytes"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}, "does not lie inside"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}, "does not lie inside"),
+        ({"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}, "does not lie inside"),
+        ({"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}, "unknown dtype"),
+        ({"dtype": "F32", "shape": [2.5], "data_offsets": [0, 8]}, "malformed header"),
+        ({"dtype": "F32", "shape": [2]}, "malformed header"),
+        ([], "malformed header"),
+    ],
+)
+def test_a_malformed_tensor_is_refused_by_name(entry, complaint):
+    header = json.dumps({"x": entry}).encode()
+    with pytest.raises(ProtocolError, match=complaint):
+        unpack(bytearray(len(header).to_bytes(8, "little") + header + bytes(8)))
+
+
+@given(data=st.data())
+def test_no_tensor_body_raises_anything_but_a_protocol_error(data):
+    body = joined({"x": torch.ones(3, 5), "y": torch.ones(2, dtype=torch.int16)})
+    for _ in range(data.draw(st.integers(1, 5))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    body = body[: data.draw(st.integers(0, len(body)))]
+    with contextlib.suppress(ProtocolError):
+        unpack(body)
+
+
+# -- a live server, without ranks --------------------------------------------------------------------------------
+
+
+class Rank:
+    """Serves what the server hands out: echoes at once, or holds a prompt "hold" until `release` or cancel."""
+
+    def __init__(self, directory):
+        self.path = directory / "socket"
+        self.release = threading.Event()
+        self.served = []
+        status = lambda running: {"busy": running.request.id}  # noqa: E731
+        self.server = Server(
+            listen("unix", self.path), WELCOME, token=TOKEN, max_body=1 << 20, stall_timeout=0.3, status=status
+        )
+        self.server.start()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            work = self.server.next()
+            self.served.append(work)
+            while getattr(work.request, "prompt", "") == "hold" and not self.release.wait(0.01) and not work.cancelled:
+                pass
+            if work.cancelled:
+                reply = messages.Failure(id=work.request.id, code="cancelled", message="Cancelled.")
+                self.server.finish(work, reply)
+            else:
+                self.server.finish(work, messages.Result(id=work.request.id), work.tensors)
+
+    def connect(self, greet=True):
+        stream = FrameSocket(addresses.connect("unix", self.path, timeout=5))
+        if greet:
+            frames.greet(stream, TOKEN)
+        return stream
+
+
+@pytest.fixture
+def rank(tmp_path):
+    rank = Rank(tmp_path)
+    yield rank
+    rank.release.set()
+    rank.server.close()
+
+
+def prompt(request, text="", **more):
+    return messages.EncodeText(id=request, text=messages.TextRef(path="/none"), prompt=text, **more)
+
+
+def receive(stream, timeout=5.0):
+    frame = stream.receive(timeout)
+    return frame and frames.parse(messages.FROM_SIDECAR, frame.header)
+
+
+def send_raw(stream, header, body=b"", magic=MAGIC):
+    stream._sock.sendall(PREFIX.pack(magic, len(header), len(body)) + header + body)
+
+
+def answers(rank):
+    stream = rank.connect()
+    stream.send(prompt(7), {"x": torch.ones(5)})
+    reply = receive(stream)
+    stream.close()
+    return reply == messages.Result(id=7)
+
+
+@pytest.mark.parametrize(
+    ("hello", "complaint"),
+    [
+        ({"type": "hello", "version": 99, "token": TOKEN, "new": 1}, "version 99, the sidecar version 1"),
+        ({"type": "hello", "version": 1, "token": "the wrong one"}, "Wrong token"),
+        ({"type": "hello", "version": 1}, "Wrong token"),
+        ({"type": "hello", "version": "1", "token": TOKEN}, "version"),
+        ({"type": "unload", "id": 1}, "Malformed"),
+        ({"type": "hello", "version": 1, "token": "x" * 5000}, "over the limit of 4096 bytes"),
+        ("\ud800", "Malformed"),
+    ],
+)
+def test_a_bad_handshake_is_told_why_and_closed(rank, hello, complaint):
+    stream = rank.connect(greet=False)
+    send_raw(stream, json.dumps(hello).encode())
+    reply = receive(stream)
+    assert reply.code == "protocol"
+    assert complaint in reply.message
+    assert stream.receive(5) is None
+    assert answers(rank)
+
+
+def test_greet_raises_the_sidecars_reason(rank):
+    with pytest.raises(ProtocolError, match="Wrong token"):
+        frames.greet(rank.connect(greet=False), "a guess")
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "complaint"),
+    [
+        (b'{"type":"unload"}', b"", "id"),
+        (b'{"type":"unload","id":3,"extra":1}', b"", "extra"),
+        (b'{"type":"nonsense","id":3}', b"", "nonsense"),
+        (b'{"type":"unload","id":3}', b"short", "cut short"),
+        (b'{"type":"unload","id":18446744073709551616000}', bytes(8), "malformed header"),
+        (b"[" * 100_000, b"", "Malformed"),
+        (b"\xff\xfe", b"", "Malformed"),
+        (b"", b"", "Malformed"),
+    ],
+)
+def test_a_malformed_message_is_answered_and_the_connection_goes_on(rank, header, body, complaint):
+    stream = rank.connect()
+    send_raw(stream, header, body)
+    reply = receive(stream)
+    assert reply.code == "protocol"
+    assert complaint in reply.message
+    stream.send(prompt(4))
+    assert receive(stream) == messages.Result(id=4)
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not a frame"),
+        (PREFIX.pack(MAGIC, frames.MAX_HEADER + 1, 0), "over the limit"),
+        (PREFIX.pack(MAGIC, 10, (1 << 20) + 1), "over the limit"),
+        (PREFIX.pack(MAGIC, 10, 1 << 63), "over the limit"),
+        (PREFIX.pack(MAGIC, 10, 0) + b"half", "stopped in the middle"),
+        (MAGIC[:2], "stopped in the middle"),
+    ],
+)
+def test_a_stream_out_of_step_is_told_and_closed(rank, raw, complaint):
+    stream = rank.connect()
+    stream._sock.sendall(raw)
+    assert complaint in receive(stream).message
+    assert stream.receive(5) is None
+    assert answers(rank)
+
+
+def test_an_oversized_reply_is_refused_by_the_sender(rank):
+    stream = rank.connect()
+    stream.max_body = 100
+    with pytest.raises(ProtocolError, match="over the limit"):
+        stream.send(prompt(1), {"x": torch.ones(100)})
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+kinds = st.sampled_from(["load", "encode_text", "sample", "decode", "unload", "status", "cancel", "hello", "x"])
+some_json = st.builds(
+    lambda kind, rest: json.dumps({**rest, "type": kind}).encode(),
+    kinds,
+    st.dictionaries(st.sampled_from(["id", "ref", "prompt", "model", "layout", "cfg", "seed", "sampler"]), values),
+)
+framed = st.builds(
+    lambda header, body, magic: PREFIX.pack(magic, len(header), len(body)) + header + body,
+    some_json | st.binary(max_size=200),
+    st.binary(max_size=200),
+    st.just(MAGIC) | st.binary(min_size=4, max_size=4),
+)
+lying = st.builds(
+    lambda header, body, rest: PREFIX.pack(MAGIC, header, body) + rest,
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+    st.binary(max_size=50),
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    rank = Rank(tmp_path_factory.mktemp("fuzzed"))
+    yield rank
+    rank.server.close()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(chunks=st.lists(framed | lying | st.binary(max_size=300), min_size=1, max_size=4), greeted=st.booleans())
+def test_no_bytes_hurt_the_server(fuzzed, chunks, greeted):
+    stream = fuzzed.connect(greet=greeted)
+    try:
+        for chunk in chunks:
+            stream._sock.sendall(chunk)
+        stream._sock.shutdown(socket.SHUT_WR)
+        while (frame := stream.receive(5)) is not None:
+            frames.parse(messages.FROM_SIDECAR, frame.header)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the server hung up first
+    finally:
+        stream.close()
+    assert answers(fuzzed)
+
+
+# -- the queue ---------------------------------------------------------------------------------------------------
+
+
+def hold(rank, request=1):
+    """A client whose request is under way and stays so."""
+    stream = rank.connect()
+    stream.send(prompt(request, "hold"))
+    wait_for(lambda: rank.server.running is not None)
+    return stream
+
+
+def wait_for(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_status_is_answered_while_a_request_runs(rank):
+    holder, other = hold(rank), rank.connect()
+    other.send(messages.Status(id=5))
+    assert receive(other) == messages.Result(id=5, data={"busy": 1})
+    rank.release.set()
+    assert receive(holder) == messages.Result(id=1)
+
+
+def test_requests_of_several_clients_run_one_at_a_time_in_order(rank):
+    first, second = hold(rank), rank.connect()
+    second.send(prompt(8))
+    first.send(prompt(2))
+    wait_for(lambda: len(rank.server._queue) == 2)
+    assert len(rank.served) == 1
+    rank.release.set()
+    assert [receive(first), receive(second), receive(first)] == [messages.Result(id=n) for n in (1, 8, 2)]
+
+
+def test_cancel_ends_only_the_request_that_it_names(rank):
+    first, second = hold(rank), rank.connect()
+    for request in (8, 9):
+        second.send(prompt(request))
+    second.send(messages.Cancel(id=1))
+    second.send(messages.Cancel(id=8))
+    assert (receive(second).id, rank.server.running.cancelled) == (8, False)
+    first.send(messages.Cancel(id=1))
+    assert receive(first).code == "cancelled"
+    assert receive(second) == messages.Result(id=9)
+
+
+def test_a_client_that_leaves_takes_its_requests_along(rank):
+    leaving, staying = hold(rank), rank.connect()
+    leaving.send(prompt(2))
+    staying.send(prompt(3))
+    wait_for(lambda: len(rank.server._queue) == 2)
+    leaving.close()
+    assert receive(staying) == messages.Result(id=3)
+    assert [work.request.id for work in rank.served] == [1, 3]
+
+
+def test_an_id_in_use_and_a_full_queue_are_refused(rank):
+    stream = hold(rank)
+    stream.send(prompt(1))
+    assert "already under way" in receive(stream).message
+    for request in range(2, MAX_QUEUED + 3):
+        stream.send(prompt(request))
+    assert receive(stream) == messages.Failure(
+        id=MAX_QUEUED + 2, code="protocol", message=f"{MAX_QUEUED} requests are waiting already."
+    )
+
+
+def test_shutdown_cancels_what_runs_and_what_waits(rank):
+    holder, other = hold(rank), rank.connect()
+    holder.send(prompt(2))
+    wait_for(lambda: rank.server._queue)
+    other.send(messages.Shutdown(id=3))
+    assert {receive(holder).code, receive(holder).code} == {"cancelled"}
+    assert receive(other) == messages.Result(id=3)
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(rank):
+    deaf = rank.connect()
+    for request in range(1, 9):
+        deaf.send(prompt(request), {"x": torch.ones(200_000)})
+    began = time.monotonic()
+    assert answers(rank)
+    assert time.monotonic() - began < 2
+
+
+def test_a_socket_deeper_than_an_address_can_say_is_reached(tmp_path):
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    rank = Rank(deep)
+    assert answers(rank)
+    rank.server.close()
