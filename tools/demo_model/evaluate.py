@@ -49,7 +49,7 @@ def reconstruct(pipeline: FluxPipeline, pictures: list[np.ndarray]) -> list[np.n
 
 
 def shares(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
-    """Per attribute, the share of the asked ones that the pictures show; `asked` is over colour, shape, count, relation."""
+    """Per attribute, the share that the pictures show; `asked` is over colour, shape, count and relation."""
     right, asked = Counter(), Counter()
     for picture, scene in zip(pictures, scenes, strict=True):
         for name, verdicts in check(picture, scene).items():

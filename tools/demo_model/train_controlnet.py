@@ -1,0 +1,95 @@
+"""Train the edge-map ControlNet: `python -m tools.demo_model.train_controlnet` (resumes by itself)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from diffusers import FluxControlNetModel
+from torch.nn import functional as F
+
+from . import checkpoint
+from .adapter_data import SIZE, make_examples, noisy_batch
+from .export import TARGET, load_averaged
+from .model import DemoModel, image_ids
+from .train_vae import load_trained
+
+FOLDER = checkpoint.CACHE / "controlnet"
+CONTROLNET_TARGET = TARGET.parent / "controlnet-edges"
+LEARNING_RATE = 5e-4
+SAVE_SECONDS = 240
+
+
+def new_controlnet(model: DemoModel) -> FluxControlNetModel:
+    """One double and one single block that start as the transformer's first ones."""
+    config = model.transformer.config
+    return FluxControlNetModel.from_transformer(
+        model.transformer,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=config.attention_head_dim,
+        num_attention_heads=config.num_attention_heads,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--pictures", type=int, default=6000)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = load_averaged()
+    examples = make_examples(model, load_trained(), options.pictures, "picture")
+    controlnet = new_controlnet(model)
+    optimizer = torch.optim.AdamW(controlnet.parameters(), LEARNING_RATE, weight_decay=0.01)
+    step = 0
+    resumed = checkpoint.load(FOLDER)
+    if resumed is not None:
+        parts, meta = resumed
+        step = meta["step"]
+        controlnet.load_state_dict(parts["controlnet"])
+        checkpoint.load_optimizer(optimizer, parts["optimizer"])
+
+    def save() -> None:
+        parts = {"controlnet": controlnet.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+        checkpoint.save(FOLDER, parts, {"step": step})
+
+    saved = time.monotonic()
+    while step < options.steps:
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2 * (1 - step / options.steps))
+        chosen, noise, sigma = noisy_batch(examples, step)
+        clean = examples.clean[chosen]
+        text = model.t5(examples.t5_ids[chosen]).last_hidden_state
+        given = {
+            "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
+            "encoder_hidden_states": text,
+            "pooled_projections": model.clip(examples.clip_ids[chosen]).pooler_output,
+            "timestep": sigma,
+            "img_ids": image_ids(SIZE // 16, SIZE // 16),
+            "txt_ids": torch.zeros(text.shape[1], 3),
+            "return_dict": False,
+        }
+        double, single = controlnet(controlnet_cond=examples.edges[chosen], **given)
+        (velocity,) = model.transformer(
+            controlnet_block_samples=double, controlnet_single_block_samples=single, **given
+        )
+        loss = F.mse_loss(velocity, noise - clean)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(controlnet.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            print(f"step {step}/{options.steps} loss {loss.item():.4f}", flush=True)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
+    controlnet.to(torch.bfloat16).save_pretrained(CONTROLNET_TARGET)
+
+
+if __name__ == "__main__":
+    main()
