@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -73,10 +74,13 @@ def open_checkpoint(path: str | Path, component: str = "transformer") -> Checkpo
     Reads headers only. Raises UserError naming the file and what was expected.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"Cannot open {path}: {reason}. {EXPECTED}", "Check the path and its permissions.") from error
+    if is_folder:
         return _open_folder(path, component)
-    if not path.exists():
-        raise UserError(f"{path} does not exist. {EXPECTED}", "Check the path.")
     if INDEX.fullmatch(path.name):
         return _open_index(path, None)
     return _from_headers(path, {path: read_header(path)}, None)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Header of the safetensors file `path`; raises UserError for a missing, truncated or foreign file."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a regular file. Expected a safetensors file.", "Check the path.")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(64), size)

@@ -77,7 +77,7 @@ def load_transformer(
         raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
     storage = _storage_dtype(checkpoint, found, weight_dtype)
     compute = _compute_dtype(storage, device)
-    reader = _Reader(checkpoint, found.prefix, storage, compute, device)
+    reader = _Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", device)
     shared = 0
     for name, parts in pieces.items():
         if keep is None or keep(name):
@@ -103,10 +103,13 @@ def load_transformer(
 
 @dataclass(frozen=True)
 class _Reader:
+    """`narrow`: with fp8 storage, wider matrices of the file become fp8 too; otherwise they keep their precision."""
+
     checkpoint: Checkpoint
     prefix: str
     storage: torch.dtype
     compute: torch.dtype
+    narrow: bool
     device: torch.device
 
     def assign(self, module: nn.Module, name: str, pieces: list[Piece]) -> int:
@@ -115,8 +118,8 @@ class _Reader:
         owner = module.get_submodule(path)
         scale = self._scale(pieces[0].scale) if pieces[0].scale else None
         raw = self._raw(pieces).to(self.device)
-        may_stay_fp8 = self.storage in FP8 and (scale is None or raw.dtype in FP8)
-        if may_stay_fp8 and isinstance(owner, nn.Linear) and leaf == "weight":
+        stays_fp8 = self.storage in FP8 and (raw.dtype in FP8 or (self.narrow and scale is None))
+        if stays_fp8 and isinstance(owner, nn.Linear) and leaf == "weight":
             tensor = raw if raw.dtype in FP8 else _cast(raw, self.storage, name)
             owner = CastLinear.from_linear(owner, scale)
             module.set_submodule(path, owner)

@@ -1,6 +1,7 @@
 """Missing, truncated, foreign and hostile files end in an error that names the file and what was expected."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,11 @@ def written(path: Path, content: str) -> Path:
     return path
 
 
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
 def blocks_with_a_hole(folder: Path) -> Path:
     tensors = {key: torch.zeros(32, 8) for key in LANDMARKS["original"].values()}
     tensors[LANDMARKS["original"]["head_norm"]] = torch.zeros(16)
@@ -155,7 +161,9 @@ def blocks_with_a_hole(folder: Path) -> Path:
 
 
 BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (lambda d: d / "none.safetensors", "does not exist. Expected a .safetensors file"),
+    "missing": (lambda d: d / "none.safetensors", "Cannot open .*: No such file.* Expected a .safetensors file"),
+    "name too long": (lambda d: d / ("x" * 300), "File name too long"),
+    "pipe": (lambda d: pipe(d / "x.safetensors"), "not a regular file"),
     "empty folder": (lambda d: d, "No safetensors weights in .*holds: nothing"),
     "pickled folder": (lambda d: saved(d, "diffusion_pytorch_model.bin"), "No safetensors weights.*model.bin"),
     "two models": (lambda d: saved(d, "a.safetensors", "b.safetensors"), r"2 sets of weights \(a.*b.safetensors"),

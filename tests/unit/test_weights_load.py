@@ -244,6 +244,53 @@ def test_weight_dtype_casts_the_file(name: str, tmp_path: Path) -> None:
     assert torch.equal(forward(loaded.module, loaded.compute_dtype), forward(plain, loaded.compute_dtype))
 
 
+def test_auto_keeps_the_precision_of_the_wider_weights_of_an_fp8_file(tmp_path: Path) -> None:
+    plain = tiny_flux()
+    fp8_blocks = {
+        key: value.to(FP8) if "blocks." in key and value.ndim == 2 else value.bfloat16()
+        for key, value in plain.state_dict().items()
+    }
+    loaded = load_transformer(write(Case("original", "fp8"), fp8_blocks, tmp_path), device="cpu")
+    plain.load_state_dict({key: value.float() for key, value in fp8_blocks.items()})
+    assert (loaded.weight_dtype, loaded.module.transformer_blocks[0].attn.to_q.weight.dtype) == (FP8, FP8)
+    assert torch.equal(forward(loaded.module, torch.float32), forward(plain, torch.float32))
+
+
+def test_mixed_dtypes_become_the_one_of_most_weights(tmp_path: Path) -> None:
+    weights = {key: value if "norm" in key else value.half() for key, value in tiny_flux().state_dict().items()}
+    loaded = load_transformer(write(Case("original", "fp16"), weights, tmp_path), device="cpu")
+    assert loaded.compute_dtype == torch.float16
+    assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float16}
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    weights = tiny_flux().state_dict() | {"x_embedder.weight": torch.zeros(HIDDEN, 16, dtype=torch.int8)}
+    with pytest.raises(UserError, match=r"holds weights of torch.int8; readable are torch.bfloat16"):
+        load_transformer(write(Case("component", "fp32"), weights, tmp_path), device="cpu")
+
+
+def test_a_scale_must_be_one_number(tmp_path: Path) -> None:
+    weights = tiny_flux().state_dict() | {"x_embedder.scale_weight": torch.ones(HIDDEN)}
+    with pytest.raises(UserError, match=r"x_embedder.scale_weight must be one finite number, is \[64\]"):
+        load_transformer(write(Case("component", "fp32"), weights, tmp_path), device="cpu")
+
+
+def test_unknown_weight_dtype_is_refused(tmp_path: Path) -> None:
+    path = write(Case("component", "fp32"), tiny_flux().state_dict(), tmp_path)
+    with pytest.raises(UserError, match="Unknown weight_dtype 'int4'; known are auto, bf16"):
+        load_transformer(path, device="cpu", weight_dtype="int4")
+
+
+def test_the_mapping_has_no_private_page_after_a_forward_pass(tmp_path: Path) -> None:
+    path = write(Case("original", "fp32"), tiny_flux().state_dict(), tmp_path)
+    loaded = load_transformer(path, device="cpu")
+    forward(loaded.module, torch.float32)
+    mapping = Path("/proc/self/smaps").read_text().split(str(path))[1]
+    fields = dict(line.split(":") for line in mapping.splitlines()[1:20])
+    assert int(fields["Rss"].split()[0]) * 1024 >= loaded.shared_bytes
+    assert fields["Anonymous"].split()[0] == "0"
+
+
 def test_cast_linear_is_a_linear_of_the_cast_weight() -> None:
     linear = nn.Linear(32, 16, dtype=torch.bfloat16).requires_grad_(False)
     linear.weight = nn.Parameter(linear.weight.to(FP8), requires_grad=False)
@@ -308,3 +355,19 @@ def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     assert fingerprint(path) == first == load_transformer(path, device="cpu").fingerprint
     write(Case("original", "fp32"), tiny_flux().state_dict() | {"proj_out.bias": torch.ones(16)}, tmp_path)
     assert fingerprint(path) != first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_loading_onto_a_gpu_computes_what_the_plain_model_computes(dtype: str, tmp_path: Path) -> None:
+    plain = tiny_flux()
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in plain.state_dict().items()}
+    loaded = load_transformer(write(Case("original", dtype), weights, tmp_path), device="cuda")
+    assert loaded.compute_dtype == torch.bfloat16
+    assert loaded.shared_bytes == 0
+    plain.load_state_dict({name: tensor.bfloat16() for name, tensor in weights.items()}, assign=True)
+    values = {name: value.to("cuda") for name, value in inputs(torch.bfloat16).items()}
+    with torch.no_grad():
+        expected = plain.to("cuda")(**values, return_dict=False)[0]
+        assert torch.equal(loaded.module(**values, return_dict=False)[0], expected)
