@@ -85,9 +85,7 @@ class ModelStore:
         return freed
 
     def summary(self) -> list[dict[str, object]]:
-        return [
-            {"kind": kind, "path": held.ref.path, "bytes": held.bytes} for kind, held in sorted(self._held.items())
-        ]
+        return [{"kind": kind, "path": held.ref.path, "bytes": held.bytes} for kind, held in sorted(self._held.items())]
 
     def memory(self) -> dict[str, int]:
         """Bytes that this process uses, and that are free, on its device."""
@@ -122,9 +120,7 @@ class ModelStore:
             # fp16 overflows in some of these decoders, bf16 does not; a CPU computes fastest in fp32.
             return torch.float32 if self.device.type == "cpu" else torch.bfloat16
         if ref.weight_dtype not in VAE_DTYPES:
-            raise UserError(
-                f"A VAE cannot be loaded as {ref.weight_dtype}.", f"Choose auto, {', '.join(VAE_DTYPES)}."
-            )
+            raise UserError(f"A VAE cannot be loaded as {ref.weight_dtype}.", f"Choose auto, {', '.join(VAE_DTYPES)}.")
         return VAE_DTYPES[ref.weight_dtype]
 
 

@@ -90,7 +90,8 @@ def check_latent(latent: Tensor, family: Family) -> None:
         )
     if not torch.isfinite(latent).all():
         raise UserError(
-            "The latent that comes in holds NaN or infinite values.", "Look at the node that made it; sampling did not start."
+            "The latent that comes in holds NaN or infinite values.",
+            "Look at the node that made it; sampling did not start.",
         )
 
 

@@ -34,13 +34,13 @@ class Condition:
 class TokenState:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
-    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`, `rotary`: cosines and sines, each `[St + Si, D]`.
+    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`, `rotary` `[St + Si, D / 2]`: see `attention.rotary`.
     """
 
     image: Tensor
     text: Tensor
     modulation: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Tensor
 
 
 @dataclass(frozen=True)

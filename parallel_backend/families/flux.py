@@ -8,11 +8,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from ..attention.core import AttentionCore
+from ..attention.rotary import rotate, rotations
 from ..errors import UserError
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
 from .base import Block, Condition, Family, Shard, TokenState
@@ -32,7 +32,7 @@ class FluxSite:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         heads = (-1, attn.head_dim)
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads))
@@ -48,8 +48,8 @@ class FluxSite:
             key = torch.cat((text_key, key), dim=1)
             value = torch.cat((text_value, value), dim=1)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query = rotate(query, image_rotary_emb)
+            key = rotate(key, image_rotary_emb)
         attended = self.core(query, key, value).flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
             return attended
@@ -131,15 +131,14 @@ class Flux(Family):
         else:
             modulation = model.time_text_embed(timestep, pooled)
         text = condition.tokens[:, shard.text].to(self.dtype).expand(batch, -1, -1)
-        cosines, sines = self._rotary(condition.tokens.shape[1], grid)
         text_length = condition.tokens.shape[1]
+        rotary = self._rotary(text_length, grid)
         image_range = slice(text_length + shard.image.start, text_length + shard.image.stop)
-        rotary = tuple(torch.cat((table[shard.text], table[image_range])) for table in (cosines, sines))
         return TokenState(
             image=model.x_embedder(tokens[:, shard.image].to(self.dtype)),
             text=model.context_embedder(text),
             modulation=modulation,
-            rotary=cast(tuple[Tensor, Tensor], rotary),
+            rotary=torch.cat((rotary[shard.text], rotary[image_range])),
         )
 
     def head(self, state: TokenState) -> Tensor:
@@ -148,13 +147,13 @@ class Flux(Family):
     def _layers(self) -> list[nn.Module]:
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
-    def _compute_rotary(self, text_length: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[St + S, D]`: text tokens sit at position 0, image tokens at their row and column."""
+    def _compute_rotary(self, text_length: int, grid: tuple[int, int]) -> Tensor:
+        """Rotations `[St + S, D / 2]`: text tokens sit at position 0, image tokens at their row and column."""
         rows, columns = grid
         ids = torch.zeros(text_length + rows * columns, 3, device=self.device)
         ids[text_length:, 1] = torch.arange(rows, device=self.device).repeat_interleave(columns)
         ids[text_length:, 2] = torch.arange(columns, device=self.device).repeat(rows)
-        return self.transformer.pos_embed(ids)
+        return rotations(*self.transformer.pos_embed(ids))
 
 
 def _as_block(layer: nn.Module) -> Block:

@@ -19,7 +19,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 POOL_SIZE = 8
-TIMEOUT_S = 240
+TIMEOUT_S = 120
+STRAGGLERS_S = 5
+"""How long the other ranks may take once one has failed."""
 
 
 class RankPool:
@@ -51,9 +53,11 @@ class RankPool:
         answers: dict[int, Any] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:n])}
         while waiting:
-            ready = wait(list(waiting), timeout=TIMEOUT_S)
+            failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+            ready = wait(list(waiting), timeout=STRAGGLERS_S if failures else TIMEOUT_S)
             if not ready:
-                pytest.exit(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT_S} s", returncode=3)
+                stuck = f"ranks {sorted(waiting.values())} of {n} did not answer {function.__name__}{args}"
+                pytest.exit("\n".join([*failures, stuck]), returncode=3)
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[arg-type]
                 answers[rank] = pipe.recv()  # type: ignore[union-attr]
@@ -96,7 +100,7 @@ def _serve(rank: int, pipe: Connection, port: int) -> None:
 def _join_world(store: dist.Store, rank: int, size: int) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S / 2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S))
 
 
 def _load_module(path: Path) -> Any:

@@ -150,8 +150,8 @@ def expected():
     return of
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}heads-{}x{}-text{}-batch{}".format(*shape))
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: "ulysses{}-ring{}-cfg{}-data{}".format(*degrees))
 def test_layout_equals_plain_diffusers(ranks, expected, degrees, shape):
     world = layout_of(degrees).ranks
     for guidance in (False, True) if shape == SHAPES[0] else (True,):
