@@ -100,16 +100,19 @@ class Client:
         tensors: Mapping[str, torch.Tensor] | None = None,
         on_event: Callable[[Event, Tensors], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        timeout: float | None = None,
     ) -> tuple[messages.Result, Tensors]:
         """The sidecar's answer to `message` (its id is set here). `on_event` and `cancelled` are called in this thread.
 
-        Raises `Cancelled` once every rank has left the run, `UserError`, and `SidecarError` when the sidecar is lost.
+        Raises `Cancelled` once every rank has left the run, `UserError`, `SidecarError` when the sidecar is lost, and
+        `TimeoutError` after `timeout` seconds.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._turn:
             self._current = next(self._ids)
             self._inbox = queue.Queue()
             try:
-                return self._exchange(message, tensors or {}, on_event, cancelled)
+                return self._exchange(message, tensors or {}, on_event, cancelled, deadline)
             except (Cancelled, UserError, SidecarError, ProtocolError):
                 raise
             except BaseException:
@@ -122,6 +125,7 @@ class Client:
         tensors: Mapping[str, torch.Tensor],
         on_event: Callable[[Event, Tensors], None] | None,
         cancelled: Callable[[], bool] | None,
+        deadline: float | None,
     ) -> tuple[messages.Result, Tensors]:
         try:
             self._stream.send(message.model_copy(update={"id": self._current}), tensors)
@@ -132,6 +136,8 @@ class Client:
             if cancelled and not is_cancelled and cancelled():
                 is_cancelled = True
                 self._cancel()
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError("The sidecar has not answered in time.")
             found = self._next()
             if found is None:
                 continue

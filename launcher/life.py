@@ -14,7 +14,7 @@ from ..parallel_backend.protocol import records
 TAIL_BYTES = 16_384
 KNOWN_FAULTS = (
     (
-        r"No module named '([\w.]+)'",
+        r"No module named '?([\w.]+)",
         "The sidecar's Python has no module {0}.",
         "Install the pack's requirements into it.",
     ),

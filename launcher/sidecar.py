@@ -160,7 +160,7 @@ def _end(life: Life, on_progress: Say) -> None:
         try:
             client = connect(life)
             client.life = None
-            client.request(messages.Shutdown(id=0))
+            client.request(messages.Shutdown(id=0), timeout=SHUTDOWN_S)
         except (OSError, ProtocolError, SidecarError, UserError) as error:
             on_progress(f"the sidecar does not leave by itself ({error}): killing it")
             life.kill()

@@ -5,6 +5,7 @@ It is torchrun with two additions: it keeps the ranks' logs, and it writes down 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -80,4 +81,6 @@ def _tell(settings: records.Settings, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    code = main(Path(sys.argv[1]), sys.argv[2:])
+    sys.stderr.flush()
+    os._exit(code)  # all is closed: taking torch's modules apart would cost a second

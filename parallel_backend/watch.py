@@ -34,7 +34,7 @@ class Watch(threading.Thread):
         self._beats = Beats(self._store, list(range(settings.ranks)))
         self._alone_since = time.monotonic()
         self._failed_since: tuple[int, float] | None = None
-        self._log_trouble = ""
+        self._log_trouble_told = False
         self.sequence: int | None = None
         """Number of the request under way; the main thread sets it."""
 
@@ -91,14 +91,13 @@ class Watch(threading.Thread):
     # -- clients ---------------------------------------------------------------------------------------------
 
     def _look_for_log_trouble(self) -> None:
-        """The pump of the logs says when the disk is full; every client hears it once."""
-        if self._log_trouble or not self._store.check(["log trouble"]):
-            return
-        self._log_trouble = self._store.get("log trouble").decode()
+        """The pump of the logs says when the disk is full; the next client with a request hears it, once."""
         running = self._server.running
-        self._server.broadcast(
-            messages.Log(id=running.request.id if running else 0, level="warning", text=self._log_trouble)
-        )
+        if self._log_trouble_told or running is None or not self._store.check(["log trouble"]):
+            return
+        self._log_trouble_told = True
+        text = self._store.get("log trouble").decode()
+        running.send(messages.Log(id=running.request.id, level="warning", text=text))
 
     def _look_for_need(self) -> None:
         now = time.monotonic()

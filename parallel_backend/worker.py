@@ -102,6 +102,8 @@ class Rank:
         while self._serve_one():
             pass
         dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(0)  # all is closed: taking torch's modules apart would cost a second
 
     def _serve_one(self) -> bool:
         """One request through all ranks; False when it was the last one."""

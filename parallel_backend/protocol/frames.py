@@ -138,7 +138,7 @@ def request_id(header: bytes) -> int:
     return found if type(found) is int and found >= 0 else 0
 
 
-def greet(stream: FrameSocket, token: str, timeout: float = 5.0) -> messages.Welcome:
+def greet(stream: FrameSocket, token: str, timeout: float = 15.0) -> messages.Welcome:
     """The client's half of the handshake. Raises `ProtocolError` with the sidecar's reason when it is refused."""
     stream.send(messages.Hello(version=messages.PROTOCOL_VERSION, token=token))
     frame = stream.receive(timeout)
@@ -152,7 +152,7 @@ def greet(stream: FrameSocket, token: str, timeout: float = 5.0) -> messages.Wel
     return reply
 
 
-def admit(stream: FrameSocket, token: str, welcome: messages.Welcome, timeout: float = 5.0) -> None:
+def admit(stream: FrameSocket, token: str, welcome: messages.Welcome, timeout: float = 10.0) -> None:
     """The sidecar's half of the handshake. Raises `ProtocolError` when the client is refused; it has been told why."""
     full_limits = stream.max_header, stream.max_body
     stream.max_header, stream.max_body = MAX_HELLO, 0

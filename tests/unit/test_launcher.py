@@ -1,0 +1,259 @@
+"""What the launcher decides without starting a sidecar."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paralleldit.launcher import devices, life, runtime_dir, sidecar
+from paralleldit.launcher.sidecar import SidecarSpec
+from paralleldit.parallel_backend.agent import cause_of_death
+from paralleldit.parallel_backend.errors import Cancelled, UserError
+from paralleldit.parallel_backend.outcomes import Outcome, describe, judge
+from paralleldit.parallel_backend.protocol import records
+
+PACK = Path(__file__).resolve().parents[2]
+
+
+# -- devices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "nnodes", "gpus", "chosen"),
+    [
+        ("auto", 0, 1, 4, ("cuda", 4)),
+        ("auto", 0, 2, 4, ("cuda", 8)),
+        ("auto", 2, 1, 4, ("cuda", 2)),
+        ("auto", 0, 1, 0, ("cpu", 2)),
+        ("auto", 0, 4, 0, ("cpu", 4)),
+        ("cpu", 0, 1, 4, ("cpu", 2)),
+        ("cpu", 8, 1, 4, ("cpu", 8)),
+        ("cuda", 4, 1, 4, ("cuda", 4)),
+    ],
+)
+def test_device_and_ranks(kind, ranks, nnodes, gpus, chosen):
+    assert devices.choose(kind, ranks, nnodes, gpus) == chosen
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "nnodes", "gpus", "text"),
+    [
+        ("cuda", 8, 1, 2, "8 ranks on this host need as many GPUs, but torch sees 2"),
+        ("auto", 4, 1, 2, "4 ranks .* sees 2"),
+        ("cuda", 1, 1, 0, "1 ranks .* sees 0"),
+        ("cpu", 3, 2, 0, "3 ranks cannot be spread evenly over 2 hosts"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused_with_both_numbers(kind, ranks, nnodes, gpus, text):
+    with pytest.raises(UserError, match=text):
+        devices.choose(kind, ranks, nnodes, gpus)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ("backend:cudaMallocAsync", ""),
+        ("backend:cudaMallocAsync,expandable_segments:True", "expandable_segments:True"),
+        ("max_split_size_mb:64, backend:cudaMallocAsync ,garbage_collection_threshold:0.8",
+         "max_split_size_mb:64,garbage_collection_threshold:0.8"),
+        ("backend:native", "backend:native"),
+    ],
+)  # fmt: skip
+def test_the_asynchronous_allocator_does_not_reach_the_ranks(setting, kept):
+    for variable in devices.ALLOCATOR_VARIABLES:
+        env = devices.rank_environment("cuda", 1, single_host=True, base={variable: setting})
+        assert env.get(variable, "") == kept
+
+
+def test_ranks_share_the_cores_unless_told_otherwise():
+    cores = len(os.sched_getaffinity(0))
+    for ranks in (1, 2, 4 * cores):
+        env = devices.rank_environment("cpu", ranks, single_host=True, base={})
+        assert env["OMP_NUM_THREADS"] == str(max(1, cores // ranks))
+    assert devices.rank_environment("cpu", 1, single_host=True, base={"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+# -- specs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"nnodes": 2}, "2 hosts need a place to meet"),
+        ({"nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, r"node rank 2 does not lie in 0..1"),
+        ({"rdzv_endpoint": "host"}, "'host' is not of the form host:port"),
+        ({"address": "tcp://host"}, "not an address of the form tcp://host:port"),
+        ({"address": "udp://host:1"}, "not an address of the form tcp://host:port"),
+        ({"address": "tcp://host:99999"}, "not an address of the form tcp://host:port"),
+        ({"device": "cpu", "ranks": 3, "nnodes": 2, "rdzv_endpoint": "a:1"}, "3 ranks cannot be spread"),
+        ({"device": "cuda", "ranks": 99}, "99 ranks on this host need as many GPUs"),
+        ({"remote": True, "address": "tcp://127.0.0.1:9"}, "No sidecar answers at tcp://127.0.0.1:9"),
+        ({"remote": True, "address": "tcp://127.0.0.1:9", "token_file": Path("/none")}, "/none cannot be read"),
+    ],
+)
+def test_a_spec_that_cannot_work_is_refused_before_anything_starts(tmp_path, more, text):
+    with pytest.raises(UserError, match=text):
+        sidecar.ensure_sidecar(SidecarSpec(directory=tmp_path / "run", **more))
+    assert not (tmp_path / "run" / "node-0" / "current").exists()
+
+
+def test_the_key_tells_sidecars_apart_by_what_shapes_them():
+    base = SidecarSpec(ranks=2, device="cpu")
+    key = sidecar._settings(base).key
+    assert sidecar._settings(SidecarSpec(ranks=2, device="cpu", start_timeout=9)).key == key
+    for more in ({"ranks": 4}, {"address": "tcp://127.0.0.1:5"}, {"hang_timeout": 9}, {"python": "/usr/bin/python3"}):
+        assert sidecar._settings(SidecarSpec(**{"ranks": 2, "device": "cpu", **more})).key != key
+
+
+# -- the runtime directory ---------------------------------------------------------------------------------------
+
+
+def test_a_runtime_directory_that_others_can_read_is_refused(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "link"):
+        with pytest.raises(UserError, match="only its owner"):
+            runtime_dir.Slot(0, tmp_path / name).new_life()
+
+
+def test_a_new_life_is_private_and_the_last_few_are_kept(tmp_path):
+    slot = runtime_dir.Slot(0, tmp_path / "run")
+    lives = [slot.new_life() for _ in range(runtime_dir.KEPT_LIVES + 2)]
+    assert slot.life == lives[-1]
+    assert lives[-1].stat().st_mode & 0o077 == 0
+    assert sum(path.exists() for path in lives) == runtime_dir.KEPT_LIVES
+
+
+def test_only_one_process_at_a_time_starts_or_stops(tmp_path):
+    slot, told = runtime_dir.Slot(0, tmp_path / "run"), []
+    with slot.lock(1), pytest.raises(UserError, match="Another process has held"), slot.lock(0.1, told.append):
+        pass
+    assert len(told) == 1
+    with slot.lock(0.1):
+        pass
+
+
+# -- outcomes ----------------------------------------------------------------------------------------------------
+
+OKAY, CANCELLED = Outcome("ok"), Outcome("cancelled", "Cancelled.")
+USER, OTHER, CRASH = Outcome("user", "bad"), Outcome("user", "worse"), Outcome("crash", "broken")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code", "rank", "is_warm"),
+    [
+        ([OKAY, OKAY], None, None, True),
+        ([CANCELLED, CANCELLED], "cancelled", None, True),
+        ([USER, USER], "user", None, True),
+        ([OKAY, USER], "user", 1, False),
+        ([USER, OTHER], "user", 0, False),
+        ([OKAY, CANCELLED], "cancelled", 1, False),
+        ([CANCELLED, USER, CRASH], "crash", 2, False),
+        ([CRASH, CRASH], "crash", 0, False),
+    ],
+)
+def test_ranks_stay_warm_only_when_all_left_a_request_alike(outcomes, code, rank, is_warm):
+    verdict = judge(5, dict(enumerate(outcomes)))
+    failure = verdict.failure
+    assert (failure and failure.code, failure and failure.rank, verdict.is_warm) == (code, rank, is_warm)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (UserError("wrong", "do this"), "user", "wrong"),
+        (Cancelled("stop"), "cancelled", "stop"),
+        (ValueError("oops"), "crash", "Rank 3 failed: ValueError: oops"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "crash", "Rank 3 ran out of memory on cpu: "),
+        (MemoryError(), "crash", "Rank 3 ran out of memory on cpu: "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "crash", "Rank 3 ran out of memory on cpu: "),
+    ],
+)
+def test_an_error_becomes_an_outcome_that_names_the_rank_and_cause(error, kind, text):
+    outcome = describe(error, 3, torch.device("cpu"))
+    assert (outcome.kind, outcome.message.startswith(text)) == (kind, True)
+    assert "GiB are free now" in outcome.message or "memory" not in text
+
+
+@pytest.mark.parametrize(
+    ("deaths", "text"),
+    [
+        ({0: (1, 10), 1: (-9, 11)}, r"Rank 1 \(process 11\) was killed by SIGKILL"),
+        ({0: (-15, 10), 1: (-11, 11)}, r"Rank 1 \(process 11\) was killed by SIGSEGV"),
+        ({0: (-15, 10), 1: (3, 11)}, r"Rank 1 \(process 11\) exited with code 3"),
+        ({0: (-15, 10), 1: (-15, 11)}, r"Rank 0 \(process 10\) was killed by SIGTERM"),
+    ],
+)
+def test_the_rank_that_died_first_is_named(deaths, text):
+    end = cause_of_death(deaths)
+    assert re.match(text, end.message)
+
+
+@pytest.mark.parametrize(
+    ("log", "text"),
+    [
+        ("ModuleNotFoundError: No module named 'torch'", "no module torch"),
+        ("/usr/bin/python3: No module named parallel_backend.worker", "no module parallel_backend.worker"),
+        ("DistNetworkError: ... EADDRINUSE ...", "port that the sidecar needs is taken"),
+        ("OSError: [Errno 12] Cannot allocate memory", "not enough memory"),
+        ("something else", "ended without a word"),
+    ],
+)
+def test_a_failed_start_is_explained_from_the_logs(tmp_path, log, text):
+    (tmp_path / records.AgentLog).write_text(f"Traceback ...\n{log}\n")
+    assert text in life.Life(tmp_path).why_not_started()[0]
+
+
+def test_a_process_is_not_taken_for_a_later_one_of_the_same_pid():
+    me = records.this_process()
+    assert me.alive
+    assert not records.Process(pid=me.pid, started=me.started - 1).alive
+
+
+# -- the command line --------------------------------------------------------------------------------------------
+
+
+def launcher(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, PACK / "launcher", *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [(), ("start",), ("status",), ("stop",), ("logs",)])
+def test_every_command_has_help_that_lists_the_exit_codes(command):
+    found = launcher(*command, "--help")
+    assert (found.returncode, "exit codes:" in found.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ((), 2, "COMMAND"),
+        (("dance",), 2, "dance"),
+        (("start", "--ranks", "-1"), 2, "must be at least 0"),
+        (("start", "--ranks", "3", "--device", "cpu", "--nnodes", "2", "--rdzv-endpoint", "a:1"), 1, "error: 3 ranks"),
+        (("status",), 3, "no sidecar runs"),
+        (("stop",), 3, "no sidecar runs"),
+        (("logs",), 3, "no sidecar runs"),
+    ],
+)
+def test_exit_codes_and_errors_of_the_command_line(tmp_path, arguments, code, text):
+    found = launcher(*arguments, PARALLELDIT_RUNTIME_DIR=str(tmp_path / "run"))
+    assert (found.returncode, text in found.stderr, "Traceback" in found.stderr) == (code, True, False), found.stderr
+
+
+def test_the_command_line_loads_no_torch():
+    code = (
+        "import sys, types; p = types.ModuleType('pack'); p.__path__ = [sys.argv[1]]; sys.modules['pack'] = p; "
+        "import pack.launcher.cli; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(PACK)], timeout=60, check=False).returncode == 0
