@@ -49,8 +49,7 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     """The MODEL that carries `handle`."""
     config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle.family](handle.config))
     config.set_inference_dtype(torch.bfloat16, None)
-    with torch.device(META):
-        model = config.get_model({}, device=META)
+    model = config.get_model({}, device=META)
     model.diffusion_model.forward = MethodType(_refuse_stock_sampler, model.diffusion_model)
     patcher = RemotePatcher(
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()

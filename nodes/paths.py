@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,11 +44,17 @@ def resolve(name: str, kind: str | None, what: str) -> Path:
 def _known(kind: str | None) -> Iterator[tuple[str, Path]]:
     here = host.current()
     for folder in here.folders(kind) if kind else ():
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in WEIGHTS and path.is_file():
+        for path in _files(folder):
+            if path.suffix in WEIGHTS:
                 yield path.relative_to(folder).as_posix(), path
-    for folder in here.folders(DIFFUSERS):
-        for index in sorted(folder.rglob(PIPELINE)):
-            yield f"{DIFFUSERS}/{index.parent.relative_to(folder).as_posix()}", index.parent
-    for index in sorted((PACK / BUNDLED).glob(f"*/{PIPELINE}")):
-        yield index.parent.relative_to(PACK).as_posix(), index.parent
+    for folder, prefix in (*((folder, DIFFUSERS) for folder in here.folders(DIFFUSERS)), (PACK / BUNDLED, BUNDLED)):
+        for path in _files(folder):
+            if path.name == PIPELINE and path.parent != folder:
+                yield f"{prefix}/{path.parent.relative_to(folder).as_posix()}", path.parent
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, through links to other folders too: models often lie on another disk."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (Path(place, file) for file in sorted(files))

@@ -1,0 +1,163 @@
+"""A ComfyUI of its own for the tests: started from a checkout, with a scratch folder for everything it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+PACK = Path(__file__).resolve().parents[2]
+SHIM = Path(__file__).resolve().parent / "shim"
+PACK_NAME = "ComfyUI-ParallelDiT"
+CLIENT = "tests"
+PREVIEW_IMAGE = b"\x00\x00\x00\x01"
+"""How the binary messages of the websocket that carry a preview begin."""
+START_S = 120.0
+RUN_S = 180.0
+
+
+@dataclass
+class Run:
+    """What the websocket told about one prompt."""
+
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [data for name, data in self.events if name == kind]
+
+    @property
+    def error(self) -> str:
+        return " ".join(data["exception_message"] for data in self.of("execution_error"))
+
+    def pictures(self) -> list[dict[str, str]]:
+        return [each for data in self.of("executed") for each in data["output"].get("images", ())]
+
+
+class Host:
+    """A running ComfyUI. `stop` ends it."""
+
+    def __init__(self, base: Path, runtime: Path) -> None:
+        self.base = base
+        self.runtime = runtime
+        self.port = _free_port()
+        self.log = base / "comfyui.log"
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        base = str(self.base)
+        command = [
+            os.environ.get("COMFYUI_PYTHON", sys.executable),
+            str(Path(os.environ["COMFYUI_PATH"]) / "main.py"),
+            *("--cpu", "--port", str(self.port), "--base-directory", base),
+            *("--database-url", f"sqlite:///{base}/db.sqlite", "--preview-method", "latent2rgb"),
+            *("--disable-auto-launch", "--disable-api-nodes"),
+        ]
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PARALLELDIT_RUNTIME_DIR": str(self.runtime),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(SHIM),
+        }
+        with self.log.open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=base)
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                self.get("/system_stats")
+                return process
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, f"ComfyUI did not start:\n{self.tail()}"
+                assert time.monotonic() < deadline, f"ComfyUI is not up after {START_S:g} s:\n{self.tail()}"
+                time.sleep(0.3)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=30)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+            body = answer.read()
+        return json.loads(body) if answer.headers.get_content_type() == "application/json" else body
+
+    def view(self, picture: dict[str, str]) -> bytes:
+        return self.get(f"/view?{urllib.parse.urlencode(picture)}")
+
+    def run(self, api: dict[str, Any], interrupt_at: int | None = None) -> Run:
+        """Queues a workflow and waits for its end; with `interrupt_at`, interrupts it once a bar is at that step."""
+        return asyncio.run(self._run(api, interrupt_at))
+
+    def refusal(self, api: dict[str, Any]) -> str:
+        """What `/prompt` answers to a workflow that it does not accept."""
+        return asyncio.run(self._refusal(api))
+
+    async def _refusal(self, api: dict[str, Any]) -> str:
+        async with self._session() as session, session.post("/prompt", json={"prompt": api}) as answer:
+            assert answer.status == 400, await answer.text()
+            return await answer.text()
+
+    async def _run(self, api: dict[str, Any], interrupt_at: int | None) -> Run:
+        run = Run()
+        async with self._session() as session, session.ws_connect(f"/ws?clientId={CLIENT}", max_msg_size=0) as socket:
+            async with session.post("/prompt", json={"prompt": api, "client_id": CLIENT}) as answer:
+                assert answer.status == 200, await answer.text()
+                prompt = (await answer.json())["prompt_id"]
+            async with asyncio.timeout(RUN_S):
+                async for message in socket:
+                    if message.type == aiohttp.WSMsgType.BINARY:
+                        if message.data.startswith(PREVIEW_IMAGE):
+                            run.previews.append(message.data[8:])
+                        continue
+                    event = json.loads(message.data)
+                    kind, data = event["type"], event.get("data", {})
+                    if data.get("prompt_id") != prompt:
+                        continue
+                    run.events.append((kind, data))
+                    if kind == "progress" and data["value"] == interrupt_at:
+                        await session.post("/interrupt")
+                        interrupt_at = None
+                    if kind in ("execution_success", "execution_error", "execution_interrupted"):
+                        break
+        return run
+
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(f"http://127.0.0.1:{self.port}")
+
+
+def prepare(base: Path, pipelines: dict[str, Path]) -> None:
+    """The folders of a ComfyUI with the pack installed and `pipelines` in models/diffusers."""
+    (base / "custom_nodes").mkdir(parents=True)
+    (base / "custom_nodes" / PACK_NAME).symlink_to(PACK)
+    for name, folder in pipelines.items():
+        shutil.copytree(folder, base / "models" / "diffusers" / name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
