@@ -1,4 +1,4 @@
-"""The one layer through which ranks talk while they compute: axes, their collectives, and the ledger of what was sent."""
+"""The one layer through which ranks talk while they compute: axes, their collectives, the ledger of what was sent."""
 
 from __future__ import annotations
 

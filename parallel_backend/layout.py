@@ -61,14 +61,14 @@ def check_run(layout: Layout, *, batch: int, cfg: float, has_negative: bool) -> 
     """
     if layout.data_degree > batch:
         raise UserError(
-            f"data_degree={layout.data_degree} cuts the batch over {layout.data_degree} replicas, but the latent holds {batch}.",
+            f"data_degree={layout.data_degree} cuts the batch over as many replicas, but the latent holds {batch}.",
             f"Use a batch of at least {layout.data_degree}, or ulysses_degree instead of data_degree.",
         )
     guided = has_negative and cfg != 1.0
     if layout.cfg_degree == 2 and not guided:
         reason = f"cfg={cfg}" if has_negative else "no negative conditioning"
         raise UserError(
-            f"cfg_degree=2 evaluates the positive and the negative prompt on different ranks, but this run has {reason}: "
+            f"cfg_degree=2 evaluates the positive and the negative prompt on different ranks, but with {reason} "
             "half of the ranks would have nothing to do.",
             "Set cfg above 1 with a negative prompt, or cfg_degree=1 and twice the ulysses_degree.",
         )

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from .errors import UserError
-from .protocol.messages import ModelRef, Phase, TextRef, VaeRef
+from .protocol.messages import ModelRef, TextRef, VaeRef
 
 if TYPE_CHECKING:
     from .control import Run

@@ -12,6 +12,6 @@ def rotations(cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of `x` `[B, S, H, D]` by `rotation` `[S, D / 2]`, in fp32: one multiplication of complex numbers."""
+    """Turn the pairs of `x` `[B, S, H, D]` by `rotation` `[S, D / 2]`, in fp32, as one complex multiplication."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (x.shape[-1] // 2, 2)))
     return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)

@@ -15,7 +15,7 @@ from ..sampling.model_sampling import ModelSampling
 
 @dataclass(frozen=True)
 class Condition:
-    """What guides one prediction. `tokens` `[B, St, C]`, `pooled` `[B, Cp]`, `guidance`: the distilled guidance scale."""
+    """What guides one prediction: `tokens` `[B, St, C]`, `pooled` `[B, Cp]`, the distilled `guidance` scale."""
 
     tokens: Tensor
     pooled: Tensor
@@ -34,7 +34,7 @@ class Condition:
 class TokenState:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
-    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`, `rotary` `[St + Si, D / 2]`: see `attention.rotary`.
+    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`, `rotary` `[St + Si, D / 2]` (attention.rotary).
     """
 
     image: Tensor
@@ -99,9 +99,9 @@ class Family(ABC):
     def embed(
         self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
     ) -> TokenState:
-        """Whole-picture latent `tokens` `[B, S, c]` at `timestep` `[B]` (as `model_sampling.timestep` gives it) -> the state of the tokens in `shard`.
+        """Whole-picture latent `tokens` `[B, S, c]` -> the state of those in `shard`.
 
-        `grid`: rows and columns of image tokens.
+        `timestep` `[B]` is what `model_sampling.timestep` gives; `grid`: rows and columns of image tokens.
         """
 
     @abstractmethod

@@ -44,7 +44,7 @@ class RankPool:
             self.processes.append(process)
 
     def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(world: Axis, *args)` on n ranks; the list of what each returned. A rank's exception fails the test."""
+        """`function(world: Axis, *args)` on n ranks; the list of what each returned. A rank's error fails the test."""
         code = function.__code__
         self.generation += self.world_size != n
         self.world_size = n

@@ -1,0 +1,41 @@
+# `make demo` makes a picture, `make test` runs the tests, `make check` formats, lints and checks types.
+# Each sets up what it needs in .venv; nothing is installed anywhere else.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+# A machine without an NVIDIA driver gets the CPU build by its exact name, so that no index can answer with CUDA's.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo torch==2.13.0+cpu)
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/python launcher run workflows/demo_txt2img.api.json
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/ready
+	$(BIN)/python tools/bench_layouts.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" || { \
+	  echo "No $(TORCH) in pip's package index. Point pip at PyTorch's wheels for this machine (PIP_EXTRA_INDEX_URL;" \
+	       "the address stands on PyTorch's installation page), or choose another build: make TORCH=torch==2.13.0" >&2; \
+	  exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	touch $@
