@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def main() -> None:
     if arguments.worker:
         work(*arguments.worker)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped run ends its ranks and its folder too
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         size = write_model(Path(folder), arguments.single_blocks)
         print(f"File: {size / 1e9:.2f} GB, bf16, in the page cache; ranks with one thread each.\n")
