@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
-from transformers import T5TokenizerFast as T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from ..errors import UserError
 from ..weights.checkpoint import open_checkpoint
@@ -30,10 +36,11 @@ class TextConditioning:
 
 @dataclass(frozen=True)
 class Part:
-    """One encoder with its tokenizer: the subfolders and the classes."""
+    """One encoder with its tokenizer: the subfolders, the `model_type` of its configuration, the classes."""
 
     folder: str
     tokenizer_folder: str
+    model_type: str
     encoder: type[PreTrainedModel]
     tokenizer: type[PreTrainedTokenizerBase]
 
@@ -83,8 +90,8 @@ FAMILIES = (
     TextFamily(
         pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
         parts=(
-            Part("text_encoder", "tokenizer", CLIPTextModel, CLIPTokenizer),
-            Part("text_encoder_2", "tokenizer_2", T5EncoderModel, T5Tokenizer),
+            Part("text_encoder", "tokenizer", "clip_text_model", CLIPTextModel, CLIPTokenizer),
+            Part("text_encoder_2", "tokenizer_2", "t5", T5EncoderModel, T5Tokenizer),
         ),
         main_part=1,
         default_length=512,
@@ -145,19 +152,19 @@ def _family(folder: Path) -> TextFamily:
 
 def _load_part(folder: Path, part: Part, device: torch.device | str, dtype: torch.dtype) -> LoadedPart:
     place = folder / part.folder
-    expected = part.encoder.config_class.model_type
     found = _read_json(place / "config.json").get("model_type")
-    if found != expected:
-        raise UserError(f"{place} holds a model of the type {found}, expected was {expected}.")
+    if found != part.model_type:
+        raise UserError(f"{place} holds a model of the type {found}, expected was {part.model_type}.")
     open_checkpoint(place)  # names what is wrong with the files
     _check_tokenizer(folder / part.tokenizer_folder, part.tokenizer)
     try:
         tokenizer = part.tokenizer.from_pretrained(folder / part.tokenizer_folder, local_files_only=True)
-        encoder, report = part.encoder.from_pretrained(
+        loaded: Any = part.encoder.from_pretrained(
             place, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The text encoder {place} cannot be loaded: {error}") from error
+    encoder, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{place} lacks {len(missing)} of its encoder's tensors, among them {missing[0]}.")
     if len(tokenizer) > encoder.config.vocab_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch.distributed as dist
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from distvae.models.layers.conv_mixin import PatchConvMixin
 from distvae.modules.adapters.layers.norm_adapters import GroupNormAdapter
 from distvae.vae import parallelize_decoder
@@ -36,8 +36,8 @@ def row_parallel(module: AutoencoderKL, group: dist.ProcessGroup) -> Autoencoder
     for part in copied.modules():
         if isinstance(part, PatchConvMixin):
             # Else each convolution keeps its halo rows for every size that was ever decoded.
-            part.halo_buffer = None
+            part.halo_buffer = None  # pyright: ignore[reportArgumentType]
         elif isinstance(part, GroupNormAdapter):
             # DistVAE squares deviations in the input's dtype: past 255 that is infinite in fp16, and the output 0.
-            part.group_norm = Float32(part.group_norm)
+            part.group_norm = Float32(part.group_norm)  # pyright: ignore[reportAttributeAccessIssue]
     return copied

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import FloatTensor, Tensor
 
 from ..comm import Axis
 from ..errors import UserError
@@ -22,7 +24,7 @@ Progress = Callable[[int, int], None]
 class Job(NamedTuple):
     """One window of one picture of the batch: what a single rank decodes."""
 
-    index: int
+    picture: int
     window: Window
 
 
@@ -73,7 +75,7 @@ def _decode_bands(vae: LoadedVAE, latent: Tensor, axis: Axis, report: Progress) 
     module = vae.row_parallel(axis.group)
     images = []
     for index in range(len(latent)):
-        images.append(module.decode(latent[index : index + 1]).sample.float())
+        images.append(_pixels(module, latent[index : index + 1]))
         report(index + 1, len(latent))
     return torch.cat(images)
 
@@ -82,7 +84,7 @@ def _decode_whole(vae: LoadedVAE, latent: Tensor, axis: Axis, report: Progress) 
     """`[B, 3, H, W]`, each picture by one rank."""
     height, width = latent.shape[-2:]
     everything = Window(Span(0, height), Span(0, width))
-    jobs = [Job(index, everything) for index in range(len(latent))]
+    jobs = [Job(picture, everything) for picture in range(len(latent))]
     return torch.stack(list(_spread(vae, latent, jobs, axis, report)))
 
 
@@ -94,11 +96,11 @@ def _decode_tiles(vae: LoadedVAE, latent: Tensor, axis: Axis, tile: int, overlap
     row_weights = blend_weights(spans(height, tile, overlap), vae.scale)
     column_weights = blend_weights(spans(width, tile, overlap), vae.scale)
     image = torch.zeros(len(latent), vae.image_channels, height * vae.scale, width * vae.scale, device=vae.device)
-    jobs = [Job(index, window) for index in range(len(latent)) for window in places]
+    jobs = [Job(picture, window) for picture in range(len(latent)) for window in places]
     for job, part in zip(jobs, _spread(vae, latent, jobs, axis, report), strict=True):
         rows, columns = job.window
         weight = row_weights[rows][:, None] * column_weights[columns]
-        _cut(image[job.index], job.window, vae.scale).add_(part * weight.to(vae.device))
+        _cut(image[job.picture], job.window, vae.scale).add_(part * weight.to(vae.device))
     return image
 
 
@@ -108,14 +110,21 @@ def _spread(vae: LoadedVAE, latent: Tensor, jobs: list[Job], axis: Axis, report:
         batch = jobs[start : start + axis.size]
         sizes = [int(rank < len(batch)) for rank in range(axis.size)]
         if sizes[axis.rank]:
-            index, window = batch[axis.rank]
-            mine = vae.module.decode(_cut(latent[index], window, 1)[None]).sample.float()
+            picture, window = batch[axis.rank]
+            mine = _pixels(vae.module, _cut(latent[picture], window, 1)[None])
         else:
             rows, columns = batch[0].window
             shape = (0, vae.image_channels, rows.size * vae.scale, columns.size * vae.scale)
             mine = torch.empty(shape, device=vae.device)
         yield from axis.all_gather(mine, sizes, dim=0)
         report(start + len(batch), len(jobs))
+
+
+def _pixels(module: AutoencoderKL, latent: Tensor) -> Tensor:
+    """`[B, 3, H, W]`, fp32, -1 to 1."""
+    decoded = module.decode(cast(FloatTensor, latent))
+    assert isinstance(decoded, DecoderOutput)
+    return decoded.sample.float()
 
 
 def _cut(x: Tensor, window: Window, scale: int) -> Tensor:

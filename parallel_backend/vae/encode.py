@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
 from ..errors import UserError
@@ -23,7 +24,9 @@ def encode(vae: LoadedVAE, image: Tensor, *, on_progress: Callable[[int, int], N
     latents = []
     for index, picture in enumerate(pixels.split(1)):
         picture = (picture * 2 - 1).to(vae.device, vae.dtype)
-        latents.append(vae.module.encode(picture).latent_dist.mode().float().cpu())
+        encoded = vae.module.encode(picture)
+        assert isinstance(encoded, AutoencoderKLOutput)
+        latents.append(encoded.latent_dist.mode().float().cpu())
         if on_progress:
             on_progress(index + 1, len(pixels))
     return torch.cat(latents)

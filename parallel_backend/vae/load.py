@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..errors import UserError
 from ..weights.checkpoint import open_checkpoint
@@ -89,9 +89,11 @@ def _module(config: Mapping[str, Any], source: str) -> AutoencoderKL:
         raise UserError(f"{source} is a VAE of the kind {kind}, expected was {AutoencoderKL.__name__}.")
     try:
         with torch.device("meta"):
-            return AutoencoderKL.from_config(dict(config))
+            module = AutoencoderKL.from_config(dict(config))
     except (TypeError, ValueError) as error:
         raise UserError(f"The config.json of {source} describes no VAE: {error}.") from error
+    assert isinstance(module, AutoencoderKL)
+    return module
 
 
 def _check(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:

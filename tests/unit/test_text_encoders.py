@@ -15,7 +15,7 @@ from diffusers import FluxPipeline
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 CLIP_LENGTH = 10
 T5_LENGTH = 14
@@ -30,7 +30,7 @@ def save_tokenizers(place: Path, t5_length: int | None) -> None:
     ).save_pretrained(place / "tokenizer")
     scores = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁", *letters)]
     length = {} if t5_length is None else {"model_max_length": t5_length}
-    T5TokenizerFast(vocab=scores, extra_ids=0, **length).save_pretrained(place / "tokenizer_2")
+    T5Tokenizer(vocab=scores, extra_ids=0, **length).save_pretrained(place / "tokenizer_2")
 
 
 def save_flux(place: Path, t5_length: int | None = T5_LENGTH) -> Path:
@@ -74,7 +74,7 @@ def pipeline_of(folder: Path, dtype: torch.dtype) -> FluxPipeline:
         vae=None,
         transformer=None,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+        tokenizer_2=T5Tokenizer.from_pretrained(folder / "tokenizer_2"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype),
         text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype),
     )
@@ -146,7 +146,7 @@ def swap_encoders(folder: Path) -> None:
 def swap_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer_2")
     letters = [(chr(code), 0.0) for code in range(200, 300)]
-    T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0).save_pretrained(
+    T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0).save_pretrained(
         folder / "tokenizer_2"
     )
 
