@@ -82,6 +82,7 @@ def load_transformer(
     for name, parts in pieces.items():
         if keep is None or keep(name):
             shared += reader.assign(module, name, parts)
+    _move_buffers(module, device)
     module.eval().requires_grad_(False)
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
     logger.info(
@@ -146,6 +147,13 @@ class _Reader:
 def _empty_module(found: Detected) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         return getattr(diffusers, found.class_name)(**found.config)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers that no file holds (rotary tables) were computed on the CPU by the constructors."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
 
 
 def _storage_dtype(checkpoint: Checkpoint, found: Detected, weight_dtype: str) -> torch.dtype:
