@@ -1,5 +1,6 @@
 """`python <pack>/launcher ...`: loads the pack, whatever its folder is called, as a package, then runs the commands."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,6 +22,4 @@ if __name__ == "__main__":
     # Python put this folder first on the path: its modules would shadow top-level ones of the same names.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK / "launcher"]
     _load_pack()
-    from paralleldit.launcher.cli import main
-
-    sys.exit(main())
+    sys.exit(importlib.import_module(f"{PACKAGE}.launcher.cli").main())

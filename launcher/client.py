@@ -173,17 +173,22 @@ class Client:
             self._stream.send(messages.Cancel(id=self._current))
 
     def _error(self, failure: messages.Failure) -> Exception:
-        if failure.code == "cancelled":
-            return Cancelled(failure.message)
-        if failure.code == "user":
-            return UserError(failure.message, failure.hint)
-        if failure.code == "protocol":
-            return ProtocolError(failure.message)
-        self.close()
-        if self.life is None:
-            return SidecarError(failure.message, failure.hint)
-        self.life.kill(patience=0.5)
-        return SidecarError(failure.message, f"{failure.hint} {self._log_hint(failure.rank)}".strip())
+        """Where the failure names a rank, the ranks are out of step and the sidecar ends: its remains are removed."""
+        hint = failure.hint
+        if failure.rank is not None:
+            self.close()
+            if self.life is not None:
+                self.life.kill(patience=0.5)
+                hint = f"{hint} {self._log_hint(failure.rank)}".strip()
+        match failure.code:
+            case "cancelled":
+                return Cancelled(failure.message)
+            case "user":
+                return UserError(failure.message, failure.hint)
+            case "protocol":
+                return ProtocolError(failure.message)
+            case "crash":
+                return SidecarError(failure.message, hint)
 
     def _bury(self, reason: str, *, hangs: bool = False) -> SidecarError:
         """Remove what is left of a lost sidecar, and say why it ended."""

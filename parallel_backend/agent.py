@@ -74,7 +74,7 @@ def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:
 
 
 def _tell(settings: records.Settings, text: str) -> None:
-    from torch.distributed import TCPStore
+    from torch.distributed.distributed_c10d import TCPStore
 
     host, _, port = settings.store.rpartition(":")
     TCPStore(host, int(port), is_master=False, wait_for_workers=False).set("log trouble", text)

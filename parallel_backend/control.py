@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class Control:
     """Collectives on the control group. Every rank makes the same calls in the same order."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 

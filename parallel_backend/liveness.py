@@ -9,8 +9,9 @@ import os
 import threading
 import time
 from datetime import timedelta
+from typing import NoReturn
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, TCPStore
 
 from .outcomes import Outcome
 
@@ -19,9 +20,9 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.5
 
 
-def connect_store() -> dist.TCPStore:
+def connect_store() -> TCPStore:
     """A connection of its own to the store of torchrun's agent: one per thread, since a call may block."""
-    return dist.TCPStore(
+    return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
@@ -30,7 +31,7 @@ def connect_store() -> dist.TCPStore:
     )
 
 
-def report_failure(store: dist.Store, sequence: int, rank: int, outcome: Outcome) -> None:
+def report_failure(store: Store, sequence: int, rank: int, outcome: Outcome) -> None:
     """Say that `rank` left request number `sequence` with an error; the first to say it is heard."""
     store.compare_set(f"failed/{sequence}", "", json.dumps({"rank": rank, **outcome.to_json()}))
 
@@ -58,7 +59,7 @@ class Pulse(threading.Thread):
                 self._leave(f"Rank 0 has been silent for {silence:.0f} s.")
             time.sleep(BEAT_S)
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str) -> NoReturn:
         log.error(reason)
         os._exit(1)
 
@@ -66,7 +67,7 @@ class Pulse(threading.Thread):
 class Beats:
     """The beats of `ranks`, timed by the listener's own clock."""
 
-    def __init__(self, store: dist.Store, ranks: list[int]) -> None:
+    def __init__(self, store: Store, ranks: list[int]) -> None:
         self._store = store
         self._ranks = ranks
         self._heard = {rank: (b"", time.monotonic()) for rank in ranks}

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.2
 HEARTBEAT_S = 1.0
 AGREEMENT_S = 2.0
-"""How long after the first rank's error the others may take to arrive at the same one."""
+"""After a crash: enough for the other ranks to crash alike, or for torchrun to notice the rank that died first."""
 FAREWELL_S = 10.0
 
 
@@ -52,16 +52,18 @@ class Watch(threading.Thread):
     # -- ranks -----------------------------------------------------------------------------------------------
 
     def _look_for_failure(self) -> None:
+        """A crash ends the sidecar in any case; for a user's error the other ranks have time to arrive at it too."""
         sequence = self.sequence
         if sequence is None or not self._store.check([f"failed/{sequence}"]):
-            self._failed_since = None
             return
         if self._failed_since is None or self._failed_since[0] != sequence:
             self._failed_since = sequence, time.monotonic()
-        if time.monotonic() - self._failed_since[1] > AGREEMENT_S:
-            failed = json.loads(self._store.get(f"failed/{sequence}"))
-            rank = failed.pop("rank")
-            self.crash(Outcome(**failed), rank)
+        failed = json.loads(self._store.get(f"failed/{sequence}"))
+        rank = failed.pop("rank")
+        outcome = Outcome(**failed)
+        patience = AGREEMENT_S if outcome.kind == "crash" else self._settings.hang_timeout
+        if time.monotonic() - self._failed_since[1] > patience and self.sequence == sequence:
+            self.crash(outcome, rank)
 
     def _heartbeat(self) -> None:
         silence, rank = self._beats.quietest()

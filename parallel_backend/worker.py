@@ -74,10 +74,9 @@ class Rank:
         self.rank = rank
         self.settings = settings
         self.life = life
-        self.device = torch.device(
-            settings.device, int(os.environ["LOCAL_RANK"]) if settings.device == "cuda" else None
-        )
-        if settings.device == "cuda":
+        cuda = settings.device == "cuda"
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        if cuda:
             torch.cuda.set_device(self.device)
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.compute_timeout))

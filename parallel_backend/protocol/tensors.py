@@ -68,7 +68,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> Body:
             "data_offsets": [at, at + raw.numel()],
         }
         at += raw.numel()
-        buffers.append(memoryview(raw.numpy()))
+        buffers.append(raw.numpy().data)
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     prefix = len(header).to_bytes(8, "little") + header

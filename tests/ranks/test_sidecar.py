@@ -180,7 +180,7 @@ def test_logs_are_bounded_and_a_full_disk_is_told_once(client, spec):
         ("hang 0", SidecarError, "Rank 0 hangs", HANG_S + 5),
         ("hang 1", SidecarError, "Rank 1 hangs", HANG_S + 5),
         ("crash 1", SidecarError, "Rank 1 failed: ValueError: the stand-in was told to crash.*line", 5),
-        ("user_error 1", UserError, "This prompt cannot be encoded. Use another.", 5),
+        ("user_error 1", UserError, "This prompt cannot be encoded. Use another.", HANG_S + 5),
     ],
 )
 def test_a_lost_rank_is_named_in_time_and_the_next_request_works(spec, prompt, error, text, seconds):
