@@ -89,7 +89,7 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
             on_step(question.step, total, denoised, question.x, question.sigma)
         return denoised
 
-    return job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer))
+    return check_result(job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer)), total)
 
 
 def drive(solver: Solver, answer: Callable[[Denoise], Tensor]) -> Tensor:
@@ -163,10 +163,26 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
 
 def check_finite(denoised: Tensor, question: Denoise, total: int) -> None:
     """Raises UserError naming the step and the sigma when a prediction holds NaN or infinity."""
-    if not torch.isfinite(denoised).all():
-        broken = int((~torch.isfinite(denoised)).sum())
+    if torch.isfinite(denoised).all():
+        return
+    where = f"step {question.step + 1} of {total} (sigma {float(question.sigma):.4g})"
+    if not torch.isfinite(question.x).all():
+        raise UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)
+    broken = int((~torch.isfinite(denoised)).sum())
+    raise UserError(
+        f"The model's prediction is not finite at {where}: {broken} of {denoised.numel()} values are NaN or infinite.",
+        "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
+    )
+
+
+SAMPLER_BROKE_DOWN = "the sampler's own numbers broke down, not the model's."
+USE_ANOTHER_SAMPLER = "Use another scheduler (beta or simple), fewer steps, or another sampler (euler)."
+
+
+def check_result(latent: Tensor, total: int) -> Tensor:
+    """The sampled latent. Raises UserError when the last step made it not finite."""
+    if not torch.isfinite(latent).all():
         raise UserError(
-            f"The model's prediction is not finite at step {question.step + 1} of {total} "
-            f"(sigma {float(question.sigma):.4g}): {broken} of {denoised.numel()} values are NaN or infinite.",
-            "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
+            f"The latent is not finite after step {total} of {total}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER
         )
+    return latent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -16,16 +17,15 @@ from .solver import SolverFunction
 class Sampler:
     """What the driver, the scheduler and the strategies must know of a sampler.
 
-    `order`: order of convergence of the deterministic part. `evaluations`: model calls per step (the last step to
-    sigma 0 needs one). `discard_penultimate_sigma`: schedules leave out the level before the last.
-    `elementwise`: each element of x depends on the same element of x and of the predictions only, so the latent may
-    be stepped in parts. `fresh_mask_noise`: a masked area is held with noise of its own. `terminal_sigma`: the
+    `evaluations`: model calls per step (a last step to sigma 0 needs one). `discard_penultimate_sigma`:
+    schedules leave out the level before the last. `minimum_steps`: what its order needs. `elementwise`:
+    each element of x depends on the same element of x and of the predictions only, so the latent may be
+    stepped in parts. `fresh_mask_noise`: a masked area is held with noise of its own. `terminal_sigma`: the
     level at which a run that is to end at 0 ends.
     """
 
     name: str
     function: SolverFunction
-    order: int = 1
     evaluations: int = 1
     noise: NoiseKind = NoiseKind.NONE
     elementwise: bool = True
@@ -48,12 +48,11 @@ class Sampler:
             )
         if sigmas[-1] != 0 or self.terminal_sigma == 0:
             return sigmas
-        return sigmas.clone().index_fill_(0, sigmas.new_tensor([steps]).long(), self.terminal_sigma)
+        return torch.cat([sigmas[:-1], sigmas.new_tensor([self.terminal_sigma])])
 
 
 _GAUSSIAN, _BROWNIAN = NoiseKind.GAUSSIAN, NoiseKind.BROWNIAN
 _UNIPC = {
-    "order": unipc.MAX_ORDER,
     "discard_penultimate_sigma": True,
     "minimum_steps": 2,
     "terminal_sigma": unipc.TERMINAL_SIGMA,
@@ -64,27 +63,26 @@ SAMPLERS: dict[str, Sampler] = {
     for sampler in (
         Sampler("euler", singlestep.euler),
         Sampler("euler_ancestral", singlestep.euler_ancestral, noise=_GAUSSIAN),
-        Sampler("heun", singlestep.heun, order=2, evaluations=2),
-        Sampler("dpm_2", singlestep.dpm_2, order=2, evaluations=2, discard_penultimate_sigma=True),
+        Sampler("heun", singlestep.heun, evaluations=2),
+        Sampler("dpm_2", singlestep.dpm_2, evaluations=2, discard_penultimate_sigma=True),
         Sampler(
             "dpm_2_ancestral",
             singlestep.dpm_2_ancestral,
-            order=2,
             evaluations=2,
             noise=_GAUSSIAN,
             discard_penultimate_sigma=True,
         ),
-        Sampler("dpmpp_2s_ancestral", singlestep.dpmpp_2s_ancestral, order=2, evaluations=2, noise=_GAUSSIAN),
-        Sampler("dpmpp_sde", singlestep.dpmpp_sde, order=2, evaluations=2, noise=_BROWNIAN),
-        Sampler("dpmpp_2m", multistep.dpmpp_2m, order=2),
-        Sampler("dpmpp_2m_sde", multistep.dpmpp_2m_sde, order=2, noise=_BROWNIAN),
-        Sampler("dpmpp_2m_sde_heun", multistep.dpmpp_2m_sde_heun, order=2, noise=_BROWNIAN),
-        Sampler("dpmpp_3m_sde", multistep.dpmpp_3m_sde, order=3, noise=_BROWNIAN),
+        Sampler("dpmpp_2s_ancestral", singlestep.dpmpp_2s_ancestral, evaluations=2, noise=_GAUSSIAN),
+        Sampler("dpmpp_sde", singlestep.dpmpp_sde, evaluations=2, noise=_BROWNIAN),
+        Sampler("dpmpp_2m", multistep.dpmpp_2m),
+        Sampler("dpmpp_2m_sde", multistep.dpmpp_2m_sde, noise=_BROWNIAN),
+        Sampler("dpmpp_2m_sde_heun", multistep.dpmpp_2m_sde_heun, noise=_BROWNIAN),
+        Sampler("dpmpp_3m_sde", multistep.dpmpp_3m_sde, noise=_BROWNIAN),
         Sampler("lcm", singlestep.lcm, noise=_GAUSSIAN),
-        Sampler("ipndm", multistep.ipndm, order=4),
-        Sampler("deis", multistep.deis, order=3),
-        Sampler("res_multistep", multistep.res_multistep, order=2),
-        Sampler("res_multistep_ancestral", multistep.res_multistep_ancestral, order=2, noise=_GAUSSIAN),
+        Sampler("ipndm", multistep.ipndm),
+        Sampler("deis", multistep.deis),
+        Sampler("res_multistep", multistep.res_multistep),
+        Sampler("res_multistep_ancestral", multistep.res_multistep_ancestral, noise=_GAUSSIAN),
         Sampler("ddim", singlestep.euler, fresh_mask_noise=True),
         Sampler("uni_pc", unipc.uni_pc, **_UNIPC),
         Sampler("uni_pc_bh2", unipc.uni_pc_bh2, **_UNIPC),

@@ -76,4 +76,5 @@ def ancestral_step(model_sampling: ModelSampling, sigma: Tensor, target: Tensor,
         return AncestralStep(down, 1.0, added)
     down = target * (1 + (target / sigma - 1) * eta)
     keep = (1 - target) / (1 - down)
-    return AncestralStep(down, keep, (target**2 - down**2 * (1 - target) ** 2 / (1 - down) ** 2) ** 0.5)
+    variance = target**2 - down**2 * (1 - target) ** 2 / (1 - down) ** 2
+    return AncestralStep(down, keep, variance.clamp(min=0) ** 0.5)
