@@ -101,6 +101,8 @@ class Report:
             self._phase = phase
             self._bar = tqdm(total=total, desc=phase, file=sys.stderr)
         self._bar.update(step - self._bar.n)
+        if step == total:
+            self._close_bar()
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:

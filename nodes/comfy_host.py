@@ -68,8 +68,7 @@ class ComfyHost(Host):
             denoise=denoise,
             model_options=model.model_options,
         )
-        patched = model.object_patches.get("model_sampling")
-        return None, run.sigmas.cpu(), float(patched.shift) if patched is not None else None
+        return None, run.sigmas.cpu(), comfy_model.patched_shift(model)
 
 
 def _previewer(model: Any) -> Any:

@@ -75,6 +75,27 @@ def check_patches(patcher: Any) -> None:
         )
 
 
+def patched_shift(patcher: Any) -> float | None:
+    """The flow shift that a node such as ModelSamplingFlux has set; None where the model keeps its own."""
+    patched = patcher.object_patches.get("model_sampling")
+    if patched is None:
+        return None
+    own = patcher.model.model_sampling
+    if type(patched).__bases__ != type(own).__bases__ or getattr(patched, "multiplier", None) != getattr(
+        own, "multiplier", None
+    ):
+        raise UserError(
+            f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
+            "Remove the node that replaced it, or use the one of the model's own kind.",
+        )
+    return float(patched.shift)
+
+
+def _kind(model_sampling: Any) -> str:
+    names = " + ".join(base.__name__ for base in type(model_sampling).__bases__)
+    return f"{names} (multiplier {model_sampling.multiplier:g})" if hasattr(model_sampling, "multiplier") else names
+
+
 HARMLESS_OPTIONS = ("disable_cfg1_optimization",)
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 

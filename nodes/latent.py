@@ -29,7 +29,10 @@ def travelling(latent_image: dict[str, Any], handle: ModelHandle) -> dict[str, T
             "Give a batch, a width and a height of at least 1.",
         )
     if latent.ndim != 4:
-        raise UserError(f"The latent has {latent.ndim} dims; this model takes 4: batch, channels, rows, columns.")
+        raise UserError(
+            f"The latent has {latent.ndim} dims; this model takes 4: batch, channels, rows, columns.",
+            "Use a latent for pictures, not for video or sound.",
+        )
     broken = int(latent.numel() - torch.isfinite(latent).sum())
     if broken:
         raise UserError(

@@ -1,0 +1,289 @@
+"""The pack in a real ComfyUI, through its own queue: `COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` its Python."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
+]
+
+PACK = Path(__file__).resolve().parents[2]
+NAME = "diffusers/tiny"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    from paralleldit.tests.comfyui.host import prepare
+    from paralleldit.tests.tiny_flux import write_pipeline
+
+    folder = tmp_path_factory.mktemp("comfyui")
+    pipelines = tmp_path_factory.mktemp("pipelines")
+    tiny = write_pipeline(pipelines / "tiny")
+    guided = write_pipeline(pipelines / "guided", guidance_embeds=True)
+    prepare(folder / "base", {"tiny": tiny, "guided": guided})
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def host(base):
+    from paralleldit.tests.comfyui.host import Host
+
+    running = Host(base, base.parent / "runtime")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def demo() -> dict[str, Any]:
+    return demo_with(NAME)
+
+
+def demo_with(pipeline: str, **sampler: Any) -> dict[str, Any]:
+    api = json.loads((PACK / "workflows" / "demo_txt2img.api.json").read_text())
+    for key, name in (("2", "model"), ("3", "text_encoders"), ("4", "text_encoders"), ("7", "vae")):
+        api[key]["inputs"][name] = pipeline
+    api["5"]["inputs"] |= {"width": 128, "height": 96}
+    api["6"]["inputs"] |= {"steps": STEPS, **sampler}
+    return api
+
+
+def picture(host, run) -> np.ndarray:
+    assert not run.error, run.error
+    with Image.open(io.BytesIO(host.view(run.pictures()[0]))) as image:
+        return np.array(image)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = float(((one.astype(float) - other.astype(float)) ** 2).mean())
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def test_the_nodes_are_there_with_help(host):
+    listed = host.get("/object_info")
+    names = [name for name in listed if name.startswith("ParallelDiT")]
+    assert len(names) == 8
+    assert all(listed[name]["category"] == "ParallelDiT" for name in names)
+    assert listed["ParallelDiTLoader"]["input"]["required"]["model"][0][:2] == ["diffusers/guided", NAME]
+    for name in names:
+        help_page = host.get(f"/extensions/ComfyUI-ParallelDiT/docs/{name}.md").decode()
+        assert help_page.startswith(f"# {listed[name]['display_name']}")
+
+
+@pytest.mark.parametrize("name", ["demo_txt2img", "flux_txt2img"])
+def test_a_saved_workflow_has_no_unknown_node_and_no_unknown_input(host, name):
+    listed = host.get("/object_info")
+    api = json.loads((PACK / "workflows" / f"{name}.api.json").read_text())
+    for key, entry in api.items():
+        groups = listed[entry["class_type"]]["input"]
+        known = {**groups["required"], **groups.get("optional", {})}
+        assert set(entry["inputs"]) <= set(known), f"node {key}"
+        assert set(groups["required"]) <= set(entry["inputs"]), f"node {key}"
+    ui = json.loads((PACK / "workflows" / f"{name}.json").read_text())
+    assert {node["type"] for node in ui["nodes"]} <= set(listed)
+
+
+def test_the_demo_workflow_makes_a_picture_with_progress_and_previews(host, demo):
+    run = host.run(demo)
+    assert picture(host, run).shape == (96, 128, 3)
+    steps = [event["value"] for event in run.of("progress") if event["node"] == "6" and event["max"] == STEPS]
+    assert sorted(set(steps)) >= list(range(1, STEPS + 1))
+    assert len(run.previews) == STEPS
+    with Image.open(io.BytesIO(run.previews[-1])) as preview:
+        assert preview.format == "JPEG"
+
+
+def test_without_comfyui_the_same_workflow_makes_the_same_picture(host, demo, base, tmp_path):
+    native = picture(host, host.run(demo))
+    path = tmp_path / "demo.json"
+    path.write_text(json.dumps(demo))
+    command = [sys.executable, str(PACK / "launcher"), "run", str(path), "--device=cpu", f"--models={base / 'models'}"]
+    env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(tmp_path / "runtime"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"--output={tmp_path}"], capture_output=True, text=True, env=env, timeout=180, check=False
+    )
+    subprocess.run([sys.executable, str(PACK / "launcher"), "stop"], env=env, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "paralleldit_demo_00001_.png") as image:
+        assert psnr(native, np.array(image)) > 60
+
+
+def test_an_interrupt_ends_the_run_within_a_step_and_the_next_prompt_works(host, demo):
+    long = copy.deepcopy(demo)
+    long["6"]["inputs"] |= {"steps": 1000, "seed": 1}
+    began = time.monotonic()
+    run = host.run(long, interrupt_at=3)
+    assert run.of("execution_interrupted")
+    assert max(event["value"] for event in run.of("progress")) < 100
+    assert time.monotonic() - began < 30
+    demo["6"]["inputs"]["seed"] = 2
+    began = time.monotonic()
+    picture(host, host.run(demo))
+    assert time.monotonic() - began < 20, "the sidecar was not warm"
+
+
+def test_a_killed_rank_is_an_error_in_the_graph_and_the_next_prompt_works(host, demo):
+    demo["6"]["inputs"] |= {"steps": 1000, "seed": 3}
+    picture(host, host.run(demo_with(NAME, seed=33)))
+    command = [sys.executable, str(PACK / "launcher"), "status", "--json"]
+    env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(host.runtime)}
+    status = json.loads(subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout)
+    victim = subprocess.Popen(
+        [sys.executable, "-c", f"import os, time; time.sleep(2); os.kill({rank_pid(status)}, {signal.SIGKILL})"]
+    )
+    run = host.run(demo)
+    victim.wait()
+    assert "SIGKILL" in run.error or "killed" in run.error, run.error
+    picture(host, host.run(demo_with(NAME, seed=4)))
+
+
+def rank_pid(status: dict[str, Any]) -> int:
+    return status["ranks"][-1]["pid"]
+
+
+def test_a_layout_that_cannot_work_is_refused_by_the_queue(host, demo):
+    demo["1"]["inputs"]["ulysses_degree"] = 3
+    answer = host.refusal(demo)
+    assert "ulysses_degree=3" in answer
+    assert "2 ranks" in answer
+
+
+def test_text_and_latents_of_comfyuis_own_nodes_and_its_vae_nodes_work(host, demo):
+    demo["8"] = {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["7", 0]}}
+    demo["5"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 96, "batch_size": 2}}
+    run = host.run(demo)
+    assert picture(host, run).shape == (96, 128, 3)
+    assert len(run.pictures()) == 2
+
+
+def test_a_picture_is_changed_only_where_the_mask_says(host, demo):
+    demo |= {
+        "20": {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 96, "batch_size": 1, "color": 0x00FF00}},
+        "21": {"class_type": "VAEEncode", "inputs": {"pixels": ["20", 0], "vae": ["7", 0]}},
+        "22": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 128, "height": 96}},
+        "23": {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 96}},
+        "24": {
+            "class_type": "MaskComposite",
+            "inputs": {"destination": ["22", 0], "source": ["23", 0], "x": 0, "y": 0, "operation": "multiply"},
+        },
+        "25": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["21", 0], "mask": ["24", 0]}},
+        "26": {"class_type": "ParallelDiTVAEDecode", "inputs": dict(demo["8"]["inputs"], samples=["21", 0])},
+        "27": {"class_type": "PreviewImage", "inputs": {"images": ["26", 0]}},
+    }
+    demo["6"]["inputs"] |= {"latent_image": ["25", 0], "denoise": 0.6}
+    run = host.run(demo)
+    assert not run.error, run.error
+    shown = {
+        data["node"]: np.array(Image.open(io.BytesIO(host.view(data["output"]["images"][0]))))
+        for data in run.of("executed")
+    }
+    kept, changed = (psnr(shown["9"][:, half], shown["27"][:, half]) for half in (slice(0, 16), slice(96, 128)))
+    assert kept > 25
+    assert changed < kept - 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {
+                "6": {
+                    "class_type": "KSampler",
+                    "inputs": {"seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+                    | {"denoise": 1.0, "model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0]}
+                    | {"latent_image": ["5", 0]},
+                }
+            },
+            "Use Parallel Sampler",
+        ),
+        (
+            {
+                "20": {
+                    "class_type": "ConditioningCombine",
+                    "inputs": {"conditioning_1": ["3", 0], "conditioning_2": ["4", 0]},
+                },
+                "6.positive": ["20", 0],
+            },
+            "2 entries",
+        ),
+        (
+            {
+                "20": {
+                    "class_type": "ConditioningSetArea",
+                    "inputs": {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0, "conditioning": ["3", 0]},
+                },
+                "6.positive": ["20", 0],
+            },
+            "area",
+        ),
+        (
+            {
+                "20": {"class_type": "RescaleCFG", "inputs": {"model": ["2", 0], "multiplier": 0.7}},
+                "6.model": ["20", 0],
+            },
+            "sampler_cfg_function",
+        ),
+        (
+            {
+                "20": {
+                    "class_type": "ModelSamplingDiscrete",
+                    "inputs": {"model": ["2", 0], "sampling": "v_prediction", "zsnr": False},
+                },
+                "6.model": ["20", 0],
+            },
+            "V_PREDICTION",
+        ),
+        (
+            {"20": {"class_type": "TomePatchModel", "inputs": {"model": ["2", 0], "ratio": 0.3}}, "6.model": ["20", 0]},
+            "attn1",
+        ),
+    ],
+    ids=["stock KSampler", "two prompts", "area", "cfg function", "other prediction", "attention patch"],
+)
+def test_what_cannot_travel_is_refused_by_name(host, demo, changes, words):
+    demo["6"]["inputs"]["seed"] = 99
+    for place, value in changes.items():
+        key, _, name = place.partition(".")
+        if name:
+            demo[key]["inputs"][name] = value
+        else:
+            demo[key] = value
+    assert words in host.run(demo).error
+
+
+def test_the_hosts_flow_shift_is_obeyed(host):
+    usual = demo_with("diffusers/guided", cfg=1.0)
+    del usual["6"]["inputs"]["negative"]
+    shifted = copy.deepcopy(usual)
+    shifted["20"] = {
+        "class_type": "ModelSamplingFlux",
+        "inputs": {"model": ["2", 0], "max_shift": 1.15, "base_shift": 0.5, "width": 128, "height": 96},
+    }
+    shifted["6"]["inputs"]["model"] = ["20", 0]
+    assert psnr(picture(host, host.run(usual)), picture(host, host.run(shifted))) < 60
+
+
+def test_status_and_unload_run_in_the_graph(host, demo):
+    demo["20"] = {"class_type": "ParallelDiTStatus", "inputs": {"after": ["6", 0]}}
+    demo["21"] = {"class_type": "ParallelDiTUnload", "inputs": {"after": ["6", 0]}}
+    run = host.run(demo)
+    assert not run.error, run.error
+    shown = {data["node"]: data["output"].get("text", [""])[0] for data in run.of("executed")}
+    assert "2 ranks on cpu" in shown["20"]
+    assert "freed bytes" in shown["21"]
+    picture(host, host.run(demo_with(NAME, seed=5)))

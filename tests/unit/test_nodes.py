@@ -1,0 +1,389 @@
+"""The nodes without ComfyUI and without ranks: what they send, what they refuse, what they declare."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from paralleldit.launcher import sidecar
+from paralleldit.launcher.sidecar import SidecarSpec
+from paralleldit.nodes import host
+from paralleldit.nodes.layout import LayoutChoice
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
+from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS
+from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+from paralleldit.tests.fake_client import FakeClient
+from paralleldit.tests.tiny_flux import write_pipeline
+
+PACK = Path(__file__).resolve().parents[2]
+NAME = "diffusers/tiny"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_pipeline(folder / "diffusers" / "tiny")
+    return folder
+
+
+@pytest.fixture
+def client(models, tmp_path, monkeypatch) -> FakeClient:
+    fake = FakeClient()
+    monkeypatch.setattr(sidecar, "ensure_sidecar", fake.ensure)
+    host.use(host.Host(models=models, spec=SidecarSpec(device="cpu", directory=tmp_path)))
+    yield fake
+    host.use(None)
+
+
+def node(name: str) -> Any:
+    return NODE_CLASS_MAPPINGS[f"ParallelDiT{name}"]()
+
+
+def conditioning(**entry: Any) -> list[Any]:
+    return [[torch.ones(1, 4, 8), {"pooled_output": torch.ones(1, 6), **entry}]]
+
+
+def load(layout: LayoutChoice | None = None) -> Any:
+    return node("Loader").load(NAME, "auto", layout)[0]
+
+
+def sample(model: Any = None, **changes: Any) -> dict[str, Any]:
+    inputs = {
+        "model": model or load(),
+        "seed": 7,
+        "steps": 3,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "positive": conditioning(),
+        "latent_image": {"samples": torch.zeros(1, 16, 4, 4)},
+        "denoise": 1.0,
+    }
+    return node("Sampler").sample(**(inputs | changes))[0]
+
+
+# -- what the nodes declare ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
+def test_a_node_explains_every_input_and_fits_its_own_function(client, name):
+    node_class = NODE_CLASS_MAPPINGS[name]
+    groups = node_class.INPUT_TYPES()
+    declared = {key: spec for group in ("required", "optional") for key, spec in groups.get(group, {}).items()}
+    assert all(len(spec[1]["tooltip"]) > 10 for spec in declared.values())
+    taken = inspect.signature(getattr(node_class, node_class.FUNCTION)).parameters
+    assert set(declared) == set(taken) - {"self"}
+    optional = {key for key, parameter in taken.items() if parameter.default is not parameter.empty}
+    assert optional == set(groups.get("optional", {}))
+    if hasattr(node_class, "VALIDATE_INPUTS"):
+        assert set(inspect.getfullargspec(node_class.VALIDATE_INPUTS).args[1:]) <= set(declared)
+    assert node_class.CATEGORY == "ParallelDiT"
+    assert NODE_DISPLAY_NAME_MAPPINGS[name].startswith("Parallel ")
+    assert (PACK / "web" / "docs" / f"{name}.md").read_text().startswith(f"# {NODE_DISPLAY_NAME_MAPPINGS[name]}")
+
+
+def test_the_menus_offer_what_the_ranks_can_sample():
+    assert set(SAMPLER_NAMES) == set(SAMPLERS)
+    assert set(SCHEDULER_NAMES) == set(SCHEDULERS)
+
+
+def test_a_missing_package_is_named_with_what_to_do(tmp_path):
+    code = f"""
+import importlib.util, sys
+sys.modules["pydantic"] = None
+spec = importlib.util.spec_from_file_location("a-pack", {str(PACK / "__init__.py")!r})
+spec.submodule_search_locations = [{str(PACK)!r}]
+sys.modules["a-pack"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "'pydantic'" in last
+    assert "-m pip install -r" in last
+
+
+# -- layout --------------------------------------------------------------------------------------------------------
+
+AUTO = LayoutChoice()
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks", "guided", "layout"),
+    [
+        (AUTO, 1, False, Layout()),
+        (AUTO, 4, False, Layout(ulysses_degree=4)),
+        (AUTO, 4, True, Layout(ulysses_degree=2, cfg_degree=2)),
+        (AUTO, 3, True, Layout(ulysses_degree=3)),
+        (LayoutChoice(ring_degree=2), 4, False, Layout(ulysses_degree=2, ring_degree=2)),
+        (LayoutChoice(ulysses_degree=2), 8, True, Layout(ulysses_degree=2, ring_degree=2, cfg_degree=2)),
+        (LayoutChoice(cfg_degree=1, ulysses_degree=1), 4, True, Layout(ring_degree=4)),
+        (LayoutChoice(data_degree=2), 4, False, Layout(ulysses_degree=2, data_degree=2)),
+        (LayoutChoice(attention="sdpa"), 2, False, Layout(ulysses_degree=2, attention="sdpa")),
+        (LayoutChoice(ulysses_degree=2, ring_degree=1, cfg_degree=1, data_degree=1), 2, True, Layout(ulysses_degree=2)),
+    ],
+)
+def test_degrees_of_zero_are_chosen_to_use_all_ranks_exactly(choice, ranks, guided, layout):
+    assert choice.resolve(ranks, batch=4, guided=guided) == layout
+
+
+@pytest.mark.parametrize(
+    ("degrees", "numbers"),
+    [
+        ((2, 3, 1, 1, 1), ("3", "2 ranks")),
+        ((4, 3, 0, 0, 0), ("ulysses_degree=3", "4 ranks")),
+        ((2, 0, 0, 3, 0), ("cfg_degree=3", "2 halves")),
+        ((2, 1, 1, 1, 4), ("data_degree=4", "multiply to 4")),
+        ((-1, 0, 0, 0, 0), ("-1",)),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_before_anything_runs(client, degrees, numbers):
+    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(*degrees)
+    assert isinstance(answer, str)
+    assert all(number in answer for number in numbers), answer
+    assert not client.specs
+
+
+def test_a_linked_degree_is_checked_when_it_is_known(client):
+    assert NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(2, None, 1, 1, 1) is True
+    with pytest.raises(UserError, match="multiply to 3"):
+        node("Layout").build(2, 3, 1, 1, 1, "auto")
+
+
+def test_without_gpu_more_ranks_than_gpus_are_refused(client, monkeypatch):
+    host.use(host.Host(spec=SidecarSpec(device="cuda")))
+    monkeypatch.setattr("paralleldit.launcher.devices.gpu_count", lambda python: 1)
+    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(4, 0, 0, 0, 0)
+    assert "4 ranks" in answer
+    assert "1" in answer
+
+
+# -- sampler -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampler_sends_one_request_and_keeps_the_rest_of_the_latent(client):
+    mask = torch.ones(1, 32, 32)
+    latent = {"samples": torch.ones(2, 16, 4, 4), "noise_mask": mask, "batch_index": [3, 5], "other": "kept"}
+    model = load(LayoutChoice(ranks=2))
+    out = sample(model, cfg=3.0, positive=conditioning(guidance=2.0), negative=conditioning(), latent_image=latent)
+    message, tensors = client.last(messages.Sample)
+    assert message.model == messages.ModelRef(path=str(host.current().models / NAME))
+    assert message.layout == Layout(cfg_degree=2)
+    assert (message.seed, message.cfg, message.sampler, message.batch_index) == (7, 3.0, "euler", (3, 5))
+    assert message.schedule == messages.Schedule(scheduler="simple", steps=3)
+    assert [entry.guidance for entry in (*message.positive, *message.negative)] == [2.0, 3.5]
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "latent": (2, 16, 4, 4),
+        "noise_mask": (1, 1, 32, 32),
+        "positive.0.tokens": (1, 4, 8),
+        "positive.0.pooled": (1, 6),
+        "negative.0.tokens": (1, 4, 8),
+        "negative.0.pooled": (1, 6),
+    }
+    assert out["other"] == "kept"
+    assert out["noise_mask"] is mask
+    assert torch.equal(out["samples"], latent["samples"] + 1)
+    assert torch.equal(latent["samples"], torch.ones(2, 16, 4, 4))
+
+
+def test_at_cfg_1_the_negative_prompt_does_not_travel(client):
+    sample(negative=conditioning())
+    message, tensors = client.last(messages.Sample)
+    assert message.negative == ()
+    assert not [name for name in tensors if name.startswith("negative")]
+
+
+def test_disabled_guidance_travels_as_none(client):
+    sample(positive=conditioning(guidance=None))
+    assert client.last(messages.Sample)[0].positive[0].guidance is None
+
+
+def test_an_empty_latent_of_another_model_gets_the_right_channels(client):
+    sample(latent_image={"samples": torch.zeros(1, 4, 6, 8)})
+    assert client.last(messages.Sample)[1]["latent"].shape == (1, 16, 6, 8)
+
+
+NAN = torch.full((1, 16, 4, 4), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latent_image": {"samples": torch.zeros(0, 16, 4, 4)}}, ("empty", "[0, 16, 4, 4]")),
+        ({"latent_image": {"samples": torch.zeros(1, 16, 0, 4)}}, ("empty",)),
+        ({"latent_image": {"samples": torch.ones(1, 4, 4, 4)}}, ("4 channels", "16")),
+        ({"latent_image": {"samples": NAN}}, ("256 of 256", "NaN")),
+        ({"latent_image": {"samples": torch.zeros(1, 16, 1, 4, 4)}}, ("5 dims", "4")),
+        ({"sampler_name": "magic"}, ("Unknown sampler 'magic'", "euler")),
+        ({"scheduler": "magic"}, ("Unknown scheduler 'magic'", "karras")),
+        ({"cfg": 3.0}, ("cfg=3", "negative")),
+        ({"positive": conditioning() * 2}, ("positive conditioning has 2 entries", "1")),
+        ({"cfg": 3.0, "negative": conditioning() * 2}, ("negative conditioning has 2 entries",)),
+        ({"positive": conditioning(area=(1, 1, 0, 0))}, ("carries area",)),
+        ({"positive": conditioning(mask=torch.ones(1, 4, 4))}, ("carries mask",)),
+        ({"positive": conditioning(control=object())}, ("carries control", "ControlNet")),
+        ({"positive": conditioning(hooks=object())}, ("carries hooks",)),
+        ({"positive": conditioning(start_percent=0.5)}, ("carries start_percent=0.5",)),
+        ({"positive": conditioning(strength=0.5)}, ("carries strength=0.5",)),
+        ({"positive": conditioning(reference_latents=[1])}, ("carries reference_latents",)),
+        ({"positive": conditioning(pooled_output=None)}, ("no pooled output",)),
+        ({"model": object()}, ("not loaded by Parallel Loader",)),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_by_name_and_nothing_is_sent(client, changes, words):
+    with pytest.raises(UserError) as error:
+        sample(**changes)
+    assert all(word in str(error.value) for word in words), error.value
+    assert error.value.hint
+    assert not client.sent
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "words"),
+    [
+        (LayoutChoice(ranks=2, cfg_degree=2), {}, ("cfg_degree=2",)),
+        (LayoutChoice(ranks=2, data_degree=2), {}, ("data_degree=2", "1")),
+    ],
+)
+def test_a_layout_that_would_leave_ranks_idle_is_refused(client, layout, changes, words):
+    with pytest.raises(UserError) as error:
+        sample(load(layout), **changes)
+    assert all(word in str(error.value) for word in words)
+    assert not client.sent
+
+
+def test_neutral_settings_of_a_prompt_pass(client):
+    sample(positive=conditioning(strength=1.0, start_percent=0.0, end_percent=1.0, control=None))
+    assert client.last(messages.Sample)
+
+
+# -- the other nodes -----------------------------------------------------------------------------------------------
+
+
+def test_text_encode_makes_conditioning(client):
+    out = node("TextEncode").encode(NAME, "a cat", 2.5, 0)[0]
+    message, _ = client.last(messages.EncodeText)
+    assert (message.prompt, message.prompt_2, message.max_length) == ("a cat", None, None)
+    assert out[0][0].shape == (1, 4, 8)
+    assert out[0][1]["pooled_output"].shape == (1, 6)
+    assert out[0][1]["guidance"] == 2.5
+    node("TextEncode").encode(NAME, "a cat", 2.5, 77, "a long cat")
+    message, _ = client.last(messages.EncodeText)
+    assert (message.prompt_2, message.max_length) == ("a long cat", 77)
+
+
+def test_a_vae_decodes_and_encodes(client):
+    vae = node("VAELoader").load(NAME, "fp32")[0]
+    assert node("VAEDecode").decode({"samples": torch.zeros(1, 16, 4, 6)}, vae, 256, 32)[0].shape == (1, 32, 48, 3)
+    message, _ = client.last(messages.Decode)
+    assert (message.vae.weight_dtype, message.tile_size, message.overlap) == ("fp32", 256, 32)
+    assert vae.encode(torch.zeros(1, 16, 16, 4)).shape == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("tile_size", "overlap", "words"), [(64, 64, "overlap=64"), (64, 128, "overlap=128"), (-8, 0, "tile_size=-8")]
+)
+def test_tiles_without_room_are_refused(client, tile_size, overlap, words):
+    assert words in NODE_CLASS_MAPPINGS["ParallelDiTVAEDecode"].VALIDATE_INPUTS(tile_size, overlap)
+
+
+def test_a_vae_of_comfyui_is_not_decoded_by_the_ranks(client):
+    with pytest.raises(UserError, match="not loaded by Parallel VAE Loader"):
+        node("VAEDecode").decode({"samples": torch.zeros(1, 16, 4, 4)}, object(), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("Loader", ("nothing",)), ("TextEncode", ("nothing",)), ("VAELoader", ("nothing",))]
+)
+def test_a_model_that_is_not_there_is_named_with_what_is(client, name, inputs):
+    answer = NODE_CLASS_MAPPINGS[f"ParallelDiT{name}"].VALIDATE_INPUTS(*inputs)
+    assert "'nothing'" in answer
+    assert NAME in answer
+
+
+def test_a_path_beside_the_pack_is_found_from_any_folder(client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert node("Loader").load(str(host.current().models / NAME), "auto")[0].family == "flux"
+    assert NODE_CLASS_MAPPINGS["ParallelDiTLoader"].VALIDATE_INPUTS("parallel_backend/layout.py") is True
+
+
+def test_inside_comfyui_only_listed_models_are_taken(client, monkeypatch):
+    monkeypatch.setattr(host.Host, "takes_paths", False)
+    absolute = str(host.current().models / NAME)
+    assert "was not found" in NODE_CLASS_MAPPINGS["ParallelDiTLoader"].VALIDATE_INPUTS(absolute)
+
+
+def test_models_behind_links_to_other_folders_are_listed(client, tmp_path):
+    (tmp_path / "models" / "diffusers").mkdir(parents=True)
+    (tmp_path / "models" / "diffusers" / "linked").symlink_to(host.current().models / NAME)
+    host.use(host.Host(models=tmp_path / "models"))
+    assert "diffusers/linked" in NODE_CLASS_MAPPINGS["ParallelDiTLoader"].INPUT_TYPES()["required"]["model"][0]
+
+
+@pytest.mark.parametrize("name", ["Status", "Unload"])
+def test_status_and_unload_do_not_start_a_sidecar(client, name):
+    shown = getattr(node(name), node(name).FUNCTION)()
+    assert shown["ui"]["text"] == ["The sidecar is not running."]
+    assert not client.specs
+
+
+@pytest.mark.parametrize(("name", "words"), [("Status", "models"), ("Unload", "[10, 20]")])
+def test_status_and_unload_ask_the_sidecar_that_runs(client, monkeypatch, name, words):
+    monkeypatch.setattr("paralleldit.nodes.session.running", lambda: SidecarSpec(ranks=4))
+    shown = getattr(node(name), node(name).FUNCTION)("passed on")
+    assert words in shown["ui"]["text"][0]
+    assert client.specs == [SidecarSpec(ranks=4)]
+
+
+def test_unload_passes_its_input_on(client):
+    assert node("Unload").unload("passed on")["result"] == ("passed on",)
+
+
+# -- progress, cancel, restart -------------------------------------------------------------------------------------
+
+
+class Watching(host.Host):
+    steps: ClassVar[list[tuple[str, int, int]]] = []
+    cancel_at = 0
+
+    def progress(self, model: Any = None) -> host.OnProgress:
+        return lambda phase, step, total, preview: self.steps.append((phase, step, total))
+
+    def cancelled(self) -> bool:
+        return len(self.steps) == self.cancel_at
+
+    def leave_cancelled(self, error):
+        raise InterruptedError from error
+
+
+def test_steps_are_shown_and_a_cancel_ends_the_node_as_the_host_wants(client, models):
+    watching = Watching(models=models, spec=host.current().spec)
+    watching.steps.clear()
+    host.use(watching)
+    watching.cancel_at = -1
+    sample()
+    assert watching.steps == [("sample", step, 3) for step in (1, 2, 3)]
+    watching.cancel_at = 5
+    with pytest.raises(InterruptedError):
+        sample()
+
+
+def test_a_cached_model_is_used_again_in_a_new_sidecar(client):
+    model = load(LayoutChoice(ranks=2))
+    sample(model)
+    client.fault = sidecar.SidecarError("Rank 1 died.")
+    with pytest.raises(sidecar.SidecarError, match="Rank 1"):
+        sample(model)
+    sample(model)
+    requests = [message for message, _ in client.sent]
+    assert len(requests) == 3
+    assert requests[0] == requests[2]
+    assert {spec.ranks for spec in client.specs} == {2}
