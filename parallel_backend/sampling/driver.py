@@ -70,8 +70,8 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
     held = None
     if job.mask is not None:
         mask_fill = mask_noise(noise.shape, job.seed).to(noise) if sampler.fresh_mask_noise else noise
-        parts = (whole[job.part] for whole in (job.mask.to(latent).expand_as(latent), latent, mask_fill))
-        held = HeldArea(*parts, job.model_sampling)
+        mask = job.mask.to(latent).expand_as(latent)
+        held = HeldArea(mask[job.part], latent[job.part], mask_fill[job.part], job.model_sampling)
 
     from_noise = job.model_sampling.starts_from_pure_noise(sigmas[0])
     x = job.model_sampling.noise_scaling(sigmas[0], noise, latent, from_noise)

@@ -10,11 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 FULL_DENOISE_TOLERANCE = 1e-5
+
+Time = TypeVar("Time", Tensor, float)
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class FlowSampling(ModelSampling):
         return float(self.shifted(1.0 - percent))
 
     @abstractmethod
-    def shifted(self, time: Tensor | float) -> Tensor | float:
+    def shifted(self, time: Time) -> Time:
         """The noise level at `time` in (0, 1]."""
 
     def calculate_input(self, sigma: Tensor, x: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ class FluxFlow(FlowSampling):
     def sigmas(self) -> Tensor:
         return self.shifted(torch.arange(1, self.table_size + 1) / self.table_size)
 
-    def shifted(self, time):
+    def shifted(self, time: Time) -> Time:
         scale = math.exp(self.shift)
         return scale / (scale + (1 / time - 1))
 
@@ -160,7 +163,7 @@ class DiscreteFlow(FlowSampling):
     def sigmas(self) -> Tensor:
         return self.sigma(torch.arange(1, self.table_size + 1) / self.table_size * self.multiplier)
 
-    def shifted(self, time):
+    def shifted(self, time: Time) -> Time:
         return time if self.shift == 1.0 else self.shift * time / (1 + (self.shift - 1) * time)
 
     def timestep(self, sigma: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _phi_1(z: Tensor) -> Tensor:
 
 def res_multistep(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 0.0) -> Solver:
     """Refined exponential solver, second order multistep (Zhang et al. 2023, arXiv 2308.02157)."""
-    previous = previous_down = None
+    previous: tuple[Tensor, Tensor] | None = None
     for i in range(len(sigmas) - 1):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         denoised = yield Denoise(x, sigma, i)
@@ -120,13 +120,14 @@ def res_multistep(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float 
         if previous is None:
             x = toward(x, denoised, sigma, down)
         else:
+            previous_denoised, previous_down = previous
             h = sigma.log() - down.log()
             c2 = (previous_down.log() - sigmas[i - 1].log()) / h
             phi_2 = (_phi_1(-h) - 1.0) / -h
-            x = torch.exp(-h) * x + h * ((_phi_1(-h) - phi_2 / c2) * denoised + phi_2 / c2 * previous)
+            x = torch.exp(-h) * x + h * ((_phi_1(-h) - phi_2 / c2) * denoised + phi_2 / c2 * previous_denoised)
         if eta > 0:
             x = x + added * context.noise(sigma, sigma_next)
-        previous, previous_down = denoised, down
+        previous = denoised, down
     return x
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from types import EllipsisType
+from typing import cast
 
 import torch
 import torchsde
@@ -86,7 +87,7 @@ class BrownianNoise:
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         low, high = (min(max(float(s), self._start), self._end) for s in sorted((sigma, sigma_next)))
-        increment = self._path(low, high) / (sigma_next - sigma).abs().sqrt().cpu()
+        increment = cast(Tensor, self._path(low, high)) / (sigma_next - sigma).abs().sqrt().cpu()
         return (increment if sigma < sigma_next else -increment).to(self._like)
 
 
