@@ -74,10 +74,10 @@ def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:
 
 
 def _tell(settings: records.Settings, text: str) -> None:
-    from torch.distributed.distributed_c10d import TCPStore
+    from .liveness import connect_store
 
     host, _, port = settings.store.rpartition(":")
-    TCPStore(host, int(port), is_master=False, wait_for_workers=False).set("log trouble", text)
+    connect_store(host, int(port)).set("log trouble", text)
 
 
 if __name__ == "__main__":

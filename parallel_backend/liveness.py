@@ -11,7 +11,8 @@ import time
 from datetime import timedelta
 from typing import NoReturn
 
-from torch.distributed.distributed_c10d import Store, TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import Store
 
 from .outcomes import Outcome
 
@@ -20,11 +21,11 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.5
 
 
-def connect_store() -> TCPStore:
+def connect_store(host: str = "", port: int = 0) -> TCPStore:
     """A connection of its own to the store of torchrun's agent: one per thread, since a call may block."""
     return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        host or os.environ["MASTER_ADDR"],
+        port or int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
         timeout=timedelta(seconds=60),

@@ -98,6 +98,7 @@ class Rank:
             self._open()
         if self.rank == self.settings.local_ranks[0]:
             records.write(self.life / records.ReadyFile, self.ready)
+        log.info("ready on %s after %.1f s", self.device, self.ready.seconds)
         while self._serve_one():
             pass
         dist.destroy_process_group()

@@ -49,6 +49,20 @@ def alive(life):
     return [process for process in (life.agent, *life.ranks.values()) if process and process.alive]
 
 
+def launcher(directory, *arguments, wait=True):
+    process = subprocess.Popen(
+        [sys.executable, PACK / "launcher", *arguments],
+        env={**os.environ, "PARALLELDIT_RUNTIME_DIR": str(directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     spec = spec_in(tmp_path_factory.mktemp("sidecar"))
@@ -83,13 +97,16 @@ def test_status_names_every_rank(client):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "error", "text"),
-    [("user_error", UserError, "This prompt cannot be encoded. Use another."), ("steps", Cancelled, "Cancelled.")],
+    ("prompt", "more", "error", "text"),
+    [
+        ("user_error", {}, UserError, "This prompt cannot be encoded. Use another."),
+        ("steps", {"cancelled": lambda: True}, Cancelled, "Cancelled"),
+    ],
 )
-def test_an_error_on_which_all_ranks_agree_leaves_them_warm(client, prompt, error, text):
+def test_an_error_on_which_all_ranks_agree_leaves_them_warm(client, prompt, more, error, text):
     before = pids_of(client)
     with pytest.raises(error, match=text):
-        ask(client, prompt, cancelled=lambda: True)
+        ask(client, prompt, **more)
     assert pids_of(client) == before
 
 
@@ -204,6 +221,18 @@ def test_a_sidecar_that_dies_idle_is_replaced(spec):
     assert alive(life) == []
 
 
+def test_the_commands_show_and_stop_a_sidecar(client, spec):
+    pids, life = pids_of(client), client.life
+    code, out, _ = launcher(spec.directory, "status")
+    assert (code, "idle" in out, f"process {pids[1]}" in out) == (0, True, True)
+    code, out, _ = launcher(spec.directory, "logs", "--rank", "1")
+    assert (code, "rank 1 INFO" in out) == (0, True)
+    assert launcher(spec.directory, "stop")[0] == 0
+    assert alive(life) == []
+    code, _, err = launcher(spec.directory, "status")
+    assert (code, "the last one ended: The sidecar was stopped." in err) == (3, True)
+
+
 # -- the end of owners -------------------------------------------------------------------------------------------
 
 
@@ -259,21 +288,7 @@ def _fill(value, taken):
     return value.format(taken=taken.getsockname()[1]) if isinstance(value, str) else value
 
 
-# -- several hosts, TCP, command line ----------------------------------------------------------------------------
-
-
-def launcher(directory, *arguments, wait=True):
-    process = subprocess.Popen(
-        [sys.executable, PACK / "launcher", *arguments],
-        env={**os.environ, "PARALLELDIT_RUNTIME_DIR": str(directory)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+# -- several hosts, over TCP ----------------------------------------------------------------------------
 
 
 def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
@@ -283,6 +298,7 @@ def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
     address, meeting = f"tcp://127.0.0.1:{sidecar._free_port()}", f"127.0.0.1:{sidecar._free_port()}"
     shape = ["--ranks", "2", "--nnodes", "2", "--rdzv-endpoint", meeting, "--device", "cpu", "--idle-timeout", "4"]
     shape += ["--address", address, "--token-file", str(tmp_path / "token"), "--worker", "tests.ranks.stand_in"]
+    assert launcher(run, "status")[0] == 3
     starting = [launcher(run, "start", *shape, "--node-rank", str(node), wait=False) for node in (0, 1)]
     ends = [(*process.communicate(timeout=60), process.returncode) for process in starting]
     assert [code for *_, code in ends] == [0, 0], ends
@@ -299,21 +315,3 @@ def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
     assert lives[0].end.message == "No request for 4 s."
     with pytest.raises(SidecarError, match="connection to the sidecar is lost"):
         ask(sidecar._clients[remote], "echo")
-
-
-def test_the_commands_start_show_and_stop_a_sidecar(tmp_path):
-    run = tmp_path / "run"
-    assert launcher(run, "status")[0] == 3
-    assert launcher(run, "stop")[0] == 3
-    code, out, err = launcher(run, "start", "--ranks", "2", "--device", "cpu", "--worker", "tests.ranks.stand_in")
-    assert (code, "2 ranks on cpu" in out, "2 of 2 ranks are up" in err) == (0, True, True)
-    life = current(spec_in(run).slot)
-    assert len(alive(life)) == 3
-    code, out, _ = launcher(run, "status")
-    assert (code, "idle" in out, f"process {life.ranks[1].pid}" in out) == (0, True, True)
-    code, out, _ = launcher(run, "logs", "--rank", "0")
-    assert (code, "==>" in out) == (0, True)
-    assert launcher(run, "stop")[0] == 0
-    assert alive(life) == []
-    code, _, err = launcher(run, "status")
-    assert (code, "the last one ended: The sidecar was stopped." in err) == (3, True)
