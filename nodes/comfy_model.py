@@ -65,8 +65,8 @@ def check_patches(patcher: Any) -> None:
         *(f"{len(patcher.patches)} weight patches (LoRA)" for _ in range(bool(patcher.patches))),
         *(name for name in patcher.object_patches if name != "model_sampling"),
         *(name for name, value in options.items() if value and name not in ("transformer_options", *HARMLESS_OPTIONS)),
-        *(f"transformer_options.{name}" for name, value in options["transformer_options"].items() if _is_set(value)),
-        *(name for name in PATCHER_TABLES if _is_set(getattr(patcher, name, None))),
+        *_set_names(options["transformer_options"], "transformer_options"),
+        *(name for table in PATCHER_TABLES for name in _set_names(getattr(patcher, table, {}), table)),
     ]
     if found:
         raise UserError(
@@ -100,9 +100,13 @@ HARMLESS_OPTIONS = ("disable_cfg1_optimization",)
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 
 
-def _is_set(value: Any) -> bool:
-    """Whether a table of the host, possibly of empty tables, holds anything."""
-    return any(map(_is_set, value.values())) if isinstance(value, dict) else bool(value)
+def _set_names(table: dict[Any, Any], path: str) -> list[str]:
+    """The places of all that a table of the host, possibly of empty tables, holds."""
+    names = []
+    for name, value in table.items():
+        place = f"{path}.{name}"
+        names += _set_names(value, place) if isinstance(value, dict) else [place] * bool(value)
+    return names
 
 
 def _refuse_stock_sampler(self: Any, *args: Any, **kwargs: Any) -> Tensor:
