@@ -21,6 +21,7 @@ import aiohttp
 
 PACK = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).resolve().parent / "shim"
+NATIVE = Path(__file__).resolve().parent / "native_flux"
 PACK_NAME = "ComfyUI-ParallelDiT"
 CLIENT = "tests"
 PREVIEW_IMAGE = b"\x00\x00\x00\x01"
@@ -150,9 +151,10 @@ class Host:
 
 
 def prepare(base: Path, pipelines: dict[str, Path]) -> None:
-    """The folders of a ComfyUI with the pack installed and `pipelines` in models/diffusers."""
+    """The folders of a ComfyUI with the pack and the tests' own node installed, and `pipelines` in models/diffusers."""
     (base / "custom_nodes").mkdir(parents=True)
     (base / "custom_nodes" / PACK_NAME).symlink_to(PACK)
+    (base / "custom_nodes" / NATIVE.name).symlink_to(NATIVE)
     for name, folder in pipelines.items():
         shutil.copytree(folder, base / "models" / "diffusers" / name)
 
