@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Newer releases of torch call it by the first name."""
+
+
 @dataclass
 class Traffic:
     """What this rank sent to other ranks."""
@@ -86,7 +90,7 @@ class Axis:
         padded = first.new_zeros((widest, *first.shape[1:]))
         padded[: sizes[self.rank]] = first
         gathered = padded.new_empty((self.size, *padded.shape))
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), padded, group=self.group)
+        _all_gather(gathered.flatten(0, 1), padded, group=self.group)
         self._record("all_gather", padded.numel() * padded.element_size() * (self.size - 1), self.size - 1)
         return torch.cat([part[:extent] for part, extent in zip(gathered, sizes, strict=True)]).movedim(0, dim)
 

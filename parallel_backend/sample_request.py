@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention.kernels import select_kernel
-from .comm import split_sizes
+from .attention.core import make_attention
+from .comm import Axis, split_sizes
 from .errors import UserError
 from .families.base import Condition, Family
 from .layout import check_run
@@ -37,7 +37,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     positive = condition_from(request.positive, "positive", tensors, family)
     negative = condition_from(request.negative, "negative", tensors, family) if request.negative else None
     check_run(request.layout, batch=batch, cfg=request.cfg, has_negative=negative is not None)
-    kernel = select_kernel(request.layout.attention, family.device, family.dtype)
+    attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
 
     counts = split_sizes(batch, mesh.data.size)
     start = sum(counts[: mesh.data.rank])
@@ -56,7 +56,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
         part=own,
     )
     guidance = Guidance(
-        SequenceParallel(family, mesh, kernel).predict,
+        SequenceParallel(family, mesh.sequence, attention).predict,
         model_sampling,
         mesh.cfg,
         positive.part(own, batch),
@@ -66,7 +66,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
 
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
-        return guidance.denoised(x, sigma)
+        return fail_together(guidance.denoised(x, sigma), mesh.data)
 
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
         run.progress("sample", step + 1, total, family.process_out(denoised[:1]) if request.preview else None)
@@ -74,6 +74,15 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     sampled = run_sampler(model, job, on_step)
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     return family.process_out(whole).cpu()
+
+
+def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:
+    """`denoised`, or NaN on every replica when one of them has a value that is not finite: all then stop at one step."""
+    if replicas.size == 1:
+        return denoised
+    is_finite = torch.isfinite(denoised).all().float().view(1)
+    replica_is_finite = replicas.all_gather(is_finite, [1] * replicas.size, dim=0)
+    return denoised if replica_is_finite.all() else torch.full_like(denoised, torch.nan)
 
 
 def check_latent(latent: Tensor, family: Family) -> None:

@@ -9,13 +9,33 @@ Attention does not depend on the order of the keys, so each rank's tokens may be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..comm import Axis, split_sizes
-from .kernels import Kernel
+from ..layout import AttentionKernel
+from .kernels import Kernel, select_kernel
+from .yunchang import YunchangAttention
+
+
+class Attention(Protocol):
+    """What every attention site of a model calls."""
+
+    def set_lengths(self, lengths: Sequence[int]) -> None: ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+def make_attention(
+    name: AttentionKernel, ulysses: Axis, ring: Axis, device: torch.device, dtype: torch.dtype
+) -> Attention:
+    """Attention over the ranks of both axes by the kernel `name`. Raises `UserError` when it cannot run here."""
+    if name == "yunchang":
+        return YunchangAttention(ulysses, ring, device, dtype)
+    return AttentionCore(ulysses, ring, select_kernel(name, device, dtype))
 
 
 class AttentionCore:

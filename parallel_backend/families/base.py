@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..attention.core import AttentionCore
+from ..attention.core import Attention
 from ..sampling.model_sampling import ModelSampling
 
 
@@ -68,8 +68,8 @@ class Family(ABC):
         self.blocks: Sequence[Block] = ()
 
     @abstractmethod
-    def use_attention(self, core: AttentionCore) -> None:
-        """Route every attention site of the model through `core`."""
+    def use_attention(self, attention: Attention) -> None:
+        """Route every attention site of the model through `attention`."""
 
     @abstractmethod
     def check_condition(self, condition: Condition) -> None:

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
-from ..attention.core import AttentionCore
+from ..attention.core import Attention
 from ..attention.rotary import rotate, rotations
 from ..errors import UserError
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
@@ -21,10 +21,10 @@ DEFAULT_GUIDANCE = 3.5
 
 
 class FluxSite:
-    """The attention processor of one site: projections, norms and rotary embedding here, attention in the core."""
+    """The attention processor of one site: projections, norms and rotary embedding here, the rest in `attention`."""
 
-    def __init__(self, core: AttentionCore) -> None:
-        self.core = core
+    def __init__(self, attention: Attention) -> None:
+        self.attention = attention
 
     def __call__(
         self,
@@ -50,7 +50,7 @@ class FluxSite:
         if image_rotary_emb is not None:
             query = rotate(query, image_rotary_emb)
             key = rotate(key, image_rotary_emb)
-        attended = self.core(query, key, value).flatten(2).to(query.dtype)
+        attended = self.attention(query, key, value).flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
             return attended
         text, image = attended[:, :text_length], attended[:, text_length:]
@@ -77,9 +77,9 @@ class Flux(Family):
         self.blocks = [_as_block(layer) for layer in self._layers()]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
-    def use_attention(self, core: AttentionCore) -> None:
+    def use_attention(self, attention: Attention) -> None:
         for layer in self._layers():
-            cast(FluxAttention, layer.attn).set_processor(FluxSite(core))
+            cast(FluxAttention, layer.attn).set_processor(FluxSite(attention))
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config

@@ -168,9 +168,8 @@ def check_finite(denoised: Tensor, question: Denoise, total: int) -> None:
     where = f"step {question.step + 1} of {total} (sigma {float(question.sigma):.4g})"
     if not torch.isfinite(question.x).all():
         raise UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)
-    broken = int((~torch.isfinite(denoised)).sum())
     raise UserError(
-        f"The model's prediction is not finite at {where}: {broken} of {denoised.numel()} values are NaN or infinite.",
+        f"The model's prediction is not finite at {where}: it holds NaN or infinite values.",
         "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
     )
 

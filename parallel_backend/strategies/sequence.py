@@ -7,11 +7,9 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from ..attention.core import AttentionCore
-from ..attention.kernels import Kernel
-from ..comm import split_sizes
+from ..attention.core import Attention
+from ..comm import Axis, split_sizes
 from ..families.base import Condition, Family, Shard
-from ..mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,11 @@ class TokenPlan:
 class SequenceParallel:
     """Predicts for whole pictures, each rank computing its share of the tokens of every block."""
 
-    def __init__(self, family: Family, mesh: Mesh, kernel: Kernel) -> None:
+    def __init__(self, family: Family, axis: Axis, attention: Attention) -> None:
+        """`axis`: the ranks that `attention` spans, Ulysses peers first."""
         self.family = family
-        self.axis = mesh.sequence
-        self.core = AttentionCore(mesh.ulysses, mesh.ring, kernel)
+        self.axis = axis
+        self.attention = attention
 
     def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The transformer's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank."""
@@ -50,8 +49,8 @@ class SequenceParallel:
         patch = family.patch_size
         grid = (-(-height // patch), -(-width // patch))
         plan = TokenPlan.even(condition.tokens.shape[1], grid[0] * grid[1], self.axis.size)
-        self.core.set_lengths(plan.lengths)
-        family.use_attention(self.core)
+        self.attention.set_lengths(plan.lengths)
+        family.use_attention(self.attention)
         state = family.embed(family.tokenize(latent), timestep, condition, plan.shard(self.axis.rank), grid)
         for block in family.blocks:
             state = block(state)

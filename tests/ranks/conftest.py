@@ -120,6 +120,22 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+_FIGURES: dict[str, float] = {}
+
+
+@pytest.fixture(scope="session")
+def figures() -> dict[str, float]:
+    """Measured errors by what they are of; printed as a table at the end of the session."""
+    return _FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FIGURES:
+        terminalreporter.section("largest relative error to plain diffusers")
+        for name, error in _FIGURES.items():
+            terminalreporter.line(f"| {name} | {error:.1e} |")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     pool = RankPool()

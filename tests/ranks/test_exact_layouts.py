@@ -3,6 +3,10 @@
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from paralleldit.parallel_backend.attention.core import AttentionCore
+from paralleldit.parallel_backend.attention.kernels import KERNELS
+from paralleldit.parallel_backend.comm import split_sizes
+from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.layout import Layout
@@ -11,6 +15,7 @@ from paralleldit.parallel_backend.protocol.messages import Conditioning, ModelRe
 from paralleldit.parallel_backend.sample_request import sample
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 
 CPU = torch.device("cpu")
 CFG = 3.0
@@ -106,17 +111,14 @@ def plain_denoised(model, latent, sigma, condition):
 
 def guided(world, degrees, guidance, shape, dtype):
     """One guided prediction, this rank's part of the batch gathered to the whole."""
-    from paralleldit.parallel_backend.attention.kernels import KERNELS
-    from paralleldit.parallel_backend.comm import split_sizes
-    from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
-
     heads, height, width, text, batch = shape
     mesh = Mesh(layout_of(degrees))
     family = Flux(make_model(heads, guidance).to(dtype), dtype, CPU)
     latent, positive, negative = make_inputs(height, width, text, batch)
     counts = split_sizes(batch, mesh.data.size)
     own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
-    predict = SequenceParallel(family, mesh, KERNELS["sdpa"]).predict
+    attention = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
+    predict = SequenceParallel(family, mesh.sequence, attention).predict
     guide = Guidance(
         predict, DiscreteFlow(1.0, 1.0), mesh.cfg, positive.part(own, batch), negative.part(own, batch), CFG
     )
@@ -152,11 +154,14 @@ def expected():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}heads-{}x{}-text{}-batch{}".format(*shape))
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: "ulysses{}-ring{}-cfg{}-data{}".format(*degrees))
-def test_layout_equals_plain_diffusers(ranks, expected, degrees, shape):
-    world = layout_of(degrees).ranks
+def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees, shape):
+    layout = layout_of(degrees)
+    row = f"{layout.ranks} | {layout}"
     for guidance in (False, True) if shape == SHAPES[0] else (True,):
-        for answer in ranks.run(world, guided, degrees, guidance, shape, torch.float32):
-            assert relative_error(answer, expected(guidance, shape)) <= 1e-5
+        for answer in ranks.run(layout.ranks, guided, degrees, guidance, shape, torch.float32):
+            error = relative_error(answer, expected(guidance, shape))
+            figures[row] = max(error, figures.get(row, 0.0))
+            assert error <= 1e-5
 
 
 @pytest.mark.parametrize("degrees", [(2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1)], ids=str)
@@ -182,7 +187,7 @@ class QuietRun:
         pass
 
 
-def sampled(world, degrees, sampler, batch_index, masked):
+def sampled(world, degrees, sampler, batch_index, masked, spoilt=False):
     heads, height, width, text, batch = SHAPES[0]
     family = Flux(make_model(heads, True), torch.float32, CPU)
     latent, positive, negative = make_inputs(height, width, text, batch)
@@ -205,6 +210,8 @@ def sampled(world, degrees, sampler, batch_index, masked):
         "negative.0.tokens": negative.tokens,
         "negative.0.pooled": negative.pooled,
     }
+    if spoilt:
+        tensors["negative.0.tokens"][0] = torch.nan
     if masked:
         tensors["noise_mask"] = torch.linspace(0, 1, batch * 16 * 16).view(batch, 1, 16, 16).round()
     return sample(request, tensors, family, Mesh(request.layout), QuietRun())
@@ -225,3 +232,16 @@ def test_whole_run_equals_one_rank(ranks, degrees, sampler, batch_index, masked)
     (alone,) = ranks.run(1, sampled, (1, 1, 1, 1), sampler, batch_index, masked)
     for answer in ranks.run(layout_of(degrees).ranks, sampled, degrees, sampler, batch_index, masked):
         assert relative_error(answer, alone) <= 1e-5
+
+
+def failure_of_run(world, degrees):
+    try:
+        sampled(world, degrees, "euler", None, False, spoilt=True)
+    except UserError as error:
+        return str(error)
+
+
+def test_prediction_that_breaks_on_one_replica_stops_all_alike(ranks):
+    failures = ranks.run(2, failure_of_run, (1, 1, 1, 2))
+    assert len(set(failures)) == 1
+    assert "step 1 of 4" in failures[0]

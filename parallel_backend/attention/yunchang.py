@@ -1,0 +1,60 @@
+"""Attention by the library yunchang (USP, arXiv 2405.07719), selectable where it is right: on CUDA with flash-attn.
+
+Its other kernels hand the ring a log-sum-exp of zero, which gives wrong numbers without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comm import Axis
+from ..errors import UserError
+
+
+class YunchangAttention:
+    """As `AttentionCore`, for shares of equal length and heads that the Ulysses degree divides."""
+
+    def __init__(self, ulysses: Axis, ring: Axis, device: torch.device, dtype: torch.dtype) -> None:
+        missing = [package for package in ("yunchang", "flash_attn") if find_spec(package) is None]
+        half = dtype in (torch.float16, torch.bfloat16)
+        if missing or device.type != "cuda" or not half:
+            found = f"{', '.join(missing)} not installed" if missing else f"{dtype} on {device.type}"
+            raise UserError(
+                f"attention=yunchang needs CUDA, fp16 or bf16, yunchang and flash-attn; found: {found}.",
+                "Choose attention=auto: our own core does the same with any kernel.",
+            )
+        from yunchang import LongContextAttention
+        from yunchang.globals import PROCESS_GROUP
+        from yunchang.kernels import AttnType
+
+        # The library's own set-up assumes that the sequence-parallel ranks start at rank 0.
+        PROCESS_GROUP.ULYSSES_PG = _group(ulysses)
+        PROCESS_GROUP.RING_PG = _group(ring)
+        self._attention = LongContextAttention(attn_type=AttnType.FA)
+        self._ulysses_degree = ulysses.size
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        if len(set(lengths)) > 1:
+            raise UserError(
+                f"attention=yunchang needs the same number of tokens on every rank; here they hold {list(lengths)}.",
+                "Choose attention=auto, which takes uneven shares.",
+            )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's queries over all ranks' keys and values; all `[B, S, H, D]`."""
+        if q.shape[2] % self._ulysses_degree:
+            raise UserError(
+                f"attention=yunchang needs heads that ulysses_degree divides: {q.shape[2]} by {self._ulysses_degree}.",
+                "Choose attention=auto, which takes uneven heads.",
+            )
+        return self._attention(q.contiguous(), k.contiguous(), v.contiguous())
+
+
+def _group(axis: Axis) -> dist.ProcessGroup | int | None:
+    # None would mean the whole world to the library.
+    return axis.group or dist.new_group([dist.get_rank()], use_local_synchronization=True)
