@@ -33,6 +33,7 @@ from diffusers import ContextParallelConfig, FluxTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parallel_backend.attention.core import AttentionCore
 from parallel_backend.attention.kernels import KERNELS
 from parallel_backend.comm import Axis, Ledger
 from parallel_backend.families.base import Condition
@@ -156,7 +157,7 @@ def build(width: int) -> FluxTransformer2DModel:
 
 
 def engine(family: Flux, ulysses: Axis, ring: Axis, sequence: Axis) -> SequenceParallel:
-    return SequenceParallel(family, ulysses, ring, sequence, KERNELS["sdpa"])
+    return SequenceParallel(family, sequence, AttentionCore(ulysses, ring, KERNELS["sdpa"]))
 
 
 def axes_of(mesh: Mesh) -> tuple[Axis, Axis, Axis]:
