@@ -1,1 +1,1 @@
-"""What runs in every rank of the sidecar: the protocol, the mesh, the engine. Knows neither ComfyUI nor the launcher."""
+"""What runs in every rank of the sidecar: protocol, mesh, engine. Knows neither ComfyUI nor the launcher."""

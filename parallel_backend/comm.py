@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Newer releases of torch call it by the first name."""
 

@@ -77,7 +77,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
 
 
 def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:
-    """`denoised`, or NaN on every replica when one of them has a value that is not finite: all then stop at one step."""
+    """`denoised`, or NaN on every replica when one of them has a value that is not finite: all stop at one step."""
     if replicas.size == 1:
         return denoised
     is_finite = torch.isfinite(denoised).all().float().view(1)
