@@ -31,6 +31,7 @@ Say = Callable[[str], None]
 COMPUTE_TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
 """How long a rank waits for its peers inside the work. CUDA ranks may compile or tune kernels meanwhile."""
 SHUTDOWN_S = 15.0
+PROGRESS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -229,20 +230,21 @@ def _spawn(life: Life, spec: SidecarSpec, settings: records.Settings) -> subproc
 def _wait_ready(
     life: Life, agent: subprocess.Popen[bytes], settings: records.Settings, timeout: float, on_progress: Say
 ) -> None:
-    began, seen = time.monotonic(), 0
+    began, local = time.monotonic(), len(settings.local_ranks)
+    said_at, said = began, 0
     while not life.is_ready:
+        now, up = time.monotonic(), len(life.ranks)
         if agent.poll() is not None or life.end is not None:
             message, hint = life.why_not_started()
             raise SidecarError(f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip())
-        if time.monotonic() - began > timeout:
+        if now - began > timeout:
             raise SidecarError(
-                f"The sidecar did not start within {timeout:g} s: "
-                f"{len(life.ranks)} of the {len(settings.local_ranks)} ranks of this host are up.",
+                f"The sidecar did not start within {timeout:g} s: {up} of the {local} ranks of this host are up.",
                 f"The logs are in {life.path}.",
             )
-        if len(life.ranks) > seen:
-            seen = len(life.ranks)
-            on_progress(f"{seen} of {len(settings.local_ranks)} ranks are up")
+        if up > said or now - said_at > PROGRESS_S:
+            said_at, said = now, up
+            on_progress(f"{up} of {local} ranks are up after {now - began:.0f} s")
         time.sleep(0.05)
     on_progress(f"the sidecar is ready after {time.monotonic() - began:.1f} s")
 

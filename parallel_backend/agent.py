@@ -30,13 +30,16 @@ def main(life: Path, arguments: list[str]) -> int:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         deaths = {rank: (failure.exitcode, failure.pid) for rank, failure in error.failures.items()}
-        _record(life, cause_of_death(deaths))
+        records.write_first(life / records.EndFile, cause_of_death(deaths))
         return 1
     except SignalException as error:
-        _record(life, records.End(clean=True, message=f"Ended by {error.sigval.name}."))
+        records.write_first(life / records.EndFile, records.End(clean=True, message=f"Ended by {error.sigval.name}."))
         return 1
     except Exception as error:
-        _record(life, records.End(clean=False, message=f"torchrun failed: {type(error).__name__}: {error}"))
+        records.write_first(
+            life / records.EndFile,
+            records.End(clean=False, message=f"torchrun failed: {type(error).__name__}: {error}"),
+        )
         raise
     finally:
         pump.drain()
@@ -59,13 +62,6 @@ def cause_of_death(deaths: dict[int, tuple[int, int]]) -> records.End:
     name = signal.Signals(-code).name
     hint = "The kernel does this when the machine is out of memory." if name == "SIGKILL" else ""
     return records.End(clean=False, message=f"Rank {rank} (process {pid}) was killed by {name}.", hint=hint, rank=rank)
-
-
-def _record(life: Path, end: records.End) -> None:
-    try:
-        records.write_first(life / records.EndFile, end)
-    except OSError as error:
-        print(f"{end.message} ({error})", file=sys.stderr)
 
 
 def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:

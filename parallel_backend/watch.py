@@ -109,7 +109,9 @@ class Watch(threading.Thread):
         if not self._server.is_idle:
             return
         idle = now - self._server.last_work
-        if now - self._alone_since > self._settings.grace:
+        if not (self._life / records.SettingsFile).exists():
+            self._farewell("Its directory was removed: nobody can find the sidecar any more.")
+        elif now - self._alone_since > self._settings.grace:
             self._farewell(f"The process that owned the sidecar has been gone for {self._settings.grace:g} s.")
         elif 0 < self._settings.idle_timeout < idle:
             self._farewell(f"No request for {self._settings.idle_timeout:g} s.")

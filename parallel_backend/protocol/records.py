@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,6 +20,8 @@ EndFile = "end.json"
 TokenFile = "token"
 SocketFile = "socket"
 AgentLog = "torchrun.log"
+
+log = logging.getLogger(__name__)
 
 Record = TypeVar("Record", bound=Message)
 
@@ -104,12 +107,15 @@ def write(path: Path, record: Message) -> None:
 
 
 def write_first(path: Path, record: Message) -> None:
-    """Like `write`, but the record that is already there stays."""
+    """Like `write`, but the record that is already there stays, and a disk that is full loses nothing else."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    _write_private(part, record)
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)
-    part.unlink()
+    try:
+        _write_private(part, record)
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+        part.unlink()
+    except OSError as error:
+        log.warning("%s could not be written: %s", path, error)
 
 
 def read(path: Path, kind: type[Record]) -> Record | None:

@@ -1,6 +1,7 @@
 """A real sidecar of two CPU ranks: it serves, it fails well, and it leaves nothing behind."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -253,6 +254,15 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(alive(life)) == 3
     wait_for(lambda: not alive(life), spec.grace + 8)
     assert "owned the sidecar has been gone" in life.end.message
+
+
+def test_a_sidecar_whose_directory_was_removed_ends(tmp_path):
+    spec = spec_in(tmp_path / "run")
+    client = ensure_sidecar(spec)
+    life = client.life
+    processes = alive(life)
+    shutil.rmtree(spec.directory)
+    wait_for(lambda: not any(process.alive for process in processes), 8)
 
 
 # -- starts that fail --------------------------------------------------------------------------------------------
