@@ -9,7 +9,8 @@ PACK = Path(__file__).resolve().parent.parent
 
 def _load_pack(name: str) -> None:
     spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
