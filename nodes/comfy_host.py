@@ -1,5 +1,6 @@
 """ComfyUI as a host: its folders, progress bar, previews, cancel button and sigmas."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,18 +12,31 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import latent_preview
+import server
 from torch import Tensor
 
 from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Schedule
 from . import comfy_model
-from .host import Host, OnProgress
+from .host import Host, OnProgress, logger
 
 PREVIEW_FORMAT = "JPEG"
 
 
 class ComfyHost(Host):
     takes_paths = False
+
+    def __init__(self) -> None:
+        super().__init__(say=self._say)
+
+    def _say(self, text: str) -> None:
+        logger.info(text)
+        self.show(text)
+
+    def show(self, text: str) -> None:
+        prompt_server = server.PromptServer.instance
+        if prompt_server.last_node_id is not None:
+            prompt_server.send_progress_text(text, prompt_server.last_node_id)
 
     def folders(self, kind: str) -> Sequence[Path]:
         return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]

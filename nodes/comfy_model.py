@@ -3,6 +3,7 @@
 Sampling settings, latent format and LoRA keys are ComfyUI's; the network itself is on torch's meta device.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Callable

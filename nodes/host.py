@@ -56,6 +56,9 @@ class Host:
     def wants_previews(self, model: Any) -> bool:
         return False
 
+    def show(self, text: str) -> None:
+        """Shows a text on the node that runs, where nodes can be seen."""
+
     def cancelled(self) -> bool:
         return False
 

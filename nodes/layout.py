@@ -25,7 +25,7 @@ class LayoutChoice:
     attention: AttentionKernel = "auto"
 
     @property
-    def chosen(self) -> dict[str, int]:
+    def chosen(self) -> dict[str, Any]:
         degrees = {f"{axis}_degree": getattr(self, f"{axis}_degree") for axis in AXES}
         return {name: degree for name, degree in degrees.items() if degree}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ..parallel_backend.protocol.messages import ModelRef, WeightDtype
+from ..parallel_backend.weights import detect, open_checkpoint
 from . import host, paths
 from .handles import ModelHandle
 from .layout import LayoutChoice
@@ -51,9 +52,6 @@ class ParallelDiTLoader:
         return verdict(lambda name: paths.resolve(name, KIND, WHAT), model)
 
     def load(self, model: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None) -> tuple[Any]:
-        from ..parallel_backend.weights.checkpoint import open_checkpoint
-        from ..parallel_backend.weights.detect import detect
-
         path = paths.resolve(model, KIND, WHAT)
         detected = detect(open_checkpoint(path))
         ref = ModelRef(path=str(path), weight_dtype=weight_dtype)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..parallel_backend.protocol.messages import Status, Unload
-from . import session
+from . import host, session
 
 ANYTHING = "MODEL,CONDITIONING,LATENT,IMAGE,VAE,STRING"
 AFTER = (ANYTHING, {"tooltip": "Any output, to run this node after the one that makes it."})
@@ -40,6 +40,7 @@ class ParallelDiTStatus:
                     *(f"{k}: {_shown(v)}" for k, v in data.items()),
                 ]
             )
+        host.current().show(text)
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
@@ -65,6 +66,7 @@ class ParallelDiTUnload:
         if session.running() is not None:
             freed = session.ask(session.client_for(None), Unload(id=0)).result.data["freed_bytes"]
             text = f"freed bytes per rank: {_shown(freed)}"
+        host.current().show(text)
         return {"ui": {"text": [text]}, "result": (after,)}
 
 

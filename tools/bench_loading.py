@@ -58,8 +58,8 @@ def write_model(folder: Path, single_blocks: int) -> int:
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import save_file
 
-    from parallel_backend.weights import load_transformer
     from parallel_backend.weights.flux_keys import RULES
+    from parallel_backend.weights.load import load_transformer
 
     with init_empty_weights():
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=single_blocks, guidance_embeds=True)
@@ -154,7 +154,7 @@ def work(loader: str, folder: str) -> None:
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from parallel_backend.weights import load_transformer
+    from parallel_backend.weights.load import load_transformer
 
     file, diffusers_folder = f"{folder}/flux.safetensors", f"{folder}/diffusers"
     load = {

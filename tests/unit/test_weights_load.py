@@ -9,10 +9,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.weights import fingerprint, load_transformer, open_checkpoint
+from paralleldit.parallel_backend.weights import fingerprint, open_checkpoint
 from paralleldit.parallel_backend.weights.cast_linear import CastLinear
 from paralleldit.parallel_backend.weights.flux_keys import RULES, rotary_axes
 from paralleldit.parallel_backend.weights.keymap import ruled_map
+from paralleldit.parallel_backend.weights.load import load_transformer
 from safetensors.torch import save_file
 from torch import nn
 
