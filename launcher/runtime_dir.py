@@ -51,12 +51,14 @@ class Slot:
     def new_life(self) -> Path:
         """A fresh directory, made current. Older lives than the last few go, with their logs."""
         _private(self.directory)
-        life = Path(tempfile.mkdtemp(prefix=f"life-{time.strftime('%Y%m%d-%H%M%S')}-", dir=self.directory))
+        others = sorted(self.directory.glob("life-*"))
+        life = self.directory / f"life-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        life.mkdir(mode=0o700)
         link = self.directory / f".current.{os.getpid()}"
         link.unlink(missing_ok=True)
         link.symlink_to(life.name)
         link.replace(self.directory / "current")
-        for old in sorted(self.directory.glob("life-*"))[:-KEPT_LIVES]:
+        for old in others[: -(KEPT_LIVES - 1)]:
             shutil.rmtree(old, ignore_errors=True)
         return life
 
