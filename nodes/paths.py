@@ -26,18 +26,17 @@ def resolve(name: str, kind: str | None, what: str) -> Path:
     """The path behind `name`. Raises `UserError` naming what was looked for and where."""
     for known, path in _known(kind):
         if known == name:
-            return path
+            return path.absolute()
     if host.current().takes_paths:
         for base in (Path.cwd(), PACK):
             path = base / Path(name).expanduser()
             if name and path.exists():
                 return path.resolve()
     listed = names(kind)
+    choice = f"Choose one of: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}."
+    folders = ", ".join(filter(None, (kind, DIFFUSERS)))
     raise UserError(
-        f"{what} {name!r} was not found.",
-        f"Choose one of: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}."
-        if listed
-        else f"Put it into one of ComfyUI's folders {', '.join(filter(None, (kind, DIFFUSERS)))}.",
+        f"{what} {name!r} was not found.", choice if listed else f"Put it into one of these folders of models: {folders}."
     )
 
 

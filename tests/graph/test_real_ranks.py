@@ -1,0 +1,80 @@
+"""The saved demo workflow from the command line to a PNG, through a sidecar of two real ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paralleldit.tests.tiny_flux import write_pipeline
+from PIL import Image
+
+PACK = Path(__file__).resolve().parents[2]
+NAME = "diffusers/tiny"
+SET = (f"2.model={NAME}", f"Positive.text_encoders={NAME}", f"Negative.text_encoders={NAME}", f"7.vae={NAME}")
+SMALL = ("6.steps=2", "5.width=64", "5.height=48")
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    """Runs a command of the launcher in a folder of its own, and ends the sidecar at the end."""
+    folder = tmp_path_factory.mktemp("run")
+    write_pipeline(folder / "models" / "diffusers" / "tiny")
+    env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(folder / "runtime"), "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(PACK / "launcher"), *arguments]
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180, check=False)
+
+    call.folder = folder
+    yield call
+    call("stop")
+
+
+def run_demo(launcher, *more: str) -> subprocess.CompletedProcess[str]:
+    workflow = str(PACK / "workflows" / "demo_txt2img.api.json")
+    places = [option for value in (*SET, *SMALL) for option in ("--set", value)]
+    return launcher("run", workflow, "--device=cpu", "--models=models", *places, *more)
+
+
+def pixels(folder: Path) -> np.ndarray:
+    with Image.open(folder / "paralleldit_demo_00001_.png") as image:
+        return np.array(image).astype(int)
+
+
+def test_one_command_makes_a_picture_and_the_sidecar_stays_for_the_next(launcher):
+    first = run_demo(launcher, "--output=first")
+    assert first.returncode == 0, first.stderr
+    assert "starting 2 of 2 ranks on cpu" in first.stderr
+    picture = Path("first") / "paralleldit_demo_00001_.png"
+    for line in (f"{picture}", "seed              42", "layout            cfg2", "ranks             2 on cpu"):
+        assert line in first.stdout
+    again = run_demo(launcher, "--output=again")
+    assert "starting" not in again.stderr
+    pictures = [pixels(launcher.folder / name) for name in ("first", "again")]
+    assert pictures[0].shape == (48, 64, 3)
+    assert pictures[0].std() > 1
+    assert np.array_equal(*pictures)
+
+
+def test_every_layout_makes_the_same_picture(launcher):
+    pictures = []
+    for degree in ("ulysses", "ring"):
+        done = run_demo(launcher, f"--output={degree}", "--set", "6.cfg=1", "--set", f"1.{degree}_degree=2")
+        assert f"layout            {degree}2" in done.stdout, done.stderr
+        pictures.append(pixels(launcher.folder / degree))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_fault_in_the_ranks_is_told_and_the_next_run_works(launcher):
+    broken = run_demo(launcher, "--output=broken", "--set", "1.attention=flash2")
+    assert broken.returncode == 1
+    assert "node 6 (Parallel Sampler)" in broken.stderr
+    assert "flash" in broken.stderr
+    assert not list((launcher.folder / "broken").glob("*.png"))
+    after = run_demo(launcher, "--output=after")
+    assert after.returncode == 0
+    assert "starting" not in after.stderr
