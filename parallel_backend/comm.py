@@ -111,6 +111,14 @@ class Axis:
         self.ledger.record(self.name, operation, bytes, messages)
 
 
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of `ranks`. Only its members meet to make it: ranks of other groups are busy making theirs."""
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError(f"rank {dist.get_rank()} is not among the ranks {list(ranks)} of the group that it makes")
+    return group
+
+
 def split_sizes(total: int, parts: int) -> list[int]:
     """`total` cut into `parts` as evenly as possible, the larger parts first; a part may be 0."""
     quotient, remainder = divmod(total, parts)

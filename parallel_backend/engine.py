@@ -56,12 +56,12 @@ class Engine:
     def _load(self, request: messages.Load, tensors: dict[str, Tensor], run: Run) -> Answer:
         started = time.monotonic()
         match request.ref:
-            case messages.ModelRef():
-                self.models.transformer(request.ref, run)
-            case messages.VaeRef():
-                self.models.vae(request.ref, run)
-            case messages.TextRef():
-                self._on_rank_0(lambda: self.models.text(request.ref, run), run)
+            case messages.ModelRef() as ref:
+                self.models.transformer(ref, run)
+            case messages.VaeRef() as ref:
+                self.models.vae(ref, run)
+            case messages.TextRef() as ref:
+                self._on_rank_0(lambda: self.models.text(ref, run), run)
         return {"seconds": time.monotonic() - started, "models": self.models.summary()}, {}
 
     def _encode_text(self, request: messages.EncodeText, tensors: dict[str, Tensor], run: Run) -> Answer:
@@ -119,7 +119,7 @@ class Engine:
                 result = work()
             except UserError as error:
                 failure = [error.message, error.hint]
-        reported = run.gather(failure)[0]
-        if reported:
-            raise UserError(*reported)
+        match run.gather(failure)[0]:
+            case [str(message), str(hint)]:
+                raise UserError(message, hint)
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from .comm import Axis, Ledger
+from .comm import Axis, Ledger, new_group
 from .layout import AXES, Layout, check_ranks
 
 _COMBINED = {"sequence": ("ulysses", "ring")}
@@ -36,6 +36,4 @@ class Mesh:
                 offsets = [offset + index * stride for index in range(degree) for offset in offsets]
             stride *= degree
         ranks = [base + offset for offset in offsets]
-        # Only the members of a group meet to make it: ranks of other groups are busy making theirs.
-        group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
-        return Axis(name, ranks, group, self.ledger)
+        return Axis(name, ranks, new_group(ranks) if len(ranks) > 1 else None, self.ledger)

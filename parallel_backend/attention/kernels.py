@@ -39,21 +39,21 @@ def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flash2_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     out, lse, _ = flash_attn_func(*_heads_last(q, k, v), return_attn_probs=True)
     return out.transpose(1, 2), lse
 
 
 def _flash3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     out, lse = flash_attn_func(*_heads_last(q, k, v), return_attn_probs=True)
     return out.transpose(1, 2), lse
 
 
 def _sage_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    from sageattention import sageattn
+    from sageattention import sageattn  # pyright: ignore[reportMissingImports]
 
     return sageattn(q, k, v, tensor_layout="HND", return_lse=True)
 

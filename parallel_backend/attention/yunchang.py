@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm import Axis
+from ..comm import Axis, new_group
 from ..errors import UserError
 
 
@@ -33,8 +33,7 @@ class YunchangAttention:
         from yunchang.kernels import AttnType
 
         # The library's own set-up assumes that the sequence-parallel ranks start at rank 0.
-        PROCESS_GROUP.ULYSSES_PG = _group(ulysses)
-        PROCESS_GROUP.RING_PG = _group(ring)
+        vars(PROCESS_GROUP).update(ULYSSES_PG=_group(ulysses), RING_PG=_group(ring))
         self._attention = LongContextAttention(attn_type=AttnType.FA)
         self._ulysses_degree = ulysses.size
 
@@ -55,6 +54,6 @@ class YunchangAttention:
         return self._attention(q.contiguous(), k.contiguous(), v.contiguous())
 
 
-def _group(axis: Axis) -> dist.ProcessGroup | int | None:
+def _group(axis: Axis) -> dist.ProcessGroup:
     # None would mean the whole world to the library.
-    return axis.group or dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return axis.group or new_group([dist.get_rank()])

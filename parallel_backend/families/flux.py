@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ..attention.core import Attention
@@ -64,14 +63,14 @@ class Flux(Family):
 
     def __init__(
         self,
-        transformer: FluxTransformer2DModel,
+        transformer: nn.Module,
         dtype: torch.dtype,
         device: torch.device,
         latent_scale: float = 0.3611,
         latent_shift: float = 0.1159,
     ) -> None:
         super().__init__(dtype, device)
-        self.transformer = transformer
+        self.transformer = cast(FluxTransformer2DModel, transformer)
         self.latent_scale = latent_scale
         self.latent_shift = latent_shift
         self.blocks = [_as_block(layer) for layer in self._layers()]
@@ -79,12 +78,12 @@ class Flux(Family):
 
     def use_attention(self, attention: Attention) -> None:
         for layer in self._layers():
-            cast(FluxAttention, layer.attn).set_processor(FluxSite(attention))
+            cast(Any, layer.attn).set_processor(FluxSite(attention))
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
         found = (condition.tokens.shape[-1], condition.pooled.shape[-1])
-        wanted = (config.joint_attention_dim, config.pooled_projection_dim)
+        wanted = (config["joint_attention_dim"], config["pooled_projection_dim"])
         if found != wanted:
             raise UserError(
                 f"The conditioning has text tokens of width {found[0]} and a pooled vector of {found[1]}; "
@@ -94,7 +93,7 @@ class Flux(Family):
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         # Only dev is distilled with guidance and trained with a shifted clock; schnell's runs straight.
-        if self.transformer.config.guidance_embeds:
+        if self.transformer.config["guidance_embeds"]:
             return FluxFlow() if shift is None else FluxFlow(shift=shift)
         return DiscreteFlow(shift=1.0 if shift is None else shift, multiplier=1.0)
 
@@ -124,7 +123,7 @@ class Flux(Family):
         batch = tokens.shape[0]
         timestep = timestep.to(self.dtype) * 1000
         pooled = condition.pooled.to(self.dtype).expand(batch, -1)
-        if model.config.guidance_embeds:
+        if model.config["guidance_embeds"]:
             strength = DEFAULT_GUIDANCE if condition.guidance is None else condition.guidance
             guidance = torch.full_like(timestep, strength) * 1000
             modulation = model.time_text_embed(timestep, guidance, pooled)
