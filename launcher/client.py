@@ -50,11 +50,9 @@ class Client:
         *,
         life: Life | None = None,
         hang_timeout: float = 30.0,
-        key: str = "",
     ) -> None:
         self.welcome = welcome
         self.life = life
-        self.key = key
         self._stream = stream
         self._hang_timeout = hang_timeout
         self._ids = itertools.count(1)
@@ -73,7 +71,6 @@ class Client:
         token: str = "",
         life: Life | None = None,
         hang_timeout: float = 30.0,
-        key: str = "",
         max_body: int = frames.MAX_BODY,
     ) -> Client:
         """Raises `OSError` when nobody listens, `ProtocolError` when the sidecar refuses."""
@@ -84,7 +81,7 @@ class Client:
         except BaseException:
             stream.close()
             raise
-        return cls(stream, welcome, life=life, hang_timeout=hang_timeout, key=key)
+        return cls(stream, welcome, life=life, hang_timeout=hang_timeout)
 
     @property
     def alive(self) -> bool:

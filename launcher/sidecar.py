@@ -125,7 +125,6 @@ def connect(life: Life) -> Client:
         token=token,
         life=life,
         hang_timeout=settings.hang_timeout,
-        key=settings.key,
         max_body=settings.max_body,
     )
 

@@ -120,7 +120,10 @@ class Rank:
         if self.watch:
             self.watch.sequence = None
         if self.server:
-            self.server.finish(work, verdict.failure or messages.Result(id=work.request.id, data=data), tensors)
+            if verdict.failure:
+                self.server.finish(work, verdict.failure)
+            else:
+                self.server.finish(work, messages.Result(id=work.request.id, data=data), tensors)
         if not verdict.is_warm:
             self._end(outcomes[verdict.rank], verdict.rank)
         if isinstance(work.request, messages.Shutdown):

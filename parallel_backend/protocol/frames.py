@@ -79,10 +79,10 @@ class FrameSocket:
             return None
         magic, header_size, body_size = PREFIX.unpack(prefix)
         if magic != MAGIC:
-            raise ProtocolError("This is not a frame of the ParallelDiT protocol.", fatal=True)
+            raise ProtocolError("This is not a frame of the ParallelDiT protocol.")
         for name, size, limit in (("header", header_size, self.max_header), ("body", body_size, self.max_body)):
             if size > limit:
-                raise ProtocolError(f"The {name} of {size} bytes is over the limit of {limit} bytes.", fatal=True)
+                raise ProtocolError(f"The {name} of {size} bytes is over the limit of {limit} bytes.")
         header = self._read(header_size)
         return Frame(bytes(header or b""), self._read(body_size) or bytearray())
 
@@ -90,17 +90,17 @@ class FrameSocket:
         try:
             buffer = bytearray(size)
         except MemoryError as error:
-            raise ProtocolError(f"There is no memory for a body of {size} bytes.", fatal=True) from error
+            raise ProtocolError(f"There is no memory for a body of {size} bytes.") from error
         view, done = memoryview(buffer), 0
         while done < size:
             try:
                 count = self._sock.recv_into(view[done : done + CHUNK])
             except TimeoutError as error:
-                raise ProtocolError("The other side stopped in the middle of a frame.", fatal=True) from error
+                raise ProtocolError("The other side stopped in the middle of a frame.") from error
             if count == 0:
                 if may_end and done == 0:
                     return None
-                raise ProtocolError("The connection ended in the middle of a frame.", fatal=True)
+                raise ProtocolError("The connection ended in the middle of a frame.")
             done += count
             self.last_received = time.monotonic()
         return buffer
@@ -143,12 +143,12 @@ def greet(stream: FrameSocket, token: str, timeout: float = 15.0) -> messages.We
     stream.send(messages.Hello(version=messages.PROTOCOL_VERSION, token=token))
     frame = stream.receive(timeout)
     if frame is None:
-        raise ProtocolError("The sidecar closed the connection during the handshake.", fatal=True)
+        raise ProtocolError("The sidecar closed the connection during the handshake.")
     reply = parse(messages.FROM_SIDECAR, frame.header)
     if isinstance(reply, messages.Failure):
-        raise ProtocolError(reply.message, fatal=True)
+        raise ProtocolError(reply.message)
     if not isinstance(reply, messages.Welcome):
-        raise ProtocolError(f"The sidecar answered the handshake with {reply.type!r}.", fatal=True)
+        raise ProtocolError(f"The sidecar answered the handshake with {reply.type!r}.")
     return reply
 
 
@@ -159,7 +159,7 @@ def admit(stream: FrameSocket, token: str, welcome: messages.Welcome, timeout: f
     try:
         frame = stream.receive(timeout)
         if frame is None:
-            raise ProtocolError("The client closed the connection during the handshake.", fatal=True)
+            raise ProtocolError("The client closed the connection during the handshake.")
         _check_hello(frame.header, token)
     except ProtocolError as error:
         stream.max_header = MAX_HEADER
@@ -176,11 +176,10 @@ def _check_hello(header: bytes, token: str) -> None:
     if type(version) is int and version != messages.PROTOCOL_VERSION:
         raise ProtocolError(
             f"The client speaks protocol version {version}, the sidecar version {messages.PROTOCOL_VERSION}.",
-            fatal=True,
         )
     hello = parse(TypeAdapter(messages.Hello), header)
     if not hmac.compare_digest(hello.token.encode(errors="replace"), token.encode()):
-        raise ProtocolError("Wrong token.", fatal=True)
+        raise ProtocolError("Wrong token.")
 
 
 def _loose(header: bytes) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Body(NamedTuple):
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> Body:
-    """CPU tensors as one safetensors file, largest items first so that every tensor is aligned."""
+    """Tensors (of any device) as one safetensors file, largest items first so that every tensor is aligned."""
     if not tensors:
         return Body(0, [])
     import torch
@@ -61,7 +61,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> Body:
     buffers: list[memoryview] = []
     at = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         entries[name] = {
             "dtype": NAMES[str(tensor.dtype)],
             "shape": list(tensor.shape),
