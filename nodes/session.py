@@ -12,7 +12,7 @@ from ..launcher import devices, sidecar
 from ..launcher.client import Client, Event
 from ..launcher.sidecar import SidecarSpec
 from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import Progress, Request, Result
+from ..parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result
 from . import host
 
 
@@ -63,10 +63,14 @@ def ask(client: Client, message: Request, tensors: Mapping[str, Tensor] | None =
     on_progress = here.progress(model)
 
     def on_event(event: Event, tensors: dict[str, Tensor]) -> None:
-        if isinstance(event, Progress):
-            on_progress(event.phase, event.step, event.total, tensors.get("preview"))
-        else:
-            here.say(event.text)
+        match event:
+            case Progress():
+                on_progress(event.phase, event.step, event.total, tensors.get("preview"))
+            case Log():
+                here.say(event.text)
+            case Memory():
+                used = ", ".join(f"{bytes / 1e9:.1f} GB" for bytes in event.used)
+                here.say(f"memory in use by the ranks: {used}")
 
     here.sending(message, client.welcome)
     try:

@@ -87,6 +87,13 @@ class Run:
         if self._control.rank == 0:
             self._work.send(messages.Log(id=self._work.request.id, level=level, text=text))
 
+    def memory(self, used: int, free: int) -> None:
+        """A collective: tell the client how many bytes every rank's device has in use and free."""
+        ranks = self._control.gather([used, free])
+        if self._control.rank == 0:
+            used_by_rank, free_by_rank = zip(*ranks, strict=True)  # pyright: ignore[reportArgumentType]
+            self._work.send(messages.Memory(id=self._work.request.id, used=used_by_rank, free=free_by_rank))
+
     def check_cancelled(self) -> None:
         """A collective: every rank calls it at every step, and all raise `Cancelled` together or none."""
         if self._control.agree(self._work.cancelled):

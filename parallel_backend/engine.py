@@ -84,6 +84,8 @@ class Engine:
         started = time.monotonic()
         latent = sample(request, tensors, family, mesh, run)
         seconds = time.monotonic() - started
+        memory = self.models.memory()
+        run.memory(memory["used"], memory["free"])
         return {"layout": str(request.layout), "seconds": seconds, "traffic": mesh.ledger.summary()}, {"latent": latent}
 
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:

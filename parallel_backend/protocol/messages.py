@@ -50,6 +50,7 @@ class Welcome(Message):
 class ModelRef(Message):
     """A diffusion transformer: a diffusers folder or a safetensors file, as the ranks' host sees the path."""
 
+    kind: Literal["model"] = "model"
     path: str
     weight_dtype: WeightDtype = "auto"
 
@@ -57,12 +58,14 @@ class ModelRef(Message):
 class TextRef(Message):
     """The text encoders of a diffusers pipeline folder."""
 
+    kind: Literal["text"] = "text"
     path: str
 
 
 class VaeRef(Message):
     """A VAE: a diffusers folder or a single safetensors file."""
 
+    kind: Literal["vae"] = "vae"
     path: str
     weight_dtype: WeightDtype = "auto"
 
@@ -75,11 +78,10 @@ class Request(Message):
 
 
 class Load(Request):
-    """Load ahead of use. Reply `data`: {"family", "parameters", "bytes", "seconds"}."""
+    """Load ahead of use. Reply `data`: {"seconds": …, "models": [what the ranks now hold]}."""
 
     type: Literal["load"] = "load"
-    what: Annotated[ModelRef | TextRef | VaeRef, Field(union_mode="left_to_right")]
-    kind: Literal["model", "text", "vae"]
+    ref: Annotated[ModelRef | TextRef | VaeRef, Field(discriminator="kind")]
 
 
 class EncodeText(Request):
@@ -101,7 +103,7 @@ class Schedule(Message):
 
 
 class Conditioning(Message):
-    """One conditioning entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and `<side>.<index>.pooled` [B or 1, Cp]."""
+    """One entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and `<side>.<index>.pooled` [B or 1, Cp]."""
 
     guidance: float | None = None
 
@@ -121,7 +123,9 @@ class Sample(Request):
     cfg: float = Field(default=1.0, ge=0.0, le=1000.0)
     sampler: str
     schedule: Schedule | None
-    sampling_shift: float | None = Field(default=None, description="the flow shift, where the graph changes the family's own")
+    sampling_shift: float | None = Field(
+        default=None, description="the flow shift, where the graph changes the family's own"
+    )
     seed: int = Field(ge=0, lt=2**64)
     batch_index: tuple[int, ...] | None = None
     add_noise: bool = True
@@ -171,9 +175,7 @@ class Cancel(Message):
 
 
 AnyRequest = Load | EncodeText | Sample | Decode | EncodeImage | Unload | Status | Shutdown
-FROM_CLIENT: TypeAdapter[AnyRequest | Cancel] = TypeAdapter(
-    Annotated[AnyRequest | Cancel, Field(discriminator="type")]
-)
+FROM_CLIENT: TypeAdapter[AnyRequest | Cancel] = TypeAdapter(Annotated[AnyRequest | Cancel, Field(discriminator="type")])
 
 # -- events and replies ------------------------------------------------------------------------------------------
 
@@ -193,6 +195,15 @@ class Log(Message):
     text: str
 
 
+class Memory(Message):
+    """Bytes in use and free on every rank's device, at the end of a run."""
+
+    type: Literal["memory"] = "memory"
+    id: int
+    used: tuple[int, ...]
+    free: tuple[int, ...]
+
+
 class Heartbeat(Message):
     """Sent every second on every connection. `oldest_beat_s`: seconds since the quietest rank was last alive."""
 
@@ -210,7 +221,10 @@ class Result(Message):
 
 
 class Failure(Message):
-    """The end of a request that did not. Code "user": `UserError`; "crash": a fault of ours, `message` names it."""
+    """The end of a request that did not. Code "user": `UserError`; "crash": a fault of ours, `message` names it.
+
+    `rank` is set when the ranks left the request out of step, led by that rank: then the sidecar ends.
+    """
 
     type: Literal["failure"] = "failure"
     id: int
@@ -220,6 +234,6 @@ class Failure(Message):
     rank: int | None = None
 
 
-FROM_SIDECAR: TypeAdapter[Welcome | Progress | Log | Heartbeat | Result | Failure] = TypeAdapter(
-    Annotated[Welcome | Progress | Log | Heartbeat | Result | Failure, Field(discriminator="type")]
+FROM_SIDECAR: TypeAdapter[Welcome | Progress | Log | Memory | Heartbeat | Result | Failure] = TypeAdapter(
+    Annotated[Welcome | Progress | Log | Memory | Heartbeat | Result | Failure, Field(discriminator="type")]
 )
