@@ -36,7 +36,8 @@ def resolve(name: str, kind: str | None, what: str) -> Path:
     choice = f"Choose one of: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}."
     folders = ", ".join(filter(None, (kind, DIFFUSERS)))
     raise UserError(
-        f"{what} {name!r} was not found.", choice if listed else f"Put it into one of these folders of models: {folders}."
+        f"{what} {name!r} was not found.",
+        choice if listed else f"Put it into one of these folders of models: {folders}.",
     )
 
 

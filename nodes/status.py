@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from typing import Any
 
-from ..parallel_backend.protocol.messages import Status, Unload
+from ..parallel_backend.protocol.messages import Status, Unload, Welcome
 from . import host, session
 
 ANYTHING = "MODEL,CONDITIONING,LATENT,IMAGE,VAE,STRING"
@@ -33,13 +33,7 @@ class ParallelDiTStatus:
         text = NOT_RUNNING
         if session.running() is not None:
             client = session.client_for(None)
-            data = session.ask(client, Status(id=0)).result.data
-            text = "\n".join(
-                [
-                    f"{client.welcome.ranks} ranks on {client.welcome.device}",
-                    *(f"{k}: {_shown(v)}" for k, v in data.items()),
-                ]
-            )
+            text = "\n".join(_lines(client.welcome, session.ask(client, Status(id=0)).result.data))
         host.current().show(text)
         return {"ui": {"text": [text]}, "result": (text,)}
 
@@ -64,11 +58,19 @@ class ParallelDiTUnload:
     def unload(self, after: Any = None) -> dict[str, Any]:
         text = NOT_RUNNING
         if session.running() is not None:
-            freed = session.ask(session.client_for(None), Unload(id=0)).result.data["freed_bytes"]
-            text = f"freed bytes per rank: {_shown(freed)}"
+            freed: Any = session.ask(session.client_for(None), Unload(id=0)).result.data["freed_bytes"]
+            text = f"Freed {', '.join(f'{size / 1e9:.2f} GB' for size in freed)} (rank by rank)."
         host.current().show(text)
         return {"ui": {"text": [text]}, "result": (after,)}
 
 
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _lines(welcome: Welcome, data: dict[str, Any]) -> Iterator[str]:
+    yield f"{welcome.ranks} ranks on {welcome.device}, up for {data['uptime_s']:.0f} s"
+    for model in data["models"]:
+        yield f"{model['kind']} {model['path']}: {model['bytes'] / 1e9:.2f} GB"
+    for rank in data["ranks"]:
+        memory = ", ".join(f"{size / 1e9:.1f} GB {what}" for what, size in rank["memory"].items())
+        yield f"rank {rank['rank']} on {rank['host']}: {memory}"
+    for layout, operations in data["traffic"].items():
+        for operation, sent in operations.items():
+            yield f"sent in layout {layout}: {operation} {sent['bytes'] / 1e6:.1f} MB in {sent['messages']} messages"

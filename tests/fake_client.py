@@ -24,7 +24,15 @@ ANSWERS: dict[type, Answer] = {
     messages.Decode: _decoded,
     messages.EncodeImage: lambda message, tensors: {"latent": tensors["image"].mean(-1)[:, None, ::8, ::8]},
 }
-DATA = {messages.Status: {"models": ["flux"]}, messages.Unload: {"freed_bytes": [10, 20]}}
+DATA = {
+    messages.Status: {
+        "uptime_s": 61.0,
+        "models": [{"kind": "model", "path": "/models/flux", "bytes": 24_000_000_000}],
+        "ranks": [{"rank": 1, "host": "node", "memory": {"used": 12_000_000_000, "free": 5_000_000_000}}],
+        "traffic": {"cfg2": {"cfg all_gather": {"bytes": 2_000_000, "messages": 4}}},
+    },
+    messages.Unload: {"freed_bytes": [1_000_000_000, 2_000_000_000]},
+}
 
 
 class FakeClient:

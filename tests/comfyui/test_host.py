@@ -337,5 +337,5 @@ def test_status_and_unload_run_in_the_graph(host, demo):
     assert not run.error, run.error
     shown = {data["node"]: data["output"].get("text", [""])[0] for data in run.of("executed")}
     assert "2 ranks on cpu" in shown["20"]
-    assert "freed bytes" in shown["21"]
+    assert "Freed" in shown["21"]
     picture(host, host.run(demo_with(NAME, seed=5)))

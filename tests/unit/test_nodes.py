@@ -335,11 +335,17 @@ def test_status_and_unload_do_not_start_a_sidecar(client, name):
     assert not client.specs
 
 
-@pytest.mark.parametrize(("name", "words"), [("Status", "models"), ("Unload", "[10, 20]")])
-def test_status_and_unload_ask_the_sidecar_that_runs(client, monkeypatch, name, words):
+STATUS = """4 ranks on cpu, up for 61 s
+model /models/flux: 24.00 GB
+rank 1 on node: 12.0 GB used, 5.0 GB free
+sent in layout cfg2: cfg all_gather 2.0 MB in 4 messages"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("Status", STATUS), ("Unload", "Freed 1.00 GB, 2.00 GB (rank by rank).")])
+def test_status_and_unload_ask_the_sidecar_that_runs(client, monkeypatch, name, text):
     monkeypatch.setattr("paralleldit.nodes.session.running", lambda: SidecarSpec(ranks=4))
     shown = getattr(node(name), node(name).FUNCTION)("passed on")
-    assert words in shown["ui"]["text"][0]
+    assert shown["ui"]["text"] == [text]
     assert client.specs == [SidecarSpec(ranks=4)]
 
 
