@@ -119,17 +119,21 @@ class Rank:
         verdict = judge(work.request.id, outcomes)
         if self.watch:
             self.watch.sequence = None
+        is_last = isinstance(work.request, messages.Shutdown)
         if self.server:
+            if is_last:
+                # Before the answer: whoever reads that looks for this record next.
+                end = records.End(clean=True, message="The sidecar was stopped.")
+                records.write_first(self.life / records.EndFile, end)
             if verdict.failure:
                 self.server.finish(work, verdict.failure)
             else:
                 self.server.finish(work, messages.Result(id=work.request.id, data=data), tensors)
         if not verdict.is_warm:
             self._end(outcomes[verdict.rank], verdict.rank)
-        if isinstance(work.request, messages.Shutdown):
-            self._close()
-            return False
-        return True
+        if is_last and self.server:
+            self.server.close()
+        return not is_last
 
     def _attempt(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
         from .liveness import report_failure
@@ -188,12 +192,6 @@ class Rank:
         self.watch = Watch(self.server, self.settings, self.life)
         self.server.start()
         self.watch.start()
-
-    def _close(self) -> None:
-        if self.server:
-            end = records.End(clean=True, message="The sidecar was stopped.")
-            records.write_first(self.life / records.EndFile, end)
-            self.server.close()
 
     def _end(self, outcome: Outcome, rank: int) -> None:
         """The ranks are out of step: rank 0 ends its process, torchrun then ends the others."""
