@@ -76,6 +76,11 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
 
 
+def contrast(pixels: np.ndarray) -> np.ndarray:
+    """How much each pixel differs from the background: the previews' colours are those of the full-size models."""
+    return np.abs(pixels - np.median(pixels, axis=(0, 1))).sum(axis=-1).ravel()
+
+
 def test_the_nodes_are_there_with_help(host):
     listed = host.get("/object_info")
     names = [name for name in listed if name.startswith("ParallelDiT")]
@@ -108,6 +113,16 @@ def test_the_demo_workflow_makes_a_picture_with_progress_and_previews(host, demo
     assert len(run.previews) == STEPS
     with Image.open(io.BytesIO(run.previews[-1])) as preview:
         assert preview.format == "JPEG"
+
+
+def test_the_saved_demo_workflow_runs_as_it_is(host):
+    run = host.run(json.loads((PACK / "workflows" / "demo_txt2img.api.json").read_text()))
+    assert picture(host, run).shape == (256, 256, 3)
+    with Image.open(io.BytesIO(run.previews[-1])) as preview:
+        shown = np.array(preview.convert("RGB").resize((32, 32)))
+    with Image.open(io.BytesIO(host.view(run.pictures()[0]))) as image:
+        decoded = np.array(image.resize((32, 32)))
+    assert np.corrcoef(contrast(shown), contrast(decoded))[0, 1] > 0.3
 
 
 def test_without_comfyui_the_same_workflow_makes_the_same_picture(host, demo, base, tmp_path):
