@@ -42,7 +42,8 @@ class FakeClient:
         self.sent: list[tuple[Any, dict[str, torch.Tensor]]] = []
         self.fault: Exception | None = None
 
-    def ensure(self, spec: sidecar.SidecarSpec, on_progress: Any = None, *, owned: bool = True) -> FakeClient:
+    def ensure(self, spec: sidecar.SidecarSpec, on_progress: Any, *, owned: bool = True) -> FakeClient:
+        on_progress("starting")
         self.specs.append(spec)
         self.welcome = self.welcome.model_copy(update={"ranks": spec.ranks})
         return self

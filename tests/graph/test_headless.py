@@ -11,35 +11,15 @@ import numpy as np
 import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS
-from paralleldit.launcher import cli, sidecar
+from paralleldit.launcher import cli
 from paralleldit.launcher.headless.core_nodes import Folders, core_nodes
 from paralleldit.launcher.headless.runner import run_workflow
-from paralleldit.launcher.sidecar import SidecarSpec
-from paralleldit.nodes import host
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
-from paralleldit.tests.fake_client import FakeClient
-from paralleldit.tests.tiny_flux import write_pipeline
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
 NAME = "diffusers/tiny"
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_pipeline(folder / "diffusers" / "tiny")
-    return folder
-
-
-@pytest.fixture
-def client(models, tmp_path, monkeypatch) -> FakeClient:
-    fake = FakeClient()
-    monkeypatch.setattr(sidecar, "ensure_sidecar", fake.ensure)
-    host.use(host.Host(models=models, spec=SidecarSpec(device="cpu", directory=tmp_path / "runtime")))
-    yield fake
-    host.use(None)
 
 
 @pytest.fixture
@@ -168,6 +148,12 @@ def test_what_is_no_workflow_is_refused(client, tmp_path, api):
 def test_an_editor_workflow_is_refused_with_what_to_give(client, tmp_path):
     with pytest.raises(UserError, match="Export"):
         run(json.loads((PACK / "workflows" / "demo_txt2img.json").read_text()), tmp_path)
+
+
+def test_a_workflow_for_comfyui_is_refused_naming_the_nodes_that_only_run_there(client, tmp_path):
+    api = json.loads((PACK / "workflows" / "flux_txt2img.api.json").read_text())
+    with pytest.raises(UserError, match="only run in ComfyUI: CLIPTextEncode, DualCLIPLoader, FluxGuidance"):
+        run(api, tmp_path)
 
 
 def test_nodes_whose_inputs_are_the_same_do_not_run_again(client, demo, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from paralleldit.tests.tiny_flux import write_pipeline
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
@@ -19,10 +18,10 @@ SMALL = ("6.steps=2", "5.width=64", "5.height=48")
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
+def launcher(tmp_path_factory, models):
     """Runs a command of the launcher in a folder of its own, and ends the sidecar at the end."""
     folder = tmp_path_factory.mktemp("run")
-    write_pipeline(folder / "models" / "diffusers" / "tiny")
+    (folder / "models").symlink_to(models)
     env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(folder / "runtime"), "OMP_NUM_THREADS": "1"}
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -21,27 +21,9 @@ from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
 from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS
 from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
-from paralleldit.tests.fake_client import FakeClient
-from paralleldit.tests.tiny_flux import write_pipeline
 
 PACK = Path(__file__).resolve().parents[2]
 NAME = "diffusers/tiny"
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_pipeline(folder / "diffusers" / "tiny")
-    return folder
-
-
-@pytest.fixture
-def client(models, tmp_path, monkeypatch) -> FakeClient:
-    fake = FakeClient()
-    monkeypatch.setattr(sidecar, "ensure_sidecar", fake.ensure)
-    host.use(host.Host(models=models, spec=SidecarSpec(device="cpu", directory=tmp_path)))
-    yield fake
-    host.use(None)
 
 
 def node(name: str) -> Any:
@@ -380,6 +362,15 @@ def test_steps_are_shown_and_a_cancel_ends_the_node_as_the_host_wants(client, mo
     watching.cancel_at = 5
     with pytest.raises(InterruptedError):
         sample()
+
+
+def test_a_cancel_while_the_sidecar_starts_ends_the_node(client, models):
+    watching = Watching(models=models, spec=host.current().spec)
+    watching.steps.clear()
+    host.use(watching)
+    with pytest.raises(InterruptedError):
+        sample()
+    assert not client.specs
 
 
 def test_a_cached_model_is_used_again_in_a_new_sidecar(client):
