@@ -13,7 +13,6 @@ from typing import Any
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -21,6 +20,8 @@ from ..parallel_backend.errors import UserError
 from .handles import ATTACHMENT, ModelHandle
 
 META = torch.device("meta")
+HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
+PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -63,9 +64,9 @@ def check_patches(patcher: Any) -> None:
     """Raises `UserError` naming what other nodes have put on the model and a run in the ranks cannot obey."""
     options = patcher.model_options
     found = [
-        *(f"{len(patcher.patches)} weight patches (LoRA)" for _ in range(bool(patcher.patches))),
+        *([f"{len(patcher.patches)} weight patches (LoRA)"] if patcher.patches else []),
         *(name for name in patcher.object_patches if name != "model_sampling"),
-        *(name for name, value in options.items() if value and name not in ("transformer_options", *HARMLESS_OPTIONS)),
+        *(name for name, value in options.items() if value and name not in HANDLED_OPTIONS),
         *_set_names(options["transformer_options"], "transformer_options"),
         *(name for table in PATCHER_TABLES for name in _set_names(getattr(patcher, table, {}), table)),
     ]
@@ -82,9 +83,7 @@ def patched_shift(patcher: Any) -> float | None:
     if patched is None:
         return None
     own = patcher.model.model_sampling
-    if type(patched).__bases__ != type(own).__bases__ or getattr(patched, "multiplier", None) != getattr(
-        own, "multiplier", None
-    ):
+    if _kind(patched) != _kind(own):
         raise UserError(
             f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
             "Remove the node that replaced it, or use the one of the model's own kind.",
@@ -93,12 +92,9 @@ def patched_shift(patcher: Any) -> float | None:
 
 
 def _kind(model_sampling: Any) -> str:
+    """Prediction type and clock, by the names of ComfyUI's classes for them."""
     names = " + ".join(base.__name__ for base in type(model_sampling).__bases__)
     return f"{names} (multiplier {model_sampling.multiplier:g})" if hasattr(model_sampling, "multiplier") else names
-
-
-HARMLESS_OPTIONS = ("disable_cfg1_optimization",)
-PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 
 
 def _set_names(table: dict[Any, Any], path: str) -> list[str]:
