@@ -86,17 +86,12 @@ class Host:
                 assert time.monotonic() < deadline, f"ComfyUI is not up after {START_S:g} s:\n{self.tail()}"
                 time.sleep(0.3)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def stop(self) -> None:
+        """Ends ComfyUI, and its sidecar without the grace time."""
         self._process.terminate()
         self._process.wait(timeout=30)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait(timeout=30)
+        env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(self.runtime)}
+        subprocess.run([sys.executable, str(PACK / "launcher"), "stop"], env=env, capture_output=True, check=False)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
