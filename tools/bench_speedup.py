@@ -12,14 +12,15 @@ One step of a Flux.1 of random weights (121M parameters by default, fp32), on on
 - `diffusers ulysses 2`: diffusers' own context parallelism (made to accept CPU ranks);
 - `two threads`: plain diffusers in one process with two threads.
 
-The variants take turns, round after round, so that what else the machine does falls on all of them alike. Prints
-Markdown: medians, ratios of medians and of minima, the share of the ceiling, and the CPU seconds of all ranks together
+The variants take turns, in another order every round, so that what else the machine does falls on all of them alike.
+Prints Markdown: medians, ratios of medians and of minima, the share of the ceiling, and the CPU seconds of all ranks together
 over the serial run's.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -74,9 +75,10 @@ def measure(rank: int, arguments: argparse.Namespace) -> None:
         check_equal(results)
         times: dict[str, list[float]] = {name: [] for name in variants}
         cpu: dict[str, list[float]] = {name: [] for name in variants}
+        order = random.Random(0)
         for _ in range(arguments.rounds):
-            for name, step in variants.items():
-                seconds, cpu_seconds = timed(name, step)
+            for name in order.sample(list(variants), len(variants)):
+                seconds, cpu_seconds = timed(name, variants[name])
                 times[name].append(seconds)
                 cpu[name].append(cpu_seconds)
         if rank == 0:
