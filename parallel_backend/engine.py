@@ -15,6 +15,7 @@ from .layout import Layout
 from .mesh import Mesh
 from .models import ModelStore
 from .protocol import messages
+from .stages import Stage
 
 if TYPE_CHECKING:
     from .control import Run
@@ -79,7 +80,8 @@ class Engine:
         from .sample_request import sample
 
         mesh = self._mesh(request.layout)
-        family = self.models.transformer(request.model, run)
+        stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
+        family = self.models.transformer(request.model, run, stage)
         mesh.ledger.reset()
         started = time.monotonic()
         latent = sample(request, tensors, family, mesh, run)
@@ -109,9 +111,9 @@ class Engine:
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _mesh(self, layout: Layout) -> Mesh:
-        if layout not in self._meshes:
-            self._meshes[layout] = Mesh(layout)
-        return self._meshes[layout]
+        if layout.degrees not in self._meshes:
+            self._meshes[layout.degrees] = Mesh(layout.degrees)
+        return self._meshes[layout.degrees]
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:
         """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""
