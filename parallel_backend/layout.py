@@ -126,14 +126,21 @@ def check_pipefusion(layout: Layout, *, blocks: int, token_rows: int, sampler: s
         )
 
 
-def layouts_of(ranks: int) -> list[Layout]:
-    """Every layout of `ranks` ranks, those with the most Ulysses parallelism first."""
+def layouts_of(ranks: int, pipefusion_degree: int = 1) -> list[Layout]:
+    """Every layout of `ranks` ranks with as many stages, those with the most Ulysses parallelism first."""
+    replicas, left_over = divmod(ranks, pipefusion_degree)
     found = [
-        Layout(ulysses_degree=ulysses, ring_degree=ring, cfg_degree=cfg, data_degree=ranks // (ulysses * ring * cfg))
-        for ulysses in range(ranks, 0, -1)
-        for ring in range(1, ranks + 1)
+        Layout(
+            ulysses_degree=ulysses,
+            ring_degree=ring,
+            pipefusion_degree=pipefusion_degree,
+            cfg_degree=cfg,
+            data_degree=replicas // (ulysses * ring * cfg),
+        )
+        for ulysses in range(replicas, 0, -1)
+        for ring in range(1, replicas + 1)
         for cfg in (1, 2)
-        if ranks % (ulysses * ring * cfg) == 0
+        if left_over == 0 and replicas % (ulysses * ring * cfg) == 0
     ]
     return sorted(found, key=lambda layout: (layout.data_degree, layout.ring_degree, layout.cfg_degree))
 

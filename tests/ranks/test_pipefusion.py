@@ -1,7 +1,5 @@
 """PipeFusion: exact where nothing is old, else equal to a serial model of stale keys and values written out here."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -236,3 +234,151 @@ def test_run_equals_serial_model_of_old_keys(ranks, degrees, plan, size, sampler
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         assert relative_error(answer, expected) <= 1e-5
+
+
+PIPELINES = [
+    layout_of((2, 1, 1, 1, 1), 3, 1),
+    layout_of((3, 1, 1, 1, 1), 3, 1),
+    layout_of((2, 2, 1, 1, 2), 4, 1),
+    layout_of((2, 1, 1, 2, 1), 1, 1),
+]
+
+
+def told(world, layout, steps):
+    """The progress that the client of rank 0 hears of, with the shapes of the previews, and the latent."""
+    request, tensors = request_of(layout, steps, (8, 8), "heun", preview=True)
+    run, events = run_of(request)
+    latent = sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
+    steps = [(event, tensors["preview"]) for event, tensors in events if isinstance(event, messages.Progress)]
+    return [(event.step, event.total, preview) for event, preview in steps], latent
+
+
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+def test_every_step_is_told_with_its_preview(ranks, layout):
+    exact = layout.model_copy(update={"warmup_steps": 4})
+    ((alone, _),) = ranks.run(1, told, Layout(), 4)
+    (piped, latent), *others = ranks.run(layout.ranks, told, exact, 4)
+    assert [event[:2] for event in piped] == [event[:2] for event in alone]
+    for (*_, preview), (*_, expected) in zip(piped[:-1], alone, strict=False):
+        assert relative_error(preview, expected) <= 1e-5
+    assert torch.equal(piped[-1][2], latent[:1])
+    assert not any(events for events, _ in others)
+
+
+def left_and_again(world, layout, cancel_at, spoilt):
+    """How a run was left, after which step, and what the next one on the same mesh gives."""
+    family, mesh = make_family(), Mesh(layout)
+    request, tensors = request_of(layout, 9, (8, 8), "euler")
+    kept = tensors["negative.0.tokens"].clone()
+    if spoilt:
+        tensors["negative.0.tokens"][1] = torch.nan
+    run, events = run_of(request, cancel_at=cancel_at)
+    reason = None
+    try:
+        sample_request.sample(request, tensors, family, mesh, run)
+    except (Cancelled, UserError) as error:
+        reason = str(error)
+    last = max((event.step for event, _ in events), default=0)
+    tensors["negative.0.tokens"] = kept
+    return reason, last, sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
+
+
+@pytest.mark.parametrize(
+    ("cancel_at", "spoilt", "reason"), [(3, False, "Cancelled."), (None, True, "not finite at step 1 of 9")], ids=str
+)
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+def test_run_is_left_by_all_ranks_and_the_next_one_is_right(ranks, layout, cancel_at, spoilt, reason):
+    expected = ranks.run(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
+    answers = ranks.run(layout.ranks, left_and_again, layout, cancel_at, spoilt)
+    assert len({left for left, _, _ in answers}) == 1
+    assert reason in answers[0][0]
+    assert answers[0][1] <= (cancel_at or 0) + 2
+    for *_, latent in answers:
+        assert torch.equal(latent, expected)
+
+
+def traffic_of(world, layout, steps):
+    request, tensors = request_of(layout, steps, (8, 8), "euler")
+    mesh = Mesh(layout)
+    sample_request.sample(request, tensors, make_family(), mesh, run_of(request)[0])
+    sent = {axis: mesh.ledger.bytes_on(axis) for axis in ("stages", "feedback", "cfg", "ulysses")}
+    return mesh.pipefusion.rank, mesh.cfg.rank, sent
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layout_of(*each)
+        for each in [((2, 1, 1, 1, 1), 4), ((4, 1, 1, 1, 1), 4), ((2, 2, 1, 1, 1), 2), ((2, 1, 1, 2, 1), 2)]
+    ],
+    ids=str,
+)
+def test_bytes_sent_match_theory(ranks, layout):
+    """One boundary's hidden states of all tokens leave a stage per step, once for each condition (section 3 of the
+    paper), whatever the number of blocks and patches; with Ulysses inside also 4(U-1)/U^2 of them per block."""
+    short, long = (ranks.run(layout.ranks, traffic_of, layout, steps) for steps in (3, 5))
+    batch, image, latent_bytes = 2, 16, 2 * 16 * 8 * 8 * 4
+    lengths = [TEXT + image, TEXT + 3 + image]
+    for (stage, condition, fewer), (*_, more) in zip(short, long, strict=True):
+        per_step = {axis: (more[axis] - fewer[axis]) / 2 for axis in more}
+        is_last = stage == layout.pipefusion_degree - 1
+        tokens = lengths[condition] if layout.cfg_degree > 1 else sum(lengths)
+        hidden = batch * tokens * WIDTH * 4 / layout.sequence_degree
+        ulysses = layout.ulysses_degree
+        blocks = 4 / layout.pipefusion_degree
+        assert per_step["stages"] == pytest.approx(0 if is_last else hidden, rel=0.05)
+        assert per_step["feedback"] == (latent_bytes if is_last else 0)
+        assert per_step["cfg"] == (latent_bytes if is_last and layout.cfg_degree > 1 else 0)
+        theory = 4 * (ulysses - 1) / ulysses**2 * batch * tokens * WIDTH * 4 * blocks
+        assert per_step["ulysses"] == pytest.approx(theory, rel=0.05)
+
+
+def engine_sampled(world, layout, folder):
+    """What an engine samples with the weights of a folder, and how many parameters it holds for that."""
+    engine = Engine(CPU)
+    request, tensors = request_of(layout, 3, (8, 8), "dpmpp_2m")
+    request = request.model_copy(update={"model": messages.ModelRef(path=folder)})
+    generator = torch.Generator().manual_seed(6)
+    for name in list(tensors):
+        width = {"tokens": 48, "pooled": 32}.get(name.rpartition(".")[2])
+        if width:
+            tensors[name] = torch.randn(*tensors[name].shape[:-1], width, generator=generator)
+    _, answer = engine.handle(request, tensors, run_of(request)[0])
+    (held,) = engine.models.summary()
+    return answer["latent"], held["bytes"]
+
+
+def test_ranks_load_the_weights_of_their_stage(ranks, tmp_path):
+    from paralleldit.tests.tiny_flux import write_pipeline  # the ranks load this module too, and need no transformers
+
+    write_pipeline(tmp_path)
+    ((alone, whole),) = ranks.run(1, engine_sampled, Layout(), str(tmp_path))
+    answers = ranks.run(2, engine_sampled, layout_of((2, 1, 1, 1, 1), 1, 1), str(tmp_path))
+    for latent, held in answers:
+        assert relative_error(latent, alone) <= 1e-5
+        assert held < whole
+    blocks = block_bytes(tmp_path)
+    everywhere = whole - sum(blocks)
+    # Three blocks: a double one and a single one in the first stage, a single one in the second.
+    assert [held - everywhere for _, held in answers] == [sum(blocks[:2]), blocks[2]]
+
+
+def block_bytes(folder) -> list[int]:
+    model = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    return [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
+
+
+def warned(world, warmup, steps):
+    layout = layout_of((2, 1, 1, 1, 1), 2, warmup)
+    request, tensors = request_of(layout, steps, (8, 8), "euler")
+    run, events = run_of(request)
+    sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
+    return [event.text for event, _ in events if isinstance(event, messages.Log)]
+
+
+@pytest.mark.parametrize(("warmup", "steps", "warnings"), [(3, 3, 1), (2, 3, 0)])
+def test_run_of_warmup_alone_says_so(ranks, warmup, steps, warnings):
+    texts = ranks.run(2, warned, warmup, steps)[0]
+    assert len(texts) == warnings
+    assert all("warmup_steps=3" in text and "3 steps" in text for text in texts)
