@@ -28,7 +28,7 @@ class LayoutChoice:
     warmup_steps: int = 1
 
     @property
-    def chosen(self) -> dict[str, int]:
+    def chosen(self) -> dict[str, Any]:
         degrees = {f"{axis}_degree": getattr(self, f"{axis}_degree") for axis in AXES}
         return {name: degree for name, degree in degrees.items() if degree}
 

@@ -54,7 +54,7 @@ class Control:
         No rank waits for another before that.
         """
         largest = torch.tensor(numbers)
-        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        work = cast(dist.Work, dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group, async_op=True))
 
         def wait() -> list[int]:
             work.wait()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from .comm import split_sizes
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True)
+class Stage:
     """Stage `index` of `count`."""
 
     index: int = 0

@@ -35,7 +35,7 @@ OnStep = Callable[[int, int, Tensor], None]
 
 @dataclass(frozen=True)
 class Unit:
-    """What goes through a stage at once: `patches` of the picture, for the sampler's question of that number."""
+    """What goes through a stage at once: neighbouring `patches`, for the sampler's question of that number."""
 
     question: int
     patches: tuple[int, ...]
