@@ -195,6 +195,8 @@ class Client:
         if hangs:
             records.write_first(self.life.path / records.EndFile, records.End(clean=False, message=reason, rank=0))
         message, hint = self.life.why()
+        if self.life.end is None:
+            message = f"{message} ({reason})"
         self.life.kill(patience=0.0 if hangs else 0.5)
         end = self.life.end
         return SidecarError(message, f"{hint} {self._log_hint(end.rank if end else None)}".strip())

@@ -104,6 +104,8 @@ class Life:
         dead = [f"{rank} (process {process.pid})" for rank, process in self.ranks.items() if not process.alive]
         if self.is_alive and dead:
             return f"Rank {dead[0]} is gone.", ""
+        if self.is_alive:
+            return "The sidecar runs, but the connection to it is lost.", ""
         agent = self.agent
         return f"The sidecar's torchrun (process {agent.pid if agent else 'unknown'}) ended without a word.", ""
 

@@ -16,7 +16,7 @@ import server
 from torch import Tensor
 
 from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import Schedule
+from ..parallel_backend.protocol.messages import Decode, Request, Sample, Schedule, Welcome
 from . import comfy_model
 from .host import Host, OnProgress, logger
 
@@ -63,6 +63,12 @@ class ComfyHost(Host):
     def leave_cancelled(self, error: Cancelled) -> NoReturn:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException from error
+
+    def sending(self, message: Request, welcome: Welcome) -> None:
+        # ComfyUI's text encoders and VAE share a GPU with rank 0, and it knows nothing of what the ranks need.
+        if welcome.device == "cuda" and not self.spec.remote and isinstance(message, Sample | Decode):
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
 
     def new_model(self, handle: Any) -> Any:
         return comfy_model.new_model(handle)

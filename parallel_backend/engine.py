@@ -46,7 +46,7 @@ class Engine:
         return self._serve[type(request)](request, tensors, run)
 
     def status(self) -> dict[str, object]:
-        """This rank's device, memory, models and traffic since the start, ready for JSON."""
+        """This rank's device, memory, models, and what it sent in the last run of each layout, ready for JSON."""
         return {
             "device": str(self.device),
             "memory": self.models.memory(),
@@ -111,9 +111,10 @@ class Engine:
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _mesh(self, layout: Layout) -> Mesh:
-        if layout.degrees not in self._meshes:
-            self._meshes[layout.degrees] = Mesh(layout.degrees)
-        return self._meshes[layout.degrees]
+        degrees = layout.degrees
+        if degrees not in self._meshes:
+            self._meshes[degrees] = Mesh(degrees)
+        return self._meshes[degrees]
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:
         """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""
