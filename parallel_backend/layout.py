@@ -44,7 +44,7 @@ class Layout(BaseModel):
     @property
     def degrees(self) -> Layout:
         """The same degrees with every other setting at its default: layouts of equal degrees share one mesh."""
-        return Layout(**{f"{axis}_degree": self.degree(axis) for axis in AXES})
+        return Layout.model_validate({f"{axis}_degree": self.degree(axis) for axis in AXES})
 
     @property
     def sequence_degree(self) -> int:
