@@ -23,6 +23,9 @@ class LayoutChoice:
     cfg_degree: int = 0
     data_degree: int = 0
     attention: AttentionKernel = "auto"
+    pipefusion_degree: int = 1
+    num_patches: int = 0
+    warmup_steps: int = 1
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -36,7 +39,8 @@ class LayoutChoice:
         if best not in candidates:
             candidates = [layout for layout in candidates if guided or layout.cfg_degree == 1] or candidates
             best = max(candidates, key=lambda layout: (-layout.data_degree, layout.cfg_degree, layout.ulysses_degree))
-        return best.model_copy(update={"attention": self.attention})
+        settings = ("attention", "num_patches", "warmup_steps")
+        return best.model_copy(update={name: getattr(self, name) for name in settings})
 
     def check(self, ranks: int) -> None:
         self._candidates(ranks)
@@ -51,11 +55,11 @@ class LayoutChoice:
             check_ranks(Layout(**self.chosen), ranks)
         fitting = [
             layout
-            for layout in layouts_of(ranks)
+            for layout in layouts_of(ranks, self.pipefusion_degree)
             if all(getattr(layout, name) == degree for name, degree in self.chosen.items())
         ]
         if not fitting:
-            named = " x ".join(f"{name}={degree}" for name, degree in self.chosen.items())
+            named = " x ".join(f"{name}={degree}" for name, degree in self.chosen.items() if degree > 1)
             raise UserError(
                 f"The layout's {named} cannot be completed to {ranks} ranks.",
                 f"Choose degrees whose product divides {ranks}, or set them to 0 to have them chosen.",
@@ -104,14 +108,53 @@ class ParallelDiTLayout:
                         "tooltip": "The attention kernel of the ranks. auto takes the fastest exact one.",
                     },
                 ),
-            }
+            },
+            "optional": {
+                "pipefusion_degree": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": MAX_DEGREE,
+                        "tooltip": "Stages of blocks through which strips of the picture travel (PipeFusion). Sends "
+                        "least and divides the model's memory, but approximates. 1: none.",
+                    },
+                ),
+                "num_patches": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": MAX_DEGREE,
+                        "tooltip": "Strips that PipeFusion cuts the picture into. 0: two per stage.",
+                    },
+                ),
+                "warmup_steps": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 10_000,
+                        "tooltip": "Exact steps before PipeFusion begins to use what it has from the step before.",
+                    },
+                ),
+            },
         }
 
     @classmethod
     def VALIDATE_INPUTS(
-        cls, ranks: int, ulysses_degree: int, ring_degree: int, cfg_degree: int, data_degree: int
+        cls,
+        ranks: int,
+        ulysses_degree: int,
+        ring_degree: int,
+        cfg_degree: int,
+        data_degree: int,
+        pipefusion_degree: int = 1,
+        num_patches: int = 0,
+        warmup_steps: int = 1,
     ) -> bool | str:
-        return verdict(_choose, ranks, ulysses_degree, ring_degree, cfg_degree, data_degree)
+        degrees = (ulysses_degree, ring_degree, cfg_degree, data_degree)
+        return verdict(_choose, ranks, *degrees, "auto", pipefusion_degree, num_patches, warmup_steps)
 
     def build(
         self,
@@ -121,18 +164,33 @@ class ParallelDiTLayout:
         cfg_degree: int,
         data_degree: int,
         attention: AttentionKernel,
+        pipefusion_degree: int = 1,
+        num_patches: int = 0,
+        warmup_steps: int = 1,
     ) -> tuple[LayoutChoice]:
-        return (_choose(ranks, ulysses_degree, ring_degree, cfg_degree, data_degree, attention),)
+        degrees = (ulysses_degree, ring_degree, cfg_degree, data_degree)
+        return (_choose(ranks, *degrees, attention, pipefusion_degree, num_patches, warmup_steps),)
 
 
 def _choose(
-    ranks: int, ulysses: int, ring: int, cfg: int, data: int, attention: AttentionKernel = "auto"
+    ranks: int,
+    ulysses: int,
+    ring: int,
+    cfg: int,
+    data: int,
+    attention: AttentionKernel = "auto",
+    pipefusion: int = 1,
+    patches: int = 0,
+    warmup: int = 1,
 ) -> LayoutChoice:
     """The choice, once it is known to fit the ranks that a sidecar would have."""
-    negative = [number for number in (ranks, ulysses, ring, cfg, data) if number < 0]
+    negative = [number for number in (ranks, ulysses, ring, cfg, data, patches) if number < 0]
     if negative:
         raise UserError(f"A layout cannot have a number of {negative[0]}.", "Use 0 to have it chosen.")
-    choice = LayoutChoice(ranks, ulysses, ring, cfg, data, attention)
+    for name, number in (("pipefusion_degree", pipefusion), ("warmup_steps", warmup)):
+        if number < 1:
+            raise UserError(f"{name}={number}, but it is at least 1.", f"Set {name} to 1 or more.")
+    choice = LayoutChoice(ranks, ulysses, ring, cfg, data, attention, pipefusion, patches, warmup)
     known = session.ranks_for(ranks)
     if known:
         choice.check(known)

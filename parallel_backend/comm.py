@@ -58,6 +58,19 @@ class Shift:
         return self._received
 
 
+class Hop:
+    """A message to or from one other rank, under way: `wait` returns the tensor when the hop is over."""
+
+    def __init__(self, x: Tensor, work: dist.Work | None) -> None:
+        self._x = x  # kept alive until the hop is over
+        self._work = work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._x
+
+
 class Axis:
     """One mesh axis as this rank sees it: its ranks, this rank's place among them, and the collectives over it."""
 
@@ -106,6 +119,24 @@ class Axis:
         )
         self._record("shift", x.numel() * x.element_size(), 1)
         return Shift(received, x, works)
+
+    def start_send(self, x: Tensor, to: int) -> Hop:
+        """Send contiguous `x` to the rank of index `to`, which has posted, or will post, its receive."""
+        work = dist.isend(x, self.ranks[to], group=self.group)
+        self._record("send", x.numel() * x.element_size(), 1)
+        return Hop(x, work)
+
+    def start_receive(self, x: Tensor, source: int) -> Hop:
+        """Receive into contiguous `x` what the rank of index `source` sends."""
+        return Hop(x, dist.irecv(x, self.ranks[source], group=self.group))
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """`x` of the rank of index `source`, written into every rank's contiguous `x`."""
+        if self.size > 1:
+            dist.broadcast(x, self.ranks[source], group=self.group)
+            if self.rank == source:
+                self._record("broadcast", x.numel() * x.element_size() * (self.size - 1), self.size - 1)
+        return x
 
     def _record(self, operation: str, bytes: int, messages: int) -> None:
         self.ledger.record(self.name, operation, bytes, messages)

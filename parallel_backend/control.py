@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Literal, cast
 
@@ -46,6 +47,20 @@ class Control:
         decision = torch.tensor([flag], dtype=torch.uint8)
         self._broadcast(decision)
         return bool(decision)
+
+    def start_largest(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to find the largest of every rank's numbers, place by place; the call that it returns waits for them.
+
+        No rank waits for another before that.
+        """
+        largest = torch.tensor(numbers)
+        work = cast(dist.Work, dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group, async_op=True))
+
+        def wait() -> list[int]:
+            work.wait()
+            return largest.tolist()
+
+        return wait
 
     def gather(self, value: object) -> list[object]:
         """Every rank's JSON value, on every rank, in the order of ranks."""
@@ -98,6 +113,19 @@ class Run:
         """A collective: every rank calls it at every step, and all raise `Cancelled` together or none."""
         if self._control.agree(self._work.cancelled):
             raise Cancelled("Cancelled.")
+
+    def start_check(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """A collective that no rank waits in: the call that it returns waits, for the largest of every rank's numbers,
+        and raises `Cancelled` on all ranks where the user had cancelled before the check started."""
+        wait = self._control.start_largest([int(self._work.cancelled), *numbers])
+
+        def finish() -> list[int]:
+            cancelled, *largest = wait()
+            if cancelled:
+                raise Cancelled("Cancelled.")
+            return largest
+
+        return finish
 
     def gather(self, value: object) -> list[object]:
         """A collective: every rank's JSON value, in the order of ranks."""

@@ -15,6 +15,7 @@ from .layout import Layout
 from .mesh import Mesh
 from .models import ModelStore
 from .protocol import messages
+from .stages import Stage
 
 if TYPE_CHECKING:
     from .control import Run
@@ -79,7 +80,8 @@ class Engine:
         from .sample_request import sample
 
         mesh = self._mesh(request.layout)
-        family = self.models.transformer(request.model, run)
+        stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
+        family = self.models.transformer(request.model, run, stage)
         mesh.ledger.reset()
         started = time.monotonic()
         latent = sample(request, tensors, family, mesh, run)
@@ -109,7 +111,7 @@ class Engine:
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _mesh(self, layout: Layout) -> Mesh:
-        degrees = layout.model_copy(update={"attention": "auto"})
+        degrees = layout.degrees
         if degrees not in self._meshes:
             self._meshes[degrees] = Mesh(degrees)
         return self._meshes[degrees]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
@@ -9,22 +10,29 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import UserError
 
-AXES = ("ulysses", "ring", "cfg", "data")
+AXES = ("ulysses", "ring", "pipefusion", "cfg", "data")
 """Mesh axes from innermost (neighbouring ranks, fastest links) to outermost."""
 
 AttentionKernel = Literal["auto", "sdpa", "flash2", "flash3", "sage", "yunchang"]
 
 
 class Layout(BaseModel):
-    """Degrees of the mesh axes and the attention kernel. The product of the degrees is the number of ranks."""
+    """Degrees of the mesh axes and the attention kernel. The product of the degrees is the number of ranks.
+
+    With PipeFusion (`pipefusion_degree` stages), `num_patches` strips of the picture are under way at once (0 chooses),
+    after `warmup_steps` exact steps.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     ulysses_degree: int = Field(default=1, ge=1)
     ring_degree: int = Field(default=1, ge=1)
+    pipefusion_degree: int = Field(default=1, ge=1)
     cfg_degree: int = Field(default=1, ge=1, le=2)
     data_degree: int = Field(default=1, ge=1)
     attention: AttentionKernel = "auto"
+    num_patches: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=1, ge=1)
 
     def degree(self, axis: str) -> int:
         return getattr(self, f"{axis}_degree")
@@ -32,6 +40,11 @@ class Layout(BaseModel):
     @property
     def ranks(self) -> int:
         return prod(self.degree(axis) for axis in AXES)
+
+    @property
+    def degrees(self) -> Layout:
+        """The same degrees with every other setting at its default: layouts of equal degrees share one mesh."""
+        return Layout.model_validate({f"{axis}_degree": self.degree(axis) for axis in AXES})
 
     @property
     def sequence_degree(self) -> int:
@@ -74,14 +87,60 @@ def check_run(layout: Layout, *, batch: int, cfg: float, has_negative: bool) -> 
         )
 
 
-def layouts_of(ranks: int) -> list[Layout]:
-    """Every layout of `ranks` ranks, those with the most Ulysses parallelism first."""
+def patches_of(layout: Layout, token_rows: int) -> int:
+    """Into how many strips PipeFusion cuts a picture of `token_rows`.
+
+    By default two per stage, as far as there are rows: fewer than one per stage leave stages idle, and one per stage
+    leaves no time to hide the sends in.
+    """
+    return layout.num_patches or min(2 * layout.pipefusion_degree, token_rows)
+
+
+def check_pipefusion(layout: Layout, *, blocks: int, token_rows: int, sampler: str, elementwise: Sequence[str]) -> None:
+    """Raise `UserError` for a model, a picture or a sampler that PipeFusion cannot cut.
+
+    `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a strip alone.
+    """
+    stages, patches = layout.pipefusion_degree, layout.num_patches
+    if stages == 1:
+        return
+    if stages > blocks:
+        raise UserError(
+            f"pipefusion_degree={stages} cuts the model into as many stages, but it has {blocks} blocks.",
+            f"Use a pipefusion_degree of at most {blocks}.",
+        )
+    if patches > token_rows:
+        raise UserError(
+            f"num_patches={patches} cuts the picture into as many strips, but it has {token_rows} rows of tokens.",
+            f"Use at most {token_rows} patches, or 0 to have their number chosen.",
+        )
+    if sampler not in elementwise:
+        raise UserError(
+            f"The sampler {sampler} looks at the whole latent; with pipefusion_degree={stages} it would see strips.",
+            f"Use one of {', '.join(elementwise)}, or pipefusion_degree=1.",
+        )
+    if layout.attention == "yunchang":
+        raise UserError(
+            f"attention=yunchang keeps no keys and values between steps, as pipefusion_degree={stages} needs.",
+            "Choose attention=auto or another kernel.",
+        )
+
+
+def layouts_of(ranks: int, pipefusion_degree: int = 1) -> list[Layout]:
+    """Every layout of `ranks` ranks with as many stages, those with the most Ulysses parallelism first."""
+    replicas, left_over = divmod(ranks, pipefusion_degree)
     found = [
-        Layout(ulysses_degree=ulysses, ring_degree=ring, cfg_degree=cfg, data_degree=ranks // (ulysses * ring * cfg))
-        for ulysses in range(ranks, 0, -1)
-        for ring in range(1, ranks + 1)
+        Layout(
+            ulysses_degree=ulysses,
+            ring_degree=ring,
+            pipefusion_degree=pipefusion_degree,
+            cfg_degree=cfg,
+            data_degree=replicas // (ulysses * ring * cfg),
+        )
+        for ulysses in range(replicas, 0, -1)
+        for ring in range(1, replicas + 1)
         for cfg in (1, 2)
-        if ranks % (ulysses * ring * cfg) == 0
+        if left_over == 0 and replicas % (ulysses * ring * cfg) == 0
     ]
     return sorted(found, key=lambda layout: (layout.data_degree, layout.ring_degree, layout.cfg_degree))
 

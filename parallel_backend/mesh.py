@@ -22,7 +22,11 @@ class Mesh:
         check_ranks(layout, dist.get_world_size())
         self.layout = layout
         self.ledger = Ledger()
-        self.ulysses, self.ring, self.cfg, self.data = (self._axis(axis, (axis,)) for axis in AXES)
+        self.ulysses, self.ring, self.pipefusion, self.cfg, self.data = (self._axis(axis, (axis,)) for axis in AXES)
+        # Each direction has a communicator of its own: between two stages, sends of one would queue behind receives
+        # of the other.
+        self.forward = self._axis("stages", ("pipefusion",))
+        self.feedback = self._axis("feedback", ("pipefusion",))
         self.sequence = self._axis("sequence", _COMBINED["sequence"])
 
     def _axis(self, name: str, members: tuple[str, ...]) -> Axis:

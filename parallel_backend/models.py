@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 
 from .errors import UserError
 from .protocol.messages import ModelRef, TextRef, VaeRef
+from .stages import Stage, stage_parameters
 
 if TYPE_CHECKING:
     from .control import Run
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 
 Ref = ModelRef | TextRef | VaeRef
 
+WHOLE = Stage()
+
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
 class Held:
-    """One loaded model: the reference that it came from and the state of the files when it was read."""
+    """One loaded model: the reference that it came from, which part of it, the state of the files when it was read."""
 
     ref: Ref
+    stage: Stage
     fingerprint: tuple[object, ...]
     model: Any
     bytes: int
@@ -42,17 +46,23 @@ class ModelStore:
         self.device = device
         self._held: dict[str, Held] = {}
 
-    def transformer(self, ref: ModelRef, run: Run) -> Family:
-        """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
+    def transformer(self, ref: ModelRef, run: Run, stage: Stage = WHOLE) -> Family:
+        """The model with the blocks of `stage` only.
+
+        Raises `UserError` when the file is missing, broken, or of no family that we sample.
+        """
 
         def load() -> tuple[Family, int]:
-            from .families.registry import build_family
+            from .families.registry import BLOCK_LISTS, build_family
             from .weights.load import load_transformer
 
-            loaded = load_transformer(ref.path, device=self.device, weight_dtype=ref.weight_dtype)
+            def keep(names: Collection[str]) -> Collection[str]:
+                return stage_parameters(names, BLOCK_LISTS, stage)
+
+            loaded = load_transformer(ref.path, device=self.device, weight_dtype=ref.weight_dtype, keep=keep)
             return build_family(loaded, Path(ref.path)), loaded.bytes
 
-        return self._get(ref, load, run)
+        return self._get(ref, load, run, stage)
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
         """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""
@@ -95,10 +105,10 @@ class ModelStore:
         host = psutil.virtual_memory()
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
-    def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run) -> Any:
+    def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, stage: Stage = WHOLE) -> Any:
         fingerprint = _fingerprint(Path(ref.path))
         held = self._held.get(ref.kind)
-        if held is not None and (held.ref, held.fingerprint) == (ref, fingerprint):
+        if held is not None and (held.ref, held.stage, held.fingerprint) == (ref, stage, fingerprint):
             return held.model
         if held is not None:
             run.log("info", f"{Path(held.ref.path).name} makes room for {Path(ref.path).name}.")
@@ -106,7 +116,7 @@ class ModelStore:
             self._release()
         run.progress("load", 0, 1)
         model, size = load()
-        self._held[ref.kind] = Held(ref, fingerprint, model, size)
+        self._held[ref.kind] = Held(ref, stage, fingerprint, model, size)
         run.progress("load", 1, 1)
         return model
 

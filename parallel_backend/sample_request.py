@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention.core import make_attention
+from .attention.core import AttentionCore, make_attention
 from .comm import Axis, split_sizes
 from .errors import UserError
 from .families.base import Condition, Family
-from .layout import check_run
+from .layout import Layout, check_pipefusion, check_run, patches_of
 from .mesh import Mesh
 from .protocol.messages import Conditioning, Sample
 from .sampling.driver import SamplingJob, StepContext, latent_mask
 from .sampling.driver import run as run_sampler
 from .sampling.noise import initial_noise
+from .sampling.samplers import SAMPLERS, find_sampler
 from .sampling.schedules import sigmas_for
 from .strategies.guidance import Guidance
+from .strategies.pipefusion import PipeFusion
 from .strategies.sequence import SequenceParallel
 
 if TYPE_CHECKING:
@@ -37,6 +39,14 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     positive = condition_from(request.positive, "positive", tensors, family)
     negative = condition_from(request.negative, "negative", tensors, family) if request.negative else None
     check_run(request.layout, batch=batch, cfg=request.cfg, has_negative=negative is not None)
+    token_rows = -(-latent.shape[2] // family.patch_size)
+    check_pipefusion(
+        request.layout,
+        blocks=len(family.blocks),
+        token_rows=token_rows,
+        sampler=find_sampler(request.sampler).name,
+        elementwise=[sampler.name for sampler in SAMPLERS.values() if sampler.elementwise],
+    )
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
 
     counts = split_sizes(batch, mesh.data.size)
@@ -71,9 +81,37 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
         run.progress("sample", step + 1, total, family.process_out(denoised[:1]) if request.preview else None)
 
-    sampled = run_sampler(model, job, on_step)
+    def on_piped_step(done: int, total: int, picture: Tensor) -> None:
+        run.progress("sample", done, total, family.process_out(picture) if request.preview else None)
+
+    if mesh.pipefusion.size == 1 or len(job.sigmas) < 2:
+        sampled = run_sampler(model, job, on_step)
+    else:
+        assert isinstance(attention, AttentionCore)
+        warn_of_warmup(request.layout, len(job.sigmas) - 1, run)
+        pipeline = PipeFusion(
+            family,
+            mesh,
+            attention,
+            guidance,
+            job,
+            patches=patches_of(request.layout, token_rows),
+            warmup_steps=request.layout.warmup_steps,
+            preview=request.preview,
+        )
+        sampled = pipeline.run(run.start_check, on_piped_step)
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     return family.process_out(whole).cpu()
+
+
+def warn_of_warmup(layout: Layout, steps: int, run: Run) -> None:
+    """Say so when no step is left for PipeFusion to speed up."""
+    if steps <= layout.warmup_steps:
+        run.log(
+            "warning",
+            f"warmup_steps={layout.warmup_steps} covers all {steps} steps: the run is exact, and its "
+            f"{layout.pipefusion_degree} stages work one after the other.",
+        )
 
 
 def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:

@@ -55,18 +55,29 @@ class AttentionCore:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of this rank's queries over all ranks' keys and values; all `[B, S, H, D]`."""
-        if self.ulysses.size == 1:
-            if self.ring.size == 1:
-                return self.kernel.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-            keys_values = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
-            return self._ring_attention(q.transpose(1, 2), keys_values).transpose(1, 2)
-        qkv = self._scatter_heads(q, k, v)
-        attended = self._ring_attention(qkv[0], qkv[1:]) if self.ring.size > 1 else self._attend(*qkv)
-        return self._gather_heads(attended, q.shape[2])
+        query, keys_values = self.scatter(q, k, v)
+        size = self.ulysses.size
+        chunks = [sum(self._lengths[index * size : (index + 1) * size]) for index in range(self.ring.size)]
+        return self.gather(self.attend(query, keys_values, chunks), q.shape[2])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def scatter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        """The query `[B, h, S_chunk, D]`, the key and the value of this rank's heads for the tokens of the chunk."""
+        if self.ulysses.size == 1:
+            return q.transpose(1, 2), (k.transpose(1, 2), v.transpose(1, 2))
+        qkv = self._scatter_heads(q, k, v)
+        return qkv[0], qkv[1:]
+
+    def attend(self, q: Tensor, keys_values: Tensor | tuple[Tensor, Tensor], chunks: Sequence[int]) -> Tensor:
+        """Queries over this chunk's keys and values, and over those of the ring's other chunks, `chunks` long each."""
+        if self.ring.size > 1:
+            stacked = keys_values if isinstance(keys_values, Tensor) else torch.stack(keys_values)
+            return self._ring_attention(q, stacked, chunks)
         # A rank without heads (more Ulysses ranks than heads) has nothing to compute, and kernels crash on empty input.
-        return self.kernel.attend(q, k, v) if q.numel() else torch.empty_like(q)
+        return self.kernel.attend(q, keys_values[0], keys_values[1]) if q.numel() else torch.empty_like(q)
+
+    def gather(self, attended: Tensor, heads: int) -> Tensor:
+        """The inverse of `scatter` for what was attended: this rank's tokens of all heads, `[B, S, H, D]`."""
+        return attended.transpose(1, 2) if self.ulysses.size == 1 else self._gather_heads(attended, heads)
 
     def _chunk_lengths(self) -> list[int]:
         """The lengths held by the ranks of this Ulysses axis."""
@@ -116,13 +127,11 @@ class AttentionCore:
             dim=2,
         )
 
-    def _ring_attention(self, q: Tensor, keys_values: Tensor) -> Tensor:
+    def _ring_attention(self, q: Tensor, keys_values: Tensor, chunks: Sequence[int]) -> Tensor:
         """Queries `[B, h, S, D]` over the keys and values `[2, B, h, S_chunk, D]` of every ring rank.
 
         Partial results merge by log-sum-exp in fp32, while the next block is on its way.
         """
-        size = self.ulysses.size
-        chunks = [sum(self._lengths[index * size : (index + 1) * size]) for index in range(self.ring.size)]
         two, batch, heads, _, dim = keys_values.shape
         out = lse = None
         block = keys_values

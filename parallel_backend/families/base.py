@@ -45,10 +45,10 @@ class TokenState:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which tokens of the whole a rank holds: ranges of the text tokens and of the image tokens (row by row)."""
+    """Which tokens of the whole a rank holds, of the text and of the image (row by row): a range, or their indices."""
 
     text: slice
-    image: slice
+    image: slice | Tensor
 
 
 Block = Callable[[TokenState], TokenState]
@@ -60,6 +60,7 @@ class Family(ABC):
     name: str
     latent_channels: int
     patch_size: int
+    hidden_size: int
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         """`dtype`: what the transformer computes in (its weights may be stored in another)."""
@@ -103,6 +104,12 @@ class Family(ABC):
 
         `timestep` `[B]` is what `model_sampling.timestep` gives; `grid`: rows and columns of image tokens.
         """
+
+    @abstractmethod
+    def resume(
+        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> TokenState:
+        """The state of the tokens in `shard`, embedded or out of a block already: `image` and `text` `[B, S, h]`."""
 
     @abstractmethod
     def head(self, state: TokenState) -> Tensor:

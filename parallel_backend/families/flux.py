@@ -73,6 +73,7 @@ class Flux(Family):
         self.transformer = cast(FluxTransformer2DModel, transformer)
         self.latent_scale = latent_scale
         self.latent_shift = latent_shift
+        self.hidden_size = self.transformer.inner_dim
         self.blocks = [_as_block(layer) for layer in self._layers()]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
@@ -119,25 +120,29 @@ class Flux(Family):
     def embed(
         self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
     ) -> TokenState:
+        text = condition.tokens[:, shard.text].to(self.dtype).expand(tokens.shape[0], -1, -1)
+        image = self.transformer.x_embedder(tokens[:, shard.image].to(self.dtype))
+        return self.resume(image, self.transformer.context_embedder(text), timestep, condition, shard, grid)
+
+    def resume(
+        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> TokenState:
         model = self.transformer
-        batch = tokens.shape[0]
         timestep = timestep.to(self.dtype) * 1000
-        pooled = condition.pooled.to(self.dtype).expand(batch, -1)
+        pooled = condition.pooled.to(self.dtype).expand(image.shape[0], -1)
         if model.config["guidance_embeds"]:
             strength = DEFAULT_GUIDANCE if condition.guidance is None else condition.guidance
             guidance = torch.full_like(timestep, strength) * 1000
             modulation = model.time_text_embed(timestep, guidance, pooled)
         else:
             modulation = model.time_text_embed(timestep, pooled)
-        text = condition.tokens[:, shard.text].to(self.dtype).expand(batch, -1, -1)
         text_length = condition.tokens.shape[1]
         rotary = self._rotary(text_length, grid)
-        image_range = slice(text_length + shard.image.start, text_length + shard.image.stop)
         return TokenState(
-            image=model.x_embedder(tokens[:, shard.image].to(self.dtype)),
-            text=model.context_embedder(text),
+            image=image,
+            text=text,
             modulation=modulation,
-            rotary=torch.cat((rotary[shard.text], rotary[image_range])),
+            rotary=torch.cat((rotary[:text_length][shard.text], rotary[text_length:][shard.image])),
         )
 
     def head(self, state: TokenState) -> Tensor:

@@ -11,6 +11,9 @@ from .flux import Flux
 
 FAMILIES: dict[str, type[Flux]] = {"flux": Flux}
 
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+"""The module lists that hold the blocks of every family, in the order of computation."""
+
 
 def build_family(loaded: LoadedTransformer, path: Path) -> Family:
     """The block view of a loaded transformer.

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..errors import UserError
 from .model_sampling import ModelSampling
 from .noise import SlicedNoise, mask_noise, noise_source
-from .samplers import find_sampler
+from .samplers import Sampler, find_sampler
 from .solver import Denoise, NoiseSource, Solver, SolverContext
 
 
@@ -60,24 +60,13 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
     Raises UserError for an unknown sampler, too few steps, sigmas that do not descend, tensors that do not fit, or a
     prediction that is not finite.
     """
-    sampler = find_sampler(job.sampler)
-    latent, noise = job.latent.float(), job.noise.float()
     check_shapes(job)
     if len(job.sigmas) < 2:
-        return latent[job.part]
-    sigmas = sampler.end_levels(check_sigmas(job.sigmas))
-    total = len(sigmas) - 1
-    held = None
-    if job.mask is not None:
-        mask_fill = mask_noise(noise.shape, job.seed).to(noise) if sampler.fresh_mask_noise else noise
-        mask = job.mask.to(latent).expand_as(latent)
-        held = HeldArea(mask[job.part], latent[job.part], mask_fill[job.part], job.model_sampling)
-
-    from_noise = job.model_sampling.starts_from_pure_noise(sigmas[0])
-    x = job.model_sampling.noise_scaling(sigmas[0], noise, latent, from_noise)
-    source = job.noise_source or noise_source(sampler.noise, x, job.seed, sigmas)
-    own_source = SlicedNoise(source, [job.part]).part(0)
-    solver = sampler.function(x[job.part], sigmas, SolverContext(job.model_sampling, own_source))
+        return job.latent.float()[job.part]
+    start = prepare(job)
+    held, sigmas, total = start.held, start.sigmas, start.total
+    noise = SlicedNoise(start.noise, [job.part]).part(0)
+    solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise))
 
     def answer(question: Denoise) -> Tensor:
         step = StepContext(question.step, total, question.evaluation, sigmas)
@@ -90,6 +79,39 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
         return denoised
 
     return check_result(job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer)), total)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run before its first question: the part's `x` at `sigmas[0]`, what is held of it, the whole's `noise`."""
+
+    sampler: Sampler
+    sigmas: Tensor
+    x: Tensor
+    held: HeldArea | None
+    noise: NoiseSource
+
+    @property
+    def total(self) -> int:
+        """The number of steps."""
+        return len(self.sigmas) - 1
+
+
+def prepare(job: SamplingJob) -> Start:
+    """Raises UserError for an unknown sampler, too few steps, or sigmas that do not descend."""
+    sampler = find_sampler(job.sampler)
+    latent, noise = job.latent.float(), job.noise.float()
+    sigmas = sampler.end_levels(check_sigmas(job.sigmas))
+    held = None
+    if job.mask is not None:
+        mask_fill = mask_noise(noise.shape, job.seed).to(noise) if sampler.fresh_mask_noise else noise
+        mask = job.mask.to(latent).expand_as(latent)
+        held = HeldArea(mask[job.part], latent[job.part], mask_fill[job.part], job.model_sampling)
+
+    from_noise = job.model_sampling.starts_from_pure_noise(sigmas[0])
+    x = job.model_sampling.noise_scaling(sigmas[0], noise, latent, from_noise)
+    source = job.noise_source or noise_source(sampler.noise, x, job.seed, sigmas)
+    return Start(sampler, sigmas, x[job.part], held, source)
 
 
 def drive(solver: Solver, answer: Callable[[Denoise], Tensor]) -> Tensor:
@@ -110,6 +132,11 @@ class HeldArea:
     latent: Tensor
     noise: Tensor
     model_sampling: ModelSampling
+
+    def rows(self, rows: slice) -> HeldArea:
+        """What is held of these rows of the latent."""
+        mask, latent, noise = (whole[:, :, rows] for whole in (self.mask, self.latent, self.noise))
+        return HeldArea(mask, latent, noise, self.model_sampling)
 
     def before(self, x: Tensor, sigma: Tensor) -> Tensor:
         kept = self.model_sampling.noise_scaling(sigma, self.noise, self.latent)
@@ -163,12 +190,16 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
 
 def check_finite(denoised: Tensor, question: Denoise, total: int) -> None:
     """Raises UserError naming the step and the sigma when a prediction holds NaN or infinity."""
-    if torch.isfinite(denoised).all():
-        return
+    if not torch.isfinite(denoised).all():
+        raise not_finite(question, total, latent_is_finite=bool(torch.isfinite(question.x).all()))
+
+
+def not_finite(question: Denoise, total: int, *, latent_is_finite: bool) -> UserError:
+    """What to tell of a prediction that holds NaN or infinity."""
     where = f"step {question.step + 1} of {total} (sigma {float(question.sigma):.4g})"
-    if not torch.isfinite(question.x).all():
-        raise UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)
-    raise UserError(
+    if not latent_is_finite:
+        return UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)
+    return UserError(
         f"The model's prediction is not finite at {where}: it holds NaN or infinite values.",
         "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
     )

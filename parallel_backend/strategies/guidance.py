@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -36,16 +36,27 @@ class Guidance:
         self.cfg = cfg
         self.conditions = [positive] if negative is None or cfg == 1.0 else [positive, negative]
 
+    @property
+    def own_conditions(self) -> list[Condition]:
+        """Those that this rank evaluates."""
+        return [self.conditions[self.axis.rank]] if self.axis.size == 2 else self.conditions
+
+    def timestep(self, sigma: Tensor, x: Tensor) -> Tensor:
+        """The transformer's clock `[B]` at `sigma` (0-d)."""
+        return self.model_sampling.timestep(sigma.to(x.device)).float().expand(x.shape[0])
+
     def denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The guided prediction of the clean latent for the noisy `x` `[B, C, H, W]` at `sigma` (0-d), in fp32."""
+        latent = self.model_sampling.calculate_input(sigma.to(x.device), x)
+        timestep = self.timestep(sigma, x)
+        return self.combine([self.predict(latent, timestep, condition) for condition in self.own_conditions], x, sigma)
+
+    def combine(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+        """The guided prediction, from the outputs for this rank's conditions. Elementwise: `x` may be a strip."""
         sigma = sigma.to(x.device)
-        latent = self.model_sampling.calculate_input(sigma, x)
-        timestep = self.model_sampling.timestep(sigma).float().expand(x.shape[0])
+        outputs = [output.float() for output in outputs]
         if self.axis.size == 2:
-            own = self.predict(latent, timestep, self.conditions[self.axis.rank]).float()
-            outputs = list(self.axis.all_gather(own.unsqueeze(0), [1, 1], dim=0))
-        else:
-            outputs = [self.predict(latent, timestep, condition).float() for condition in self.conditions]
+            outputs = list(self.axis.all_gather(outputs[0].unsqueeze(0), [1, 1], dim=0))
         predictions = [self.model_sampling.denoised(output, x, sigma) for output in outputs]
         if len(predictions) == 1:
             return predictions[0]

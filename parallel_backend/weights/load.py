@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,9 @@ def load_transformer(
     *,
     device: torch.device | str,
     weight_dtype: str = "auto",
-    keep: Callable[[str], bool] | None = None,
+    keep: Callable[[Collection[str]], Collection[str]] | None = None,
 ) -> LoadedTransformer:
-    """Loads the transformer in `path` (see `open_checkpoint`), reading only parameters with `keep(diffusers name)`.
+    """Loads the transformer in `path` (see `open_checkpoint`), of its parameters only those in `keep(diffusers names)`.
 
     On the CPU, weights already of the wanted dtype alias the mapped file; others are cast into memory of their own. On
     a GPU tensors are copied one at a time. Parameters not kept stay on the meta device. `weight_dtype`: "auto" (the
@@ -79,9 +79,9 @@ def load_transformer(
     compute = _compute_dtype(storage, device)
     reader = _Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", device)
     shared = 0
-    for name, parts in pieces.items():
-        if keep is None or keep(name):
-            shared += reader.assign(module, name, parts)
+    kept = pieces if keep is None else keep(pieces)
+    for name in kept:
+        shared += reader.assign(module, name, pieces[name])
     _move_buffers(module, device)
     module.eval().requires_grad_(False)
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)

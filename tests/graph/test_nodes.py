@@ -111,9 +111,15 @@ AUTO = LayoutChoice()
         (LayoutChoice(data_degree=2), 4, False, Layout(ulysses_degree=2, data_degree=2)),
         (LayoutChoice(attention="sdpa"), 2, False, Layout(ulysses_degree=2, attention="sdpa")),
         (LayoutChoice(ulysses_degree=2, ring_degree=1, cfg_degree=1, data_degree=1), 2, True, Layout(ulysses_degree=2)),
+        (
+            LayoutChoice(pipefusion_degree=2, num_patches=3, warmup_steps=4),
+            8,
+            True,
+            Layout(pipefusion_degree=2, ulysses_degree=2, cfg_degree=2, num_patches=3, warmup_steps=4),
+        ),
     ],
 )
-def test_degrees_of_zero_are_chosen_to_use_all_ranks_exactly(choice, ranks, guided, layout):
+def test_degrees_of_zero_are_chosen_to_use_all_ranks(choice, ranks, guided, layout):
     assert choice.resolve(ranks, batch=4, guided=guided) == layout
 
 
@@ -125,6 +131,9 @@ def test_degrees_of_zero_are_chosen_to_use_all_ranks_exactly(choice, ranks, guid
         ((2, 0, 0, 3, 0), ("cfg_degree=3", "2 halves")),
         ((2, 1, 1, 1, 4), ("data_degree=4", "multiply to 4")),
         ((-1, 0, 0, 0, 0), ("-1",)),
+        ((4, 0, 0, 0, 0, 3), ("pipefusion_degree=3", "4 ranks")),
+        ((4, 2, 1, 1, 1, 4), ("pipefusion_degree=4", "multiply to 8")),
+        ((4, 0, 0, 0, 0, 2, 0, 0), ("warmup_steps=0", "at least 1")),
     ],
 )
 def test_a_layout_that_cannot_work_is_refused_before_anything_runs(client, degrees, numbers):

@@ -120,7 +120,11 @@ def breaks_at(step_index: int):
 
 FAILURES = {
     "unknown sampler": (model, {"sampler": "eular", "sigmas": torch.tensor([1.0, 0.0])}, r"'eular'.*euler_ancestral"),
-    "not finite": (breaks_at(2), {}, r"prediction is not finite at step 3 of 4 \(sigma 0\.\d+\): it holds NaN.*bfloat16"),
+    "not finite": (
+        breaks_at(2),
+        {},
+        r"prediction is not finite at step 3 of 4 \(sigma 0\.\d+\): it holds NaN.*bfloat16",
+    ),
     "sampler breaks down": (
         model,
         {"sampler": "uni_pc", "sigmas": torch.tensor([1.0, 0.5, 1e-5, 5e-6, 0.0])},

@@ -1,0 +1,126 @@
+"""Attention over the keys and values of a whole picture, while only a patch of its tokens is at hand (PipeFusion)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..comm import split_sizes
+from ..families.base import Shard
+from .core import AttentionCore
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """Which tokens each sequence-parallel rank holds of each patch. The text belongs to patch 0.
+
+    `text_sizes[rank]`, `image_sizes[patch][rank]`: numbers of tokens. Uneven and empty shares are fine. Over all
+    patches a rank holds its text, then its image tokens patch by patch: so it does when the whole picture is at hand,
+    and so its keys and values are kept. One order for both is what makes a patch find its own place.
+    """
+
+    text_sizes: tuple[int, ...]
+    image_sizes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def even(cls, text_length: int, patch_lengths: Sequence[int], ranks: int) -> PatchPlan:
+        text_sizes = split_sizes(text_length, ranks)[::-1]
+        return cls(tuple(text_sizes), tuple(tuple(split_sizes(length, ranks)) for length in patch_lengths))
+
+    def text_size(self, rank: int, patches: Sequence[int]) -> int:
+        return self.text_sizes[rank] if 0 in patches else 0
+
+    def image_size(self, rank: int, patches: Sequence[int]) -> int:
+        return sum(self.image_sizes[patch][rank] for patch in patches)
+
+    def lengths(self, patches: Sequence[int]) -> list[int]:
+        """How many tokens of `patches` each rank holds."""
+        return [self.text_size(rank, patches) + self.image_size(rank, patches) for rank in range(len(self.text_sizes))]
+
+    def offset(self, rank: int, patch: int) -> int:
+        """Where among all tokens of `rank` those of `patch` begin."""
+        return self.lengths(range(patch))[rank]
+
+    def shard(self, rank: int, patches: Sequence[int]) -> Shard:
+        """The tokens of `patches` that `rank` holds, as places in the whole picture."""
+        text_start = sum(self.text_sizes[:rank])
+        text = slice(text_start, text_start + self.text_size(rank, patches))
+        starts = [0, *accumulate(sum(sizes) for sizes in self.image_sizes)]
+        places = []
+        for patch in patches:
+            start = starts[patch] + sum(self.image_sizes[patch][:rank])
+            places.append(range(start, start + self.image_sizes[patch][rank]))
+        if len(self.text_sizes) == 1 or len(patches) == 1:
+            return Shard(text, slice(places[0].start, places[-1].stop))
+        return Shard(text, torch.cat([torch.arange(each.start, each.stop) for each in places]))
+
+    def in_order(self, gathered: Tensor, patches: Sequence[int]) -> Tensor:
+        """Image tokens of `patches` `[B, S, c]`, from rank by rank to row by row."""
+        if len(self.text_sizes) == 1 or len(patches) == 1:
+            return gathered
+        places = [self.shard(rank, patches).image for rank in range(len(self.text_sizes))]
+        ordered = torch.empty_like(gathered)
+        ordered[:, torch.cat(places).to(gathered.device)] = gathered  # pyright: ignore[reportArgumentType]
+        return ordered
+
+
+class PatchAttention:
+    """The attention of one stage's blocks. Each site keeps the keys and values of all tokens, the newest it has seen.
+
+    They are kept as they are after the Ulysses all-to-all: this rank's heads of the tokens of its ring chunk. A ring
+    passes them on whole, so that each patch costs the hops that a whole picture costs without PipeFusion.
+    """
+
+    def __init__(self, core: AttentionCore, plans: Sequence[PatchPlan]) -> None:
+        """`plans`: one for each condition that is evaluated here."""
+        self._core = core
+        self._plans = plans
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._condition = self._site = 0
+        self._patches: Sequence[int] = ()
+
+    def begin(self, condition: int, patches: Sequence[int]) -> None:
+        """What comes next through the blocks: the tokens of `patches`, under the condition of that number."""
+        self._condition, self._patches, self._site = condition, patches, 0
+        self.set_lengths(self._plans[condition].lengths(patches))
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._kept.clear()
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        self._core.set_lengths(lengths)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's queries over the newest keys and values of all tokens; all `[B, S, H, D]`."""
+        core, plan = self._core, self._plans[self._condition]
+        query, keys_values = core.scatter(q, k, v)
+        ulysses, totals = core.ulysses.size, plan.lengths(range(len(plan.image_sizes)))
+        chunks = [sum(totals[ring * ulysses : (ring + 1) * ulysses]) for ring in range(core.ring.size)]
+        kept = self._kept_by_site(keys_values[0], chunks[core.ring.rank])
+        self._keep(kept, keys_values, plan, totals)
+        return core.gather(core.attend(query, kept, chunks), q.shape[2])
+
+    def _kept_by_site(self, like: Tensor, length: int) -> Tensor:
+        """The `[2, B, h, S_chunk, D]` of the site whose turn it is: every block calls its sites in the same order."""
+        place = (self._condition, self._site)
+        self._site += 1
+        if place not in self._kept:
+            self._kept[place] = like.new_zeros((2, *like.shape[:2], length, like.shape[3]))
+        return self._kept[place]
+
+    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor] | Tensor, plan: PatchPlan, totals: list[int]) -> None:
+        """Put the keys and values of the patches at hand, rank after rank of the chunk, where they belong."""
+        first = self._core.ring.rank * self._core.ulysses.size
+        lengths = plan.lengths(self._patches)
+        source = target = 0
+        for rank in range(first, first + self._core.ulysses.size):
+            start = target + plan.offset(rank, self._patches[0])
+            for whole, fresh in zip(kept, keys_values, strict=True):
+                whole[:, :, start : start + lengths[rank]] = fresh[:, :, source : source + lengths[rank]]
+            source += lengths[rank]
+            target += totals[rank]

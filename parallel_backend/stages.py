@@ -1,0 +1,43 @@
+"""Stages of a pipeline: contiguous runs of a model's blocks, and the parameters that each of them needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .comm import split_sizes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Stage `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def blocks(self, total: int) -> slice:
+        """This stage's part of a model's `total` blocks."""
+        sizes = split_sizes(total, self.count)
+        start = sum(sizes[: self.index])
+        return slice(start, start + sizes[self.index])
+
+
+def stage_parameters(names: Iterable[str], block_lists: Sequence[str], stage: Stage) -> set[str]:
+    """Those of a model's parameter `names` that `stage` needs: its blocks', and all that belong to no block.
+
+    `block_lists`: the module lists that hold the blocks, in the order of computation.
+    """
+    block = re.compile(rf"({'|'.join(block_lists)})\.(\d+)\.")
+    owners = {name: (block_lists.index(found[1]), int(found[2])) for name in names if (found := block.match(name))}
+    order = sorted(set(owners.values()))
+    own = set(order[stage.blocks(len(order))])
+    return {name for name in names if name not in owners or owners[name] in own}

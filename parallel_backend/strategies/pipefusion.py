@@ -1,0 +1,257 @@
+"""PipeFusion (arXiv 2405.14430): stages of blocks, through which strips of the picture travel. Approximate.
+
+Patch m attends to fresh keys and values of the patches before it, and to those of the step before for the others.
+The warm-up steps take the whole picture through the stages, and fill the keys and values: they are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from ..attention.core import AttentionCore
+from ..attention.patches import PatchAttention, PatchPlan
+from ..channel import POSTED_AHEAD, Channel
+from ..comm import split_sizes
+from ..errors import Cancelled, UserError
+from ..families.base import Family
+from ..mesh import Mesh
+from ..sampling.driver import SamplingJob, check_result, not_finite, prepare
+from ..sampling.solver import Denoise
+from ..sampling.strips import StripSamplers, questions_of
+from ..stages import Stage
+from .guidance import Guidance
+
+StartCheck = Callable[[Sequence[int]], Callable[[], list[int]]]
+"""As `Run.start_check`."""
+
+OnStep = Callable[[int, int, Tensor], None]
+"""`on_step(steps done, total, picture [1, C, H, W])`, where the first stage hears of it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What goes through a stage at once: neighbouring `patches`, for the sampler's question of that number."""
+
+    question: int
+    patches: tuple[int, ...]
+
+
+LATENT, PREDICTION, LAST_STEP = range(3)
+"""What is not finite. Failures are counted from the end of the run, so that the largest number is the first failure."""
+
+
+def units_of(questions: Sequence[Denoise], patches: int, warmup_steps: int) -> list[Unit]:
+    """The order of work, the same in every stage: the whole picture while warming up, then patch by patch."""
+    units = []
+    for number, question in enumerate(questions):
+        whole = question.step < warmup_steps
+        parts = [tuple(range(patches))] if whole else [(patch,) for patch in range(patches)]
+        units += [Unit(number, part) for part in parts]
+    return units
+
+
+class PipeFusion:
+    """One run, as this rank's stage sees it. Every rank of the mesh makes one and calls `run`."""
+
+    def __init__(
+        self,
+        family: Family,
+        mesh: Mesh,
+        attention: AttentionCore,
+        guidance: Guidance,
+        job: SamplingJob,
+        *,
+        patches: int,
+        warmup_steps: int,
+        preview: bool,
+    ) -> None:
+        self.family, self.mesh, self.guidance = family, mesh, guidance
+        self.stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
+        self.blocks = family.blocks[self.stage.blocks(len(family.blocks))]
+        self.start = prepare(job)
+        self.questions = questions_of(self.start, job)
+        self.units = units_of(self.questions, patches, warmup_steps)
+        self.latent = torch.empty_like(self.start.x, memory_format=torch.contiguous_format)
+        self.shown = torch.zeros_like(self.latent[: int(preview)])
+        height, width = self.latent.shape[2:]
+        self.grid = (-(-height // family.patch_size), -(-width // family.patch_size))
+        token_rows = split_sizes(self.grid[0], patches)
+        edges = [min(row * family.patch_size, height) for row in accumulate(token_rows, initial=0)]
+        self.strips = [slice(top, bottom) for top, bottom in pairwise(edges)]
+        lengths = [rows * self.grid[1] for rows in token_rows]
+        self.plans = [
+            PatchPlan.even(condition.tokens.shape[1], lengths, mesh.sequence.size)
+            for condition in guidance.own_conditions
+        ]
+        self.attention = PatchAttention(attention, self.plans)
+        self.samplers = StripSamplers(self.start, job, self.strips) if self.stage.is_last else None
+        self.incoming, self.outgoing, self.feedback = self._channels(patches)
+        self.channels = [channel for channel in (self.incoming, self.outgoing, self.feedback) if channel]
+        self.announced = 0
+        self.failures = torch.zeros(3, dtype=torch.int64, device=family.device)
+
+    def run(self, start_check: StartCheck, on_step: OnStep) -> Tensor:
+        """The sampled latent of the job's part, fp32, in the model's space, whole and equal on every rank.
+
+        Raises on all ranks, at the start of the same step: `Cancelled`, `UserError` for a value that is not finite. No
+        stage waits for another to agree on that, so what happens in one step is acted upon after the next at the
+        latest.
+        """
+        self.family.use_attention(self.attention)
+        try:
+            return self._run(start_check, on_step)
+        finally:
+            self.attention.forget()
+
+    def _run(self, start_check: StartCheck, on_step: OnStep) -> Tensor:
+        for channel in self.channels:
+            channel.connect()
+        for channel in self.channels:
+            channel.open()
+        if self.samplers:
+            self._announce(0, len(self.strips) - 1)
+        check = start_check(self.failures.tolist())
+        for number, unit in enumerate(self.units):
+            if number and unit.patches[0] == 0 and self.questions[unit.question].evaluation == 0:
+                self._finish(check, number)
+                check = start_check(self.failures.tolist())
+            if self.feedback and self.stage.is_first:
+                self._receive_latent(unit, self.feedback, on_step)
+            outputs = [self._through_stage(unit, index) for index in range(len(self.plans))]
+            if self.samplers:
+                self._answer(unit, outputs, self.samplers)
+        self._finish(check, len(self.units))
+        if self.samplers:
+            self.latent.copy_(self.samplers.result())
+            self.failures[LAST_STEP] = ~torch.isfinite(self.latent).all()
+        self._finish(start_check(self.failures.tolist()), len(self.units))
+        self._settle(len(self.units))
+        self.mesh.pipefusion.broadcast(self.latent, self.stage.count - 1)
+        on_step(self.start.total, self.start.total, self.latent[: len(self.shown)])
+        return self.latent
+
+    def _channels(self, patches: int) -> tuple[Channel | None, Channel | None, Channel | None]:
+        """From the stage before, to the stage after, and from the last stage to the first."""
+        stage, last = self.stage.index, self.stage.count - 1
+        batch, channels, _, width = self.latent.shape
+        hidden = [
+            (batch, plan.lengths(unit.patches)[self.mesh.sequence.rank], self.family.hidden_size)
+            for unit in self.units
+            for plan in self.plans
+        ]
+        latents = [(batch + len(self.shown), channels, len_of(self._rows(unit.patches)), width) for unit in self.units]
+
+        device = self.latent.device
+
+        def hop(source: int) -> Channel:
+            in_flight = patches * len(self.plans)
+            return Channel(
+                self.mesh.forward, source, source + 1, hidden, in_flight, dtype=self.family.dtype, device=device
+            )
+
+        def back() -> Channel:
+            return Channel(self.mesh.feedback, last, 0, latents, patches, dtype=self.latent.dtype, device=device)
+
+        is_end = self.stage.is_first or self.stage.is_last
+        return (
+            None if self.stage.is_first else hop(stage - 1),
+            None if self.stage.is_last else hop(stage),
+            back() if is_end else None,
+        )
+
+    def _rows(self, patches: Sequence[int]) -> slice:
+        """The latent's rows of neighbouring patches."""
+        return slice(self.strips[patches[0]].start, self.strips[patches[-1]].stop)
+
+    def _receive_latent(self, unit: Unit, feedback: Channel, on_step: OnStep) -> None:
+        received = feedback.receive()
+        rows, batch = self._rows(unit.patches), len(self.latent)
+        self.latent[:, :, rows] = received[:batch]
+        self.shown[:, :, rows] = received[batch:]
+        if unit.question and unit.patches[-1] == len(self.strips) - 1:
+            answered = self.questions[unit.question - 1]
+            if answered.evaluation == 0:
+                on_step(answered.step + 1, self.start.total, self.shown)
+
+    def _through_stage(self, unit: Unit, index: int) -> Tensor:
+        """This stage's blocks for one condition; what the last stage predicts for the unit's strips."""
+        plan, condition, rank = self.plans[index], self.guidance.own_conditions[index], self.mesh.sequence.rank
+        sigma = self.questions[unit.question].sigma
+        timestep = self.guidance.timestep(sigma, self.latent)
+        at = (timestep, condition, plan.shard(rank, unit.patches), self.grid)
+        if self.incoming:
+            hidden, text_size = self.incoming.receive(), plan.text_size(rank, unit.patches)
+            state = self.family.resume(hidden[:, text_size:], hidden[:, :text_size], *at)
+        else:
+            # The whole latent, as of now: a half token at its lower border takes its other half from the first row.
+            latent = self.guidance.model_sampling.calculate_input(sigma.to(self.latent.device), self.latent)
+            state = self.family.embed(self.family.tokenize(latent), *at)
+        self.attention.begin(index, unit.patches)
+        for block in self.blocks:
+            state = block(state)
+        if self.outgoing:
+            self.outgoing.send(torch.cat((state.text, state.image), dim=1))
+            return state.image
+        sizes = [plan.image_size(rank, unit.patches) for rank in range(self.mesh.sequence.size)]
+        tokens = plan.in_order(self.mesh.sequence.all_gather(self.family.head(state), sizes, dim=1), unit.patches)
+        return self.family.untokenize(tokens, len_of(self._rows(unit.patches)), self.latent.shape[3])
+
+    def _answer(self, unit: Unit, outputs: Sequence[Tensor], samplers: StripSamplers) -> None:
+        """The last stage's work: guidance, the sampler's step, and the new latent on its way to the first stage."""
+        question = self.questions[unit.question]
+        x = samplers.asked(unit.patches)
+        denoised = self.guidance.combine(outputs, x, question.sigma)
+        is_broken, is_latent = ~torch.isfinite(denoised).all(), ~torch.isfinite(x).all()
+        found = torch.stack((is_broken & is_latent, is_broken & ~is_latent))
+        self.failures[:LAST_STEP].clamp_(min=(len(self.questions) - unit.question) * found)
+        denoised = samplers.answer(unit.patches, denoised)
+        if question.evaluation == 0:
+            self.shown[:, :, self._rows(unit.patches)] = denoised[: len(self.shown)]
+        self._announce(unit.question + 1, unit.patches[-1])
+
+    def _announce(self, question: int, patch: int) -> None:
+        """Send the first stage what it needs for `question`, as far as the strips up to `patch` go."""
+        assert self.feedback is not None
+        assert self.samplers is not None
+        while self.announced < len(self.units):
+            unit = self.units[self.announced]
+            if unit.question != question or unit.patches[-1] > patch:
+                return
+            shown = self.shown[:, :, self._rows(unit.patches)]
+            self.feedback.send(torch.cat((self.samplers.asked(unit.patches), shown)))
+            self.announced += 1
+
+    def _finish(self, check: Callable[[], list[int]], unit: int) -> None:
+        """Leave the run before `unit`, with nothing on its way, when the check found a reason to."""
+        try:
+            self._raise_failure(check())
+        except (Cancelled, UserError):
+            self._settle(unit)
+            raise
+
+    def _settle(self, unit: int) -> None:
+        """End all channels before `unit`. The latent of its whole question is on its way back already."""
+        question = self.units[unit].question if unit < len(self.units) else None
+        back = sum(each.question == question for each in self.units)
+        for channel in sorted(self.channels, key=lambda channel: channel.is_sender):
+            sent, ahead = (unit, back) if channel is self.feedback else (unit * len(self.plans), 0)
+            channel.settle(sent + max(ahead, POSTED_AHEAD))
+        for channel in self.channels:
+            channel.wait()
+
+    def _raise_failure(self, failures: Sequence[int]) -> None:
+        if failures[LAST_STEP]:
+            check_result(torch.tensor(torch.nan), self.start.total)
+        first = max(failures[:LAST_STEP])
+        if first:
+            question = self.questions[len(self.questions) - first]
+            raise not_finite(question, self.start.total, latent_is_finite=failures[LATENT] < first)
+
+
+def len_of(rows: slice) -> int:
+    return rows.stop - rows.start

@@ -1,0 +1,384 @@
+"""PipeFusion: exact where nothing is old, else equal to a serial model of stale keys and values written out here."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from paralleldit.parallel_backend import sample_request
+from paralleldit.parallel_backend.control import Control, Run
+from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.errors import Cancelled, UserError
+from paralleldit.parallel_backend.families.flux import Flux
+from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.protocol import messages
+
+CPU = torch.device("cpu")
+CFG, GUIDANCE = 3.0, 2.5
+HEADS, HEAD_DIM, TEXT = 4, 16, 5
+WIDTH = HEADS * HEAD_DIM
+
+EXACT = [
+    # pipefusion, ulysses, ring, cfg, data; patches, warm-up, steps; latent height and width; sampler
+    ((2, 1, 1, 1, 1), (0, 3, 3), (8, 8), "euler"),
+    ((3, 1, 1, 1, 1), (5, 4, 3), (11, 9), "dpmpp_2m"),
+    ((4, 1, 1, 1, 1), (1, 1, 4), (11, 9), "euler_ancestral"),
+    ((2, 2, 1, 1, 1), (3, 3, 3), (11, 9), "euler"),
+    ((2, 1, 2, 1, 1), (1, 1, 3), (8, 8), "heun"),
+    ((2, 1, 1, 2, 1), (3, 3, 3), (8, 8), "dpmpp_2m"),
+    ((2, 1, 1, 1, 2), (1, 1, 3), (8, 8), "euler_ancestral"),
+    ((2, 2, 2, 1, 1), (3, 4, 3), (11, 9), "euler"),
+]
+STALE = [
+    ((2, 1, 1, 1, 1), (2, 1, 4), (8, 8), "euler"),
+    ((2, 1, 1, 1, 1), (0, 1, 4), (11, 9), "dpmpp_2m"),
+    ((3, 1, 1, 1, 1), (3, 2, 5), (11, 9), "euler_ancestral"),
+    ((4, 1, 1, 1, 1), (6, 1, 4), (12, 6), "dpmpp_2m_sde"),
+    ((2, 1, 1, 1, 1), (3, 1, 3), (8, 8), "heun"),
+    ((2, 2, 1, 1, 1), (2, 1, 4), (11, 9), "euler"),
+    ((2, 3, 1, 1, 1), (4, 1, 4), (11, 9), "euler"),
+    ((2, 1, 2, 1, 1), (3, 1, 4), (11, 9), "euler"),
+    ((2, 2, 2, 1, 1), (3, 1, 4), (11, 3), "dpmpp_2m"),
+    ((2, 1, 1, 2, 1), (3, 1, 4), (11, 9), "euler_ancestral"),
+    ((2, 1, 1, 1, 2), (2, 1, 4), (8, 8), "euler_ancestral"),
+    ((2, 1, 1, 2, 2), (4, 2, 4), (8, 8), "ddim"),
+]
+
+
+def layout_of(degrees, patches=0, warmup=1) -> Layout:
+    pipefusion, ulysses, ring, cfg, data = degrees
+    return Layout(
+        pipefusion_degree=pipefusion,
+        ulysses_degree=ulysses,
+        ring_degree=ring,
+        cfg_degree=cfg,
+        data_degree=data,
+        num_patches=patches,
+        warmup_steps=warmup,
+    )
+
+
+def make_family() -> Flux:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        transformer = FluxTransformer2DModel(
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=HEAD_DIM,
+            num_attention_heads=HEADS,
+            joint_attention_dim=24,
+            pooled_projection_dim=12,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+    return Flux(transformer.eval(), torch.float32, CPU)
+
+
+def request_of(layout, steps, size, sampler, *, preview=False):
+    """A guided batch of two, with a negative prompt of another length, and a mask for the samplers that hold."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    request = messages.Sample(
+        id=1,
+        model=messages.ModelRef(path="unused"),
+        layout=layout,
+        positive=(messages.Conditioning(guidance=GUIDANCE),),
+        negative=(messages.Conditioning(guidance=GUIDANCE),),
+        cfg=CFG,
+        sampler=sampler,
+        schedule=messages.Schedule(scheduler="simple", steps=steps, denoise=0.8),
+        seed=42,
+        preview=preview,
+    )
+    tensors = {
+        "latent": draw(2, 16, *size),
+        "positive.0.tokens": draw(1, TEXT, 24),
+        "positive.0.pooled": draw(1, 12),
+        "negative.0.tokens": draw(2, TEXT + 3, 24),
+        "negative.0.pooled": draw(2, 12),
+    }
+    if sampler in ("euler", "ddim"):
+        tensors["noise_mask"] = torch.linspace(0, 1, 2 * size[0] * size[1]).view(2, 1, *size).round()
+    return request, tensors
+
+
+def run_of(request, *, cancel_at=None):
+    """A run of the real control group, and the events that rank 0 sends. It is cancelled at a step's progress."""
+    events = []
+    work = SimpleNamespace(request=request, cancelled=False, progress=None)
+
+    def send(event, tensors=None):
+        events.append((event, tensors or {}))
+        if isinstance(event, messages.Progress) and event.step == cancel_at:
+            work.cancelled = True
+
+    work.send = send
+    return Run(Control(), work), events
+
+
+def sampled(world, layout, steps, size, sampler):
+    request, tensors = request_of(layout, steps, size, sampler)
+    return sample_request.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
+
+
+class StaleModel:
+    """A serial Flux in which tokens that are not at hand are seen by the keys and values of their last time."""
+
+    patches = warmup_evaluations = 0
+
+    def __init__(self, family, axis, attention):
+        self.model = family.transformer
+        self.layers = [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+        self.seen = {}
+        self.kept = {}
+
+    def predict(self, latent, timestep, condition):
+        model, length = self.model, condition.tokens.shape[1]
+        batch, channels, height, width = latent.shape
+        rows, columns = -(-height // 2), -(-width // 2)
+        padded = F.pad(latent, (0, width % 2, 0, height % 2), mode="circular")
+        tokens = padded.view(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        tokens = tokens.reshape(batch, rows * columns, channels * 4)
+        ids = torch.zeros(length + rows * columns, 3)
+        ids[length:, 1] = torch.arange(rows).repeat_interleave(columns)
+        ids[length:, 2] = torch.arange(columns).repeat(rows)
+        rotary = model.pos_embed(ids)
+        strength = torch.full((batch,), GUIDANCE * 1000)
+        modulation = model.time_text_embed(timestep * 1000, strength, condition.pooled.expand(batch, -1))
+
+        evaluation = self.seen[length] = self.seen.get(length, -1) + 1
+        strips = [part.tolist() for part in torch.arange(rows).tensor_split(self.patches)]
+        turns = [list(range(rows))] if evaluation < self.warmup_evaluations else strips
+        output = torch.zeros_like(tokens)
+        for strip in turns:
+            at = torch.tensor([row * columns + column for row in strip for column in range(columns)])
+            text_at = torch.arange(length if 0 in strip else 0)
+            places = torch.cat((text_at, length + at))
+            image = model.x_embedder(tokens[:, at])
+            text = model.context_embedder(condition.tokens[:, text_at].expand(batch, -1, -1))
+            for number, layer in enumerate(self.layers):
+                shape = (batch, len(ids), HEADS, HEAD_DIM)
+                kept = self.kept.setdefault((length, number), (torch.zeros(shape), torch.zeros(shape)))
+                layer.attn.set_processor(StaleSite(*kept, places))
+                text, image = layer(
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    temb=modulation,
+                    image_rotary_emb=tuple(table[places] for table in rotary),
+                )
+            output[:, at] = model.proj_out(model.norm_out(image, modulation))
+        whole = output.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return whole.reshape(batch, channels, rows * 2, columns * 2)[..., :height, :width]
+
+
+class StaleSite:
+    def __init__(self, keys, values, places):
+        self.keys, self.values, self.places = keys, values, places
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        split = lambda x: x.unflatten(-1, (HEADS, HEAD_DIM))  # noqa: E731
+        query = attn.norm_q(split(attn.to_q(hidden_states)))
+        key = attn.norm_k(split(attn.to_k(hidden_states)))
+        value = split(attn.to_v(hidden_states))
+        if encoder_hidden_states is not None:
+            query = torch.cat((attn.norm_added_q(split(attn.add_q_proj(encoder_hidden_states))), query), dim=1)
+            key = torch.cat((attn.norm_added_k(split(attn.add_k_proj(encoder_hidden_states))), key), dim=1)
+            value = torch.cat((split(attn.add_v_proj(encoder_hidden_states)), value), dim=1)
+        query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        self.keys[:, self.places] = key
+        self.values[:, self.places] = value
+        heads = [x.transpose(1, 2) for x in (query, self.keys, self.values)]
+        out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        length = encoder_hidden_states.shape[1]
+        return attn.to_out[0](out[:, length:]), attn.to_add_out(out[:, :length])
+
+
+def sampled_with_stale_model(world, patches, warmup, steps, size, sampler):
+    class Model(StaleModel):
+        pass
+
+    Model.patches, Model.warmup_evaluations = patches, warmup * (2 if sampler == "heun" else 1)
+    with mock.patch.object(sample_request, "SequenceParallel", Model):
+        return sampled(world, Layout(), steps, size, sampler)
+
+
+def relative_error(actual, expected) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("degrees", "plan", "size", "sampler"), EXACT, ids=str)
+def test_run_without_old_keys_equals_one_rank(ranks, figures, degrees, plan, size, sampler):
+    patches, warmup, steps = plan
+    layout = layout_of(degrees, patches, warmup)
+    (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
+    for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
+        error = relative_error(answer, alone)
+        row = f"{layout.ranks} | {layout}"
+        figures[row] = max(error, figures.get(row, 0.0))
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize(("degrees", "plan", "size", "sampler"), STALE, ids=str)
+def test_run_equals_serial_model_of_old_keys(ranks, degrees, plan, size, sampler):
+    patches, warmup, steps = plan
+    layout = layout_of(degrees, patches, warmup)
+    patches = patches or 2 * layout.pipefusion_degree
+    (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
+    (expected,) = ranks.run(1, sampled_with_stale_model, patches, warmup, steps, size, sampler)
+    assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
+    for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
+        assert relative_error(answer, expected) <= 1e-5
+
+
+PIPELINES = [
+    layout_of((2, 1, 1, 1, 1), 3, 1),
+    layout_of((3, 1, 1, 1, 1), 3, 1),
+    layout_of((2, 2, 1, 1, 2), 4, 1),
+    layout_of((2, 1, 1, 2, 1), 1, 1),
+]
+
+
+def told(world, layout, steps):
+    """The progress that the client of rank 0 hears of, with the shapes of the previews, and the latent."""
+    request, tensors = request_of(layout, steps, (8, 8), "heun", preview=True)
+    run, events = run_of(request)
+    latent = sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
+    steps = [(event, tensors["preview"]) for event, tensors in events if isinstance(event, messages.Progress)]
+    return [(event.step, event.total, preview) for event, preview in steps], latent
+
+
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+def test_every_step_is_told_with_its_preview(ranks, layout):
+    exact = layout.model_copy(update={"warmup_steps": 4})
+    ((alone, _),) = ranks.run(1, told, Layout(), 4)
+    (piped, latent), *others = ranks.run(layout.ranks, told, exact, 4)
+    assert [event[:2] for event in piped] == [event[:2] for event in alone]
+    for (*_, preview), (*_, expected) in zip(piped[:-1], alone, strict=False):
+        assert relative_error(preview, expected) <= 1e-5
+    assert torch.equal(piped[-1][2], latent[:1])
+    assert not any(events for events, _ in others)
+
+
+def left_and_again(world, layout, cancel_at, spoilt):
+    """How a run was left, after which step, and what the next one on the same mesh gives."""
+    family, mesh = make_family(), Mesh(layout)
+    request, tensors = request_of(layout, 9, (8, 8), "euler")
+    kept = tensors["negative.0.tokens"].clone()
+    if spoilt:
+        tensors["negative.0.tokens"][1] = torch.nan
+    run, events = run_of(request, cancel_at=cancel_at)
+    reason = None
+    try:
+        sample_request.sample(request, tensors, family, mesh, run)
+    except (Cancelled, UserError) as error:
+        reason = str(error)
+    last = max((event.step for event, _ in events), default=0)
+    tensors["negative.0.tokens"] = kept
+    return reason, last, sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
+
+
+@pytest.mark.parametrize(
+    ("cancel_at", "spoilt", "reason"), [(3, False, "Cancelled."), (None, True, "not finite at step 1 of 9")], ids=str
+)
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+def test_run_is_left_by_all_ranks_and_the_next_one_is_right(ranks, layout, cancel_at, spoilt, reason):
+    expected = ranks.run(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
+    answers = ranks.run(layout.ranks, left_and_again, layout, cancel_at, spoilt)
+    assert len({left for left, _, _ in answers}) == 1
+    assert reason in answers[0][0]
+    assert answers[0][1] <= (cancel_at or 0) + 2
+    for *_, latent in answers:
+        assert torch.equal(latent, expected)
+
+
+def traffic_of(world, layout, steps):
+    request, tensors = request_of(layout, steps, (8, 8), "euler")
+    mesh = Mesh(layout)
+    sample_request.sample(request, tensors, make_family(), mesh, run_of(request)[0])
+    sent = {axis: mesh.ledger.bytes_on(axis) for axis in ("stages", "feedback", "cfg", "ulysses")}
+    return mesh.pipefusion.rank, mesh.cfg.rank, sent
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layout_of(*each)
+        for each in [((2, 1, 1, 1, 1), 4), ((4, 1, 1, 1, 1), 4), ((2, 2, 1, 1, 1), 2), ((2, 1, 1, 2, 1), 2)]
+    ],
+    ids=str,
+)
+def test_bytes_sent_match_theory(ranks, layout):
+    """One boundary's hidden states of all tokens leave a stage per step, once for each condition (section 3 of the
+    paper), whatever the number of blocks and patches; with Ulysses inside also 4(U-1)/U^2 of them per block."""
+    short, long = (ranks.run(layout.ranks, traffic_of, layout, steps) for steps in (3, 5))
+    batch, image, latent_bytes = 2, 16, 2 * 16 * 8 * 8 * 4
+    lengths = [TEXT + image, TEXT + 3 + image]
+    for (stage, condition, fewer), (*_, more) in zip(short, long, strict=True):
+        per_step = {axis: (more[axis] - fewer[axis]) / 2 for axis in more}
+        is_last = stage == layout.pipefusion_degree - 1
+        tokens = lengths[condition] if layout.cfg_degree > 1 else sum(lengths)
+        hidden = batch * tokens * WIDTH * 4 / layout.sequence_degree
+        ulysses = layout.ulysses_degree
+        blocks = 4 / layout.pipefusion_degree
+        assert per_step["stages"] == pytest.approx(0 if is_last else hidden, rel=0.05)
+        assert per_step["feedback"] == (latent_bytes if is_last else 0)
+        assert per_step["cfg"] == (latent_bytes if is_last and layout.cfg_degree > 1 else 0)
+        theory = 4 * (ulysses - 1) / ulysses**2 * batch * tokens * WIDTH * 4 * blocks
+        assert per_step["ulysses"] == pytest.approx(theory, rel=0.05)
+
+
+def engine_sampled(world, layout, folder):
+    """What an engine samples with the weights of a folder, and how many parameters it holds for that."""
+    engine = Engine(CPU)
+    request, tensors = request_of(layout, 3, (8, 8), "dpmpp_2m")
+    request = request.model_copy(update={"model": messages.ModelRef(path=folder)})
+    generator = torch.Generator().manual_seed(6)
+    for name in list(tensors):
+        width = {"tokens": 48, "pooled": 32}.get(name.rpartition(".")[2])
+        if width:
+            tensors[name] = torch.randn(*tensors[name].shape[:-1], width, generator=generator)
+    _, answer = engine.handle(request, tensors, run_of(request)[0])
+    (held,) = engine.models.summary()
+    return answer["latent"], held["bytes"]
+
+
+def test_ranks_load_the_weights_of_their_stage(ranks, tmp_path):
+    from paralleldit.tests.tiny_flux import write_pipeline  # the ranks load this module too, and need no transformers
+
+    write_pipeline(tmp_path)
+    ((alone, whole),) = ranks.run(1, engine_sampled, Layout(), str(tmp_path))
+    answers = ranks.run(2, engine_sampled, layout_of((2, 1, 1, 1, 1), 1, 1), str(tmp_path))
+    for latent, held in answers:
+        assert relative_error(latent, alone) <= 1e-5
+        assert held < whole
+    blocks = block_bytes(tmp_path)
+    everywhere = whole - sum(blocks)
+    # Three blocks: a double one and a single one in the first stage, a single one in the second.
+    assert [held - everywhere for _, held in answers] == [sum(blocks[:2]), blocks[2]]
+
+
+def block_bytes(folder) -> list[int]:
+    model = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    return [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
+
+
+def warned(world, warmup, steps):
+    layout = layout_of((2, 1, 1, 1, 1), 2, warmup)
+    request, tensors = request_of(layout, steps, (8, 8), "euler")
+    run, events = run_of(request)
+    sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
+    return [event.text for event, _ in events if isinstance(event, messages.Log)]
+
+
+@pytest.mark.parametrize(("warmup", "steps", "warnings"), [(3, 3, 1), (2, 3, 0)])
+def test_run_of_warmup_alone_says_so(ranks, warmup, steps, warnings):
+    texts = ranks.run(2, warned, warmup, steps)[0]
+    assert len(texts) == warnings
+    assert all("warmup_steps=3" in text and "3 steps" in text for text in texts)

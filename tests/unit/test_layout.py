@@ -1,0 +1,89 @@
+"""What fits a layout, and which part of a model a stage is."""
+
+import pytest
+from diffusers import FluxTransformer2DModel
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.registry import BLOCK_LISTS
+from paralleldit.parallel_backend.layout import (
+    Layout,
+    check_pipefusion,
+    check_ranks,
+    largest_exact_layout,
+    layouts_of,
+    patches_of,
+)
+from paralleldit.parallel_backend.stages import Stage, stage_parameters
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 6, 8])
+def test_layouts_of_ranks_fit_them(ranks, stages):
+    found = layouts_of(ranks, stages)
+    assert bool(found) == (ranks % stages == 0)
+    for layout in found:
+        check_ranks(layout, ranks)
+        assert layout.pipefusion_degree == stages
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_what_is_chosen_is_exact(ranks, guided):
+    assert largest_exact_layout(ranks, batch=1, guided=guided).pipefusion_degree == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "patches"),
+    [
+        (Layout(pipefusion_degree=2), 4),
+        (Layout(pipefusion_degree=4), 7),
+        (Layout(pipefusion_degree=2, num_patches=3), 3),
+    ],
+    ids=str,
+)
+def test_number_of_patches(layout, patches):
+    assert patches_of(layout, token_rows=7) == patches
+
+
+FITTING = {"blocks": 4, "token_rows": 8, "sampler": "euler", "elementwise": ("euler", "heun")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "run", "words"),
+    [
+        ({"pipefusion_degree": 5}, {}, ("pipefusion_degree=5", "4 blocks")),
+        ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
+        ({"pipefusion_degree": 2}, {"sampler": "adaptive"}, ("adaptive", "pipefusion_degree=2", "euler, heun")),
+        ({"pipefusion_degree": 2, "attention": "yunchang"}, {}, ("yunchang", "pipefusion_degree=2")),
+    ],
+    ids=str,
+)
+def test_what_pipefusion_cannot_cut_is_refused_with_its_numbers(layout, run, words):
+    check_pipefusion(Layout(**layout | {"pipefusion_degree": 1}), **FITTING | run)
+    check_pipefusion(Layout(pipefusion_degree=4, num_patches=8), **FITTING)
+    with pytest.raises(UserError) as refused:
+        check_pipefusion(Layout(**layout), **FITTING | run)
+    assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_stages_share_the_blocks_of_a_model(count):
+    model = FluxTransformer2DModel(
+        num_layers=3,
+        num_single_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    names = list(model.state_dict())
+    stages = [stage_parameters(names, BLOCK_LISTS, Stage(index, count)) for index in range(count)]
+    assert set.union(*stages) == set(names)
+    everywhere = {name for name in names if not name.startswith(BLOCK_LISTS)}
+    blocks = [{name.rsplit("blocks.")[1].split(".")[0] + name[:6] for name in stage - everywhere} for stage in stages]
+    assert sum(map(len, blocks)) == len(set.union(*blocks)) == 7
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+    assert all(everywhere <= stage for stage in stages)
+    # Computation runs through the double blocks first.
+    assert "transformer_blocks.0.attn.to_q.weight" in stages[0]
+    assert "single_transformer_blocks.3.attn.to_q.weight" in stages[-1]
