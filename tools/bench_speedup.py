@@ -13,8 +13,8 @@ One step of a Flux.1 of random weights (121M parameters by default, fp32), on on
 - `two threads`: plain diffusers in one process with two threads.
 
 The variants take turns, in another order every round, so that what else the machine does falls on all of them alike.
-Prints Markdown: medians, ratios of medians and of minima, the share of the ceiling, and the CPU seconds of all ranks together
-over the serial run's.
+Prints Markdown: medians, ratios of medians and of minima, the share of the ceiling, and the CPU seconds of all ranks
+together over the serial run's.
 """
 
 from __future__ import annotations
