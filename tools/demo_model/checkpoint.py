@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 CACHE = Path(__file__).parent / ".cache"
+TARGET = Path(__file__).parents[2] / "demo_model" / "flux-tiny"
+"""Where the exported diffusers folder lies."""
 TENSORS, META = "state.safetensors", "meta.json"
 
 

@@ -17,7 +17,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from .checker import FOUR, check
-from .export import TARGET
+from .checkpoint import TARGET
 from .scenes import Scene, draw, make_scene
 from .train_vae import to_pictures, to_tensor
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipeline = FluxPipeline.from_pretrained(options.model, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(options.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     scenes = [make_scene(SEED, index, held_out=True) for index in range(options.captions)]
     drawn = [draw(scene, options.size) for scene in scenes]
@@ -96,7 +96,7 @@ def main() -> None:
         if options.truth:
             pictures += reconstruct(pipeline, drawn[first : first + BATCH])
         else:
-            pictures += sample(pipeline, [scene.caption() for scene in batch], options)
+            pictures += list(sample(pipeline, [scene.caption() for scene in batch], options))
             print(f"{len(pictures)} pictures, {time.monotonic() - started:.0f} s", flush=True)
     table = shares(pictures, scenes)
     report("through the VAE" if options.truth else "sampled", table)

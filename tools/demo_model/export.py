@@ -9,21 +9,23 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from . import checkpoint
+from .checkpoint import TARGET
 from .model import DemoModel
 from .train import FOLDER, SHIFT
 from .train_vae import load_trained
 
-TARGET = Path(__file__).parents[2] / "demo_model" / "flux-tiny"
 SCHEDULER_SHIFT = SHIFT[256]
 
 
 def load_averaged() -> DemoModel:
-    """The demo model with the newest moving-average weights."""
+    """The demo model with the newest moving-average weights, or the exported ones where there is no checkpoint."""
+    model = DemoModel().requires_grad_(False)
     state = checkpoint.load(FOLDER)
     if state is None:
-        raise SystemExit("no trained transformer yet: run python -m tools.demo_model.train first")
+        model.load_exported(TARGET)
+        print("no checkpoint: the exported weights")
+        return model
     parts, meta = state
-    model = DemoModel().requires_grad_(False)
     model.load_state_dict(parts["ema"])
     print(f"weights of step {meta['step']}, {meta['seconds'] / 60:.0f} minutes")
     return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, T5EncoderModel
 
 from .scenes import COLOURS, SHAPES
 from .text import CLIP_LENGTH, T5_LENGTH, WIDTH, clip_tokenizer, new_clip, new_t5, t5_tokenizer, token_ids
@@ -69,6 +71,12 @@ class DemoModel(nn.Module):
             nn.LayerNorm(self.transformer.inner_dim), nn.Linear(self.transformer.inner_dim, sum(LABELS))
         )
 
+    def load_exported(self, folder: Path) -> None:
+        """Take the weights of a diffusers folder; the label head, which no export holds, stays as it is."""
+        self.transformer.load_state_dict(FluxTransformer2DModel.from_pretrained(folder / "transformer").state_dict())
+        self.clip.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
+        self.t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2").state_dict())
+
     def tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return (
             token_ids(self.clip_tokenizer, captions, CLIP_LENGTH),
@@ -92,14 +100,6 @@ class DemoModel(nn.Module):
             if index == TAP_BLOCK - 1:
                 labels = self.label_head(image)
         return transformer.proj_out(transformer.norm_out(image, temb)), labels
-
-
-def parts_of(model: DemoModel) -> tuple[FluxTransformer2DModel, CLIPTextModel, T5EncoderModel]:
-    return model.transformer, model.clip, model.t5
-
-
-def tokenizers_of(model: DemoModel) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    return model.clip_tokenizer, model.t5_tokenizer
 
 
 def image_ids(rows: int, columns: int) -> torch.Tensor:

@@ -29,12 +29,12 @@ LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 DECAY_FROM = 0.6
 LARGE_FROM = 0.72
-BATCH = {128: 32, 192: 18, 256: 10}
+BATCH = {128: 16, 192: 9, 256: 5}
 SHIFT = {128: 2.0, 192: 2.5, 256: 3.0}
 SIZE_CYCLE = (128, 256, 128, 256, 192)
 PROMPT_DROPOUT = 0.1
 UNIFORM_SHARE = 0.15
-LABEL_WEIGHT = 0.15
+LABEL_WEIGHT = 0.3
 EMA_DECAY = 0.998
 SAVE_SECONDS = 240
 SHEET_SECONDS = 480
@@ -85,14 +85,16 @@ def learning_rate(step: int, share: float) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * fall
 
 
-def size_at(step: int, share: float) -> int:
-    return 128 if share < LARGE_FROM else SIZE_CYCLE[step % len(SIZE_CYCLE)]
+def size_at(step: int, share: float, large_from: float) -> int:
+    return 128 if share < large_from else SIZE_CYCLE[step % len(SIZE_CYCLE)]
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=240)
+    parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the time without large pictures")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--from-export", action="store_true", help="without a checkpoint, start from the export")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     return parser.parse_args()
 
@@ -116,6 +118,8 @@ def main() -> None:
         shadow.load_state_dict(parts["ema"])
         print(f"resumed at step {step}, {seconds / 60:.1f} minutes", flush=True)
     else:
+        if options.from_export:
+            model.load_exported(checkpoint.TARGET)
         shadow.load_state_dict(model.state_dict())
     feeds: dict[int, Feed] = {}
     vae = load_trained()
@@ -136,7 +140,7 @@ def main() -> None:
     since: dict[int, list[tuple[float, float]]] = {}
     pictures = 0
     while not stop and (share := (time.monotonic() - begun) / (60 * options.minutes)) < 1:
-        size = size_at(step, share)
+        size = size_at(step, share, options.large_from)
         if size not in feeds:
             feeds[size] = Feed(load_latents(size), model)
         clean, noise, sigma, clip_ids, t5_ids, shares = feeds[size].at(step)
@@ -156,7 +160,7 @@ def main() -> None:
         since.setdefault(size, []).append((flow.item(), labels.item()))
         pictures += len(clean)
         now = time.monotonic()
-        if now - printed > 20 and step % 20 == 0:
+        if now - printed > 60:
             losses = ", ".join(
                 f"{size} px: flow {np.mean([f for f, _ in v]):.4f} labels {np.mean([s for _, s in v]):.3f}"
                 for size, v in sorted(since.items())

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .adapter_data import SIZE, make_examples, noisy_batch
-from .export import TARGET, load_averaged
+from .export import load_averaged
 from .model import DemoModel, image_ids
 from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "controlnet"
-CONTROLNET_TARGET = TARGET.parent / "controlnet-edges"
+CONTROLNET_TARGET = checkpoint.TARGET.parent / "controlnet-edges"
 LEARNING_RATE = 5e-4
 SAVE_SECONDS = 240
 

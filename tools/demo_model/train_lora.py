@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .adapter_data import SIZE, make_examples, noisy_batch
-from .export import TARGET, load_averaged
+from .export import load_averaged
 from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "lora"
-DIFFUSERS_FILE = TARGET.parent / "lora-chalk" / "pytorch_lora_weights.safetensors"
-SINGLE_FILE = TARGET.parent / "lora-chalk" / "chalk.safetensors"
+DIFFUSERS_FILE = checkpoint.TARGET.parent / "lora-chalk" / "pytorch_lora_weights.safetensors"
+SINGLE_FILE = checkpoint.TARGET.parent / "lora-chalk" / "chalk.safetensors"
 RANK = 16
 LEARNING_RATE = 1e-3
 SAVE_SECONDS = 180

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,11 +134,11 @@ def measure_latents(vae: AutoencoderKL) -> tuple[float, float]:
     return float(latents.mean()), float(latents.std())
 
 
-def load_trained(folder=FOLDER) -> AutoencoderKL:
-    """The trained VAE with its latent shift and scale in the config."""
+def load_trained(folder: Path = FOLDER) -> AutoencoderKL:
+    """The trained VAE with its latent shift and scale in the config; the exported one where there is no checkpoint."""
     state = checkpoint.load(folder)
     if state is None:
-        raise SystemExit("no trained VAE yet: run python -m tools.demo_model.train_vae first")
+        return AutoencoderKL.from_pretrained(checkpoint.TARGET / "vae", dtype=torch.float32).eval()
     parts, meta = state
     vae = new_vae()
     vae.load_state_dict(parts["vae"])
