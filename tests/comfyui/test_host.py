@@ -117,7 +117,7 @@ def test_the_demo_workflow_makes_a_picture_with_progress_and_previews(host, demo
 
 def test_the_saved_demo_workflow_runs_as_it_is(host):
     run = host.run(json.loads((PACK / "workflows" / "demo_txt2img.api.json").read_text()))
-    assert picture(host, run).shape == (256, 256, 3)
+    assert picture(host, run).shape == (128, 128, 3)
     with Image.open(io.BytesIO(run.previews[-1])) as preview:
         shown = np.array(preview.convert("RGB").resize((32, 32)))
     with Image.open(io.BytesIO(host.view(run.pictures()[0]))) as image:

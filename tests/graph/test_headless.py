@@ -40,11 +40,11 @@ def run(api, folder, **more):
 
 def test_the_demo_workflow_makes_a_picture_that_carries_the_workflow(client, demo, tmp_path):
     outputs, shown = run(demo, tmp_path)
-    assert outputs["8"][0].shape == (1, 256, 256, 3)
+    assert outputs["8"][0].shape == (1, 128, 128, 3)
     picture = Path(shown["9"]["images"][0]["path"])
     assert picture == tmp_path / "output" / "paralleldit_demo_00001_.png"
     with Image.open(picture) as image:
-        assert image.size == (256, 256)
+        assert image.size == (128, 128)
         assert json.loads(image.info["prompt"]) == demo
     assert [type(message).__name__ for message, _ in client.sent] == ["EncodeText", "EncodeText", "Sample", "Decode"]
 
@@ -336,4 +336,4 @@ def test_the_demo_is_what_the_readme_says():
     _, api = saved("demo_txt2img")
     assert api["2"]["inputs"]["model"] == "demo_model/flux-tiny"
     assert api["1"]["inputs"]["ranks"] == 2
-    assert (api["5"]["inputs"]["width"], api["5"]["inputs"]["height"]) == (256, 256)
+    assert (api["5"]["inputs"]["width"], api["5"]["inputs"]["height"]) == (128, 128)
