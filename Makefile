@@ -26,7 +26,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/ready
-	$(BIN)/python tools/bench_layouts.py
+	$(BIN)/python tools/bench_speedup.py
 
 clean:
 	rm -rf $(VENV)
