@@ -105,7 +105,7 @@ class ParallelDiTLayout:
                     list(get_args(AttentionKernel)),
                     {
                         "default": "auto",
-                        "tooltip": "The attention kernel of the ranks. auto takes the fastest exact one.",
+                        "tooltip": "The attention kernel of the ranks. auto is PyTorch's own (sdpa).",
                     },
                 ),
             },
