@@ -19,7 +19,7 @@ from .train_vae import load_trained, to_tensor
 FOLDER = checkpoint.CACHE / "latents"
 SEED = 5
 SHARD = 2000
-PLAN = {128: 20_000, 256: 4_000, 192: 2_000}
+PLAN = {128: 40_000, 256: 10_000, 192: 6_000}
 """Pictures per size in px. Each size draws other scenes."""
 OFFSET = {128: 0, 256: 1_000_000, 192: 2_000_000}
 

@@ -1,7 +1,7 @@
-"""Train transformer and text encoders: `python -m tools.demo_model.train --minutes 100` (resumes by itself).
+"""Train transformer and text encoders: `python -m tools.demo_model.train --steps 20000` (resumes by itself).
 
-The learning rate and the picture sizes follow the minutes spent, which are kept in the checkpoint: an interrupted
-run goes on where it was. SIGTERM and SIGINT save and end it.
+The learning rate and the picture sizes follow the steps done, and every step costs about the same: an interrupted or
+slowed run goes on where it was. SIGTERM and SIGINT save and end it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SEED = 21
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 DECAY_FROM = 0.6
-LARGE_FROM = 0.72
+LARGE_FROM = 0.2
 BATCH = {128: 16, 192: 9, 256: 5}
 SHIFT = {128: 2.0, 192: 2.5, 256: 3.0}
-SIZE_CYCLE = (128, 256, 128, 256, 192)
+SIZE_CYCLE = (128, 256, 192, 256)
 PROMPT_DROPOUT = 0.1
 UNIFORM_SHARE = 0.15
 LABEL_WEIGHT = 0.3
@@ -80,7 +80,7 @@ class Feed:
 
 
 def learning_rate(step: int, share: float) -> float:
-    """Warm-up by steps, then constant, then linear to a fiftieth over the last part of the time."""
+    """Warm-up, then constant, then linear to a fiftieth over the last part of the steps."""
     fall = min(1.0, max(0.02, (1 - share) / (1 - DECAY_FROM)))
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * fall
 
@@ -91,8 +91,8 @@ def size_at(step: int, share: float, large_from: float) -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=240)
-    parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the time without large pictures")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the steps without large pictures")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--from-export", action="store_true", help="without a checkpoint, start from the export")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -139,7 +139,8 @@ def main() -> None:
     saved = sheeted = printed = time.monotonic()
     since: dict[int, list[tuple[float, float]]] = {}
     pictures = 0
-    while not stop and (share := (time.monotonic() - begun) / (60 * options.minutes)) < 1:
+    while not stop and step < options.steps:
+        share = step / options.steps
         size = size_at(step, share, options.large_from)
         if size not in feeds:
             feeds[size] = Feed(load_latents(size), model)
