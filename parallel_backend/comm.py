@@ -44,12 +44,12 @@ class Ledger:
         return {f"{axis} {operation}": vars(traffic).copy() for (axis, operation), traffic in self.sent.items()}
 
 
-class Shift:
-    """A ring hop under way: `wait` returns what the previous rank sent."""
+class Exchange:
+    """A ring hop or an all-to-all under way: `wait` returns what was received."""
 
     def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work]) -> None:
         self._received = received
-        self._sent = sent  # kept alive until the hop is over
+        self._sent = sent  # kept alive until it is over
         self._works = works
 
     def wait(self) -> Tensor:
@@ -82,16 +82,17 @@ class Axis:
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
 
-    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
-        """Send `x.split(send_sizes)[j]` to rank j, return what all ranks sent here, concatenated along dim 0.
+    def start_all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Exchange:
+        """Send `x.split(send_sizes)[j]` to rank j, and receive what all ranks send here, concatenated in their order.
 
-        `x` is contiguous; sizes are numbers of rows (dim 0) and may differ from rank to rank and be 0.
+        `x` is contiguous and flat; sizes are numbers of elements, may differ from rank to rank and be 0.
         """
-        out = x.new_empty((sum(receive_sizes), *x.shape[1:]))
-        row = x[:1].numel() * x.element_size() if x.shape[0] else 0
-        dist.all_to_all_single(out, x, list(receive_sizes), list(send_sizes), group=self.group)
-        self._record("all_to_all", row * (sum(send_sizes) - send_sizes[self.rank]), self.size - 1)
-        return out
+        received = x.new_empty(sum(receive_sizes))
+        work = dist.all_to_all_single(
+            received, x, list(receive_sizes), list(send_sizes), group=self.group, async_op=True
+        )
+        self._record("all_to_all", (x.numel() - send_sizes[self.rank]) * x.element_size(), self.size - 1)
+        return Exchange(received, x, [work])
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """Concatenate every rank's `x` along `dim`; `sizes[j]` is the extent of rank j's part."""
@@ -106,7 +107,7 @@ class Axis:
         self._record("all_gather", padded.numel() * padded.element_size() * (self.size - 1), self.size - 1)
         return torch.cat([part[:extent] for part, extent in zip(gathered, sizes, strict=True)]).movedim(0, dim)
 
-    def start_shift(self, x: Tensor, received: Tensor) -> Shift:
+    def start_shift(self, x: Tensor, received: Tensor) -> Exchange:
         """Send contiguous `x` to the next rank of the ring and receive the previous rank's into `received`."""
         following = self.ranks[(self.rank + 1) % self.size]
         previous = self.ranks[(self.rank - 1) % self.size]
@@ -118,7 +119,7 @@ class Axis:
             ]
         )
         self._record("shift", x.numel() * x.element_size(), 1)
-        return Shift(received, x, works)
+        return Exchange(received, x, works)
 
     def start_send(self, x: Tensor, to: int) -> Hop:
         """Send contiguous `x` to the rank of index `to`, which has posted, or will post, its receive."""

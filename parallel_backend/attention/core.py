@@ -9,7 +9,6 @@ Attention does not depend on the order of the keys, so each rank's tokens may be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +17,8 @@ from torch import Tensor
 from ..comm import Axis, split_sizes
 from ..layout import AttentionKernel
 from .kernels import Kernel, select_kernel
+from .site import Attention, Sent
 from .yunchang import YunchangAttention
-
-
-class Attention(Protocol):
-    """What every attention site of a model calls."""
-
-    def set_lengths(self, lengths: Sequence[int]) -> None: ...
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 def make_attention(
@@ -53,19 +45,33 @@ class AttentionCore:
             raise ValueError(f"{len(lengths)} lengths for {self.ulysses.size * self.ring.size} sequence-parallel ranks")
         self._lengths = list(lengths)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's queries over all ranks' keys and values; all `[B, S, H, D]`."""
-        query, keys_values = self.scatter(q, k, v)
+    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+        """Attention of this rank's queries over all ranks' keys and values: its own tokens, `[B, S, H, D]`."""
         size = self.ulysses.size
         chunks = [sum(self._lengths[index * size : (index + 1) * size]) for index in range(self.ring.size)]
-        return self.gather(self.attend(query, keys_values, chunks), q.shape[2])
+        # The values were sent first and are here first.
+        values = v.wait()
+        keys_values = (k.wait(), values)
+        return self.gather(self.attend(q.wait(), keys_values, chunks), q.heads)
 
-    def scatter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        """The query `[B, h, S_chunk, D]`, the key and the value of this rank's heads for the tokens of the chunk."""
+    def send(self, x: Tensor) -> Sent:
+        """Start to trade this rank's tokens of all heads, `[B, S, H, D]`, for all tokens of some heads."""
         if self.ulysses.size == 1:
-            return q.transpose(1, 2), (k.transpose(1, 2), v.transpose(1, 2))
-        qkv = self._scatter_heads(q, k, v)
-        return qkv[0], qkv[1:]
+            return Sent(x)
+        batch, length, heads, dim = x.shape
+        head_counts = split_sizes(heads, self.ulysses.size)
+        own_heads = head_counts[self.ulysses.rank]
+        lengths = self._chunk_lengths()
+        # Tokens first: what comes from the ranks of the axis is then one tensor of all their tokens, without a copy.
+        by_token = x.permute(1, 2, 0, 3)
+        outgoing = torch.cat([part.reshape(-1) for part in by_token.split(head_counts, dim=1)])
+        row = batch * dim
+        exchange = self.ulysses.start_all_to_all(
+            outgoing,
+            [length * count * row for count in head_counts],
+            [extent * own_heads * row for extent in lengths],
+        )
+        return Sent(x, exchange, sum(lengths), own_heads)
 
     def attend(self, q: Tensor, keys_values: Tensor | tuple[Tensor, Tensor], chunks: Sequence[int]) -> Tensor:
         """Queries over this chunk's keys and values, and over those of the ring's other chunks, `chunks` long each."""
@@ -76,56 +82,32 @@ class AttentionCore:
         return self.kernel.attend(q, keys_values[0], keys_values[1]) if q.numel() else torch.empty_like(q)
 
     def gather(self, attended: Tensor, heads: int) -> Tensor:
-        """The inverse of `scatter` for what was attended: this rank's tokens of all heads, `[B, S, H, D]`."""
-        return attended.transpose(1, 2) if self.ulysses.size == 1 else self._gather_heads(attended, heads)
+        """The inverse of `send`, for what was attended, `[B, h, S_chunk, D]`: this rank's tokens of all heads."""
+        if self.ulysses.size == 1:
+            return attended.transpose(1, 2)
+        batch, own_heads, _, dim = attended.shape
+        head_counts = split_sizes(heads, self.ulysses.size)
+        lengths = self._chunk_lengths()
+        own_length = lengths[self.ulysses.rank]
+        row = batch * dim
+        exchange = self.ulysses.start_all_to_all(
+            attended.permute(2, 1, 0, 3).reshape(-1),
+            [extent * own_heads * row for extent in lengths],
+            [own_length * count * row for count in head_counts],
+        )
+        parts = exchange.wait().split([own_length * count * row for count in head_counts])
+        return torch.cat(
+            [
+                part.view(own_length, count, batch, dim).permute(2, 0, 1, 3)
+                for part, count in zip(parts, head_counts, strict=True)
+            ],
+            dim=2,
+        )
 
     def _chunk_lengths(self) -> list[int]:
         """The lengths held by the ranks of this Ulysses axis."""
         start = self.ring.rank * self.ulysses.size
         return self._lengths[start : start + self.ulysses.size]
-
-    def _scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """This rank's tokens of all heads, `[B, S, H, D]` each -> all tokens of its heads, `[3, B, h, S_chunk, D]`."""
-        batch, length, heads, dim = q.shape
-        head_counts = split_sizes(heads, self.ulysses.size)
-        own_heads = head_counts[self.ulysses.rank]
-        lengths = self._chunk_lengths()
-        by_head = torch.stack([part.permute(2, 0, 1, 3) for part in (q, k, v)], dim=1)
-        row = 3 * batch * dim
-        received = self.ulysses.all_to_all(
-            by_head.view(heads * length, row),
-            [count * length for count in head_counts],
-            [own_heads * extent for extent in lengths],
-        )
-        parts = received.split([own_heads * extent for extent in lengths])
-        return torch.cat(
-            [
-                part.view(own_heads, 3, batch, extent, dim).permute(1, 2, 0, 3, 4)
-                for part, extent in zip(parts, lengths, strict=True)
-            ],
-            dim=3,
-        )
-
-    def _gather_heads(self, attended: Tensor, heads: int) -> Tensor:
-        """`[B, h, S_chunk, D]` with this rank's heads -> `[B, S, H, D]` with its own tokens and all heads."""
-        batch, own_heads, chunk, dim = attended.shape
-        head_counts = split_sizes(heads, self.ulysses.size)
-        lengths = self._chunk_lengths()
-        own_length = lengths[self.ulysses.rank]
-        by_token = attended.permute(2, 0, 1, 3).contiguous()
-        received = self.ulysses.all_to_all(
-            by_token.view(chunk * own_heads, batch * dim),
-            [extent * own_heads for extent in lengths],
-            [own_length * count for count in head_counts],
-        )
-        parts = received.split([own_length * count for count in head_counts])
-        return torch.cat(
-            [
-                part.view(own_length, batch, count, dim).transpose(0, 1)
-                for part, count in zip(parts, head_counts, strict=True)
-            ],
-            dim=2,
-        )
 
     def _ring_attention(self, q: Tensor, keys_values: Tensor, chunks: Sequence[int]) -> Tensor:
         """Queries `[B, h, S, D]` over the keys and values `[2, B, h, S_chunk, D]` of every ring rank.

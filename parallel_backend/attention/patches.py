@@ -12,6 +12,7 @@ from torch import Tensor
 from ..comm import split_sizes
 from ..families.base import Shard
 from .core import AttentionCore
+from .site import Sent
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,19 @@ class PatchAttention:
     def set_lengths(self, lengths: Sequence[int]) -> None:
         self._core.set_lengths(lengths)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's queries over the newest keys and values of all tokens; all `[B, S, H, D]`."""
+    def send(self, x: Tensor) -> Sent:
+        return self._core.send(x)
+
+    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+        """Attention of this rank's queries over the newest keys and values of all tokens, `[B, S, H, D]`."""
         core, plan = self._core, self._plans[self._condition]
-        query, keys_values = core.scatter(q, k, v)
+        values = v.wait()
+        keys_values = (k.wait(), values)
         ulysses, totals = core.ulysses.size, plan.lengths(range(len(plan.image_sizes)))
         chunks = [sum(totals[ring * ulysses : (ring + 1) * ulysses]) for ring in range(core.ring.size)]
         kept = self._kept_by_site(keys_values[0], chunks[core.ring.rank])
         self._keep(kept, keys_values, plan, totals)
-        return core.gather(core.attend(query, kept, chunks), q.shape[2])
+        return core.gather(core.attend(q.wait(), kept, chunks), q.heads)
 
     def _kept_by_site(self, like: Tensor, length: int) -> Tensor:
         """The `[2, B, h, S_chunk, D]` of the site whose turn it is: every block calls its sites in the same order."""
@@ -113,7 +118,7 @@ class PatchAttention:
             self._kept[place] = like.new_zeros((2, *like.shape[:2], length, like.shape[3]))
         return self._kept[place]
 
-    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor] | Tensor, plan: PatchPlan, totals: list[int]) -> None:
+    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor], plan: PatchPlan, totals: list[int]) -> None:
         """Put the keys and values of the patches at hand, rank after rank of the chunk, where they belong."""
         first = self._core.ring.rank * self._core.ulysses.size
         lengths = plan.lengths(self._patches)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..comm import Axis, new_group
 from ..errors import UserError
+from .site import Sent
 
 
 class YunchangAttention:
@@ -44,14 +45,18 @@ class YunchangAttention:
                 "Choose attention=auto, which takes uneven shares.",
             )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's queries over all ranks' keys and values; all `[B, S, H, D]`."""
-        if q.shape[2] % self._ulysses_degree:
+    def send(self, x: Tensor) -> Sent:
+        """Nothing is sent yet: the library does all of it at once."""
+        return Sent(x)
+
+    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+        """Attention of this rank's queries over all ranks' keys and values, `[B, S, H, D]`."""
+        if q.heads % self._ulysses_degree:
             raise UserError(
-                f"attention=yunchang needs heads that ulysses_degree divides: {q.shape[2]} by {self._ulysses_degree}.",
+                f"attention=yunchang needs heads that ulysses_degree divides: {q.heads} by {self._ulysses_degree}.",
                 "Choose attention=auto, which takes uneven heads.",
             )
-        return self._attention(q.contiguous(), k.contiguous(), v.contiguous())
+        return self._attention(*(sent.wait().transpose(1, 2).contiguous() for sent in (q, k, v)))
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:

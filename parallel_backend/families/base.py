@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..attention.core import Attention
+from ..attention.site import Attention
 from ..sampling.model_sampling import ModelSampling
 
 

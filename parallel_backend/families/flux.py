@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+)
 from torch import Tensor, nn
 
-from ..attention.core import Attention
 from ..attention.rotary import rotate, rotations
+from ..attention.site import Attention
 from ..errors import UserError
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
 from .base import Block, Condition, Family, Shard, TokenState
@@ -19,8 +24,11 @@ from .base import Block, Condition, Family, Shard, TokenState
 DEFAULT_GUIDANCE = 3.5
 
 
-class FluxSite:
-    """The attention processor of one site: projections, norms and rotary embedding here, the rest in `attention`."""
+class JointSite:
+    """The attention processor of a double block: projections, norms and rotary embedding here, the rest in `attention`.
+
+    Values, keys and queries are sent in that order, each while the next is computed.
+    """
 
     def __init__(self, attention: Attention) -> None:
         self.attention = attention
@@ -29,31 +37,52 @@ class FluxSite:
         self,
         attn: FluxAttention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        heads = (-1, attn.head_dim)
-        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads))
-        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, heads))
-        value = attn.to_v(hidden_states).unflatten(-1, heads)
-        text_length = 0
-        if encoder_hidden_states is not None:
-            text_length = encoder_hidden_states.shape[1]
-            text_query = attn.norm_added_q(attn.add_q_proj(encoder_hidden_states).unflatten(-1, heads))
-            text_key = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states).unflatten(-1, heads))
-            text_value = attn.add_v_proj(encoder_hidden_states).unflatten(-1, heads)
-            query = torch.cat((text_query, query), dim=1)
-            key = torch.cat((text_key, key), dim=1)
-            value = torch.cat((text_value, value), dim=1)
-        if image_rotary_emb is not None:
-            query = rotate(query, image_rotary_emb)
-            key = rotate(key, image_rotary_emb)
-        attended = self.attention(query, key, value).flatten(2).to(query.dtype)
-        if encoder_hidden_states is None:
-            return attended
-        text, image = attended[:, :text_length], attended[:, text_length:]
-        return attn.to_out[0](image), attn.to_add_out(text)
+        encoder_hidden_states: Tensor,
+        attention_mask: None,
+        image_rotary_emb: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        text, image, rotary, send = encoder_hidden_states, hidden_states, image_rotary_emb, self.attention.send
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, attn.head_dim))
+
+        value = send(torch.cat((heads(attn.add_v_proj(text)), heads(attn.to_v(image))), dim=1))
+        text_key = attn.norm_added_k(heads(attn.add_k_proj(text)))
+        key = send(rotate(torch.cat((text_key, attn.norm_k(heads(attn.to_k(image)))), dim=1), rotary))
+        text_query = attn.norm_added_q(heads(attn.add_q_proj(text)))
+        query = send(rotate(torch.cat((text_query, attn.norm_q(heads(attn.to_q(image)))), dim=1), rotary))
+        attended = self.attention(query, key, value).flatten(2).to(image.dtype)
+        attended_text, attended_image = attended.split((text.shape[1], image.shape[1]), dim=1)
+        return attn.to_out[0](attended_image), attn.to_add_out(attended_text)
+
+
+class SingleBlock:
+    """A single block with its feed-forward between sending and attending: the exchange goes on behind it."""
+
+    def __init__(self, layer: FluxSingleTransformerBlock) -> None:
+        self.layer = layer
+        self.attention: Attention | None = None
+
+    def __call__(self, state: TokenState) -> TokenState:
+        layer, attend = self.layer, self.attention
+        assert attend is not None
+        attn = layer.attn
+        hidden = torch.cat((state.text, state.image), dim=1)
+        normed, gate = layer.norm(hidden, emb=state.modulation)
+
+        def heads(project: nn.Module) -> Tensor:
+            return project(normed).unflatten(-1, (-1, attn.head_dim))
+
+        value = attend.send(heads(attn.to_v))
+        key = attend.send(rotate(attn.norm_k(heads(attn.to_k)), state.rotary))
+        query = attend.send(rotate(attn.norm_q(heads(attn.to_q)), state.rotary))
+        feed_forward = layer.act_mlp(layer.proj_mlp(normed))
+        attended = attend(query, key, value).flatten(2).to(hidden.dtype)
+        hidden = hidden + gate.unsqueeze(1) * layer.proj_out(torch.cat((attended, feed_forward), dim=2))
+        if hidden.dtype == torch.float16:
+            hidden = hidden.clip(-65504, 65504)
+        text, image = hidden.split((state.text.shape[1], state.image.shape[1]), dim=1)
+        return replace(state, text=text, image=image)
 
 
 class Flux(Family):
@@ -74,12 +103,15 @@ class Flux(Family):
         self.latent_scale = latent_scale
         self.latent_shift = latent_shift
         self.hidden_size = self.transformer.inner_dim
-        self.blocks = [_as_block(layer) for layer in self._layers()]
+        self._single_blocks = [SingleBlock(layer) for layer in self.transformer.single_transformer_blocks]
+        self.blocks = [*map(_double_block, self.transformer.transformer_blocks), *self._single_blocks]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
     def use_attention(self, attention: Attention) -> None:
-        for layer in self._layers():
-            cast(Any, layer.attn).set_processor(FluxSite(attention))
+        for layer in self.transformer.transformer_blocks:
+            cast(Any, layer.attn).set_processor(JointSite(attention))
+        for block in self._single_blocks:
+            block.attention = attention
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
@@ -148,9 +180,6 @@ class Flux(Family):
     def head(self, state: TokenState) -> Tensor:
         return self.transformer.proj_out(self.transformer.norm_out(state.image, state.modulation))
 
-    def _layers(self) -> list[nn.Module]:
-        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
-
     def _compute_rotary(self, text_length: int, grid: tuple[int, int]) -> Tensor:
         """Rotations `[St + S, D / 2]`: text tokens sit at position 0, image tokens at their row and column."""
         rows, columns = grid
@@ -160,7 +189,7 @@ class Flux(Family):
         return rotations(*self.transformer.pos_embed(ids))
 
 
-def _as_block(layer: nn.Module) -> Block:
+def _double_block(layer: nn.Module) -> Block:
     def block(state: TokenState) -> TokenState:
         text, image = layer(
             hidden_states=state.image,
@@ -168,6 +197,6 @@ def _as_block(layer: nn.Module) -> Block:
             temb=state.modulation,
             image_rotary_emb=state.rotary,
         )
-        return TokenState(image=image, text=text, modulation=state.modulation, rotary=state.rotary)
+        return replace(state, image=image, text=text)
 
     return block

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from ..attention.core import Attention
+from ..attention.site import Attention
 from ..comm import Axis, split_sizes
 from ..families.base import Condition, Family, Shard
 

@@ -35,7 +35,8 @@ def attend(world, ulysses, ring, tokens, heads, batch, dtype):
     core.set_lengths(lengths)
     start = sum(lengths[: mesh.sequence.rank])
     shares = [part[:, start : start + lengths[mesh.sequence.rank]] for part in inputs(tokens, heads, batch, dtype)]
-    return core(*shares)
+    value, key, query = (core.send(share) for share in reversed(shares))
+    return core(query, key, value)
 
 
 def inputs(tokens, heads, batch, dtype):

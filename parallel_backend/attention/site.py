@@ -1,0 +1,39 @@
+"""What the attention sites of a model see of attention, whichever ranks it spans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ..comm import Exchange
+
+
+class Sent:
+    """A projection of this rank's tokens, on its way to the ranks that attend with it."""
+
+    def __init__(self, x: Tensor, exchange: Exchange | None = None, length: int = 0, own_heads: int = 0) -> None:
+        """`exchange`: brings `own_heads` heads of `length` tokens, of all ranks of the Ulysses axis."""
+        self.batch, _, self.heads, self.dim = x.shape
+        self._x, self._exchange, self._length, self._own_heads = x, exchange, length, own_heads
+
+    def wait(self) -> Tensor:
+        """`[B, h, S_chunk, D]`: this rank's heads, for all tokens of its Ulysses axis."""
+        if self._exchange is None:
+            return self._x.transpose(1, 2)
+        received = self._exchange.wait().view(self._length, self._own_heads, self.batch, self.dim)
+        return received.permute(2, 1, 0, 3)
+
+
+class Attention(Protocol):
+    """What every attention site of a model calls: `send` with each projection as soon as it is there, then itself.
+
+    The site computes what it can between the two: the exchange goes on behind it.
+    """
+
+    def set_lengths(self, lengths: Sequence[int]) -> None: ...
+
+    def send(self, x: Tensor) -> Sent: ...
+
+    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor: ...
