@@ -1,0 +1,102 @@
+"""Compares layouts and methods with the serial run on the demo model's held-out captions.
+
+    python tools/quality --layout ulysses_degree=2 --layout pipefusion_degree=2,num_patches=4,warmup_steps=1
+    python tools/quality --preset pipefusion --sheet quality.png
+
+Every method samples the same captions from the same noise through real ranks; the serial run is one rank, and is itself
+compared with the stock diffusers pipeline. Prints a Markdown table: PSNR and SSIM (mean over the pictures) against the
+serial pictures, PSNR of the worst picture, and the share of the asked attributes that the demo model's checker finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.layout import Layout
+from ..demo_model.checkpoint import TARGET
+from ..demo_model.evaluate import SEED
+from ..demo_model.scenes import make_scene
+from .methods import PRESETS, name_of, parse_layout
+from .report import Row, sheet, table
+from .sampling import Diffusers, Made, Task, encode, sample, sidecar
+
+SERIAL = Layout()
+LARGEST_ERROR = 1e-4
+"""Of the serial latents, relative to plain diffusers, after all steps."""
+
+
+def main() -> int:
+    options = parse_options()
+    scenes = [make_scene(SEED, index, held_out=True) for index in range(options.prompts)]
+    task = Task(
+        model=options.model.resolve(),
+        captions=tuple(scene.caption() for scene in scenes),
+        size=options.size,
+        steps=options.steps,
+        cfg=options.cfg,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    try:
+        chosen = [layout for name in options.preset for layout in PRESETS[name]]
+        chosen += [parse_layout(text) for text in options.layout]
+        made, error = run(task, [layout for layout in chosen if layout != SERIAL])
+    except UserError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    if error > LARGEST_ERROR:
+        print(f"The serial run differs from plain diffusers by {error:.1e}: nothing can be compared.", file=sys.stderr)
+        return 1
+    serial, *rows = [Row("serial" if layout == SERIAL else name_of(layout), each.pictures) for layout, each in made]
+    print(f"{options.prompts} held-out captions, {task.size} px, {task.steps} steps of Euler, CFG {task.cfg:g}.")
+    print(f"The serial latents equal plain diffusers' to {error:.0e} (relative).\n")
+    print(table(serial, rows, scenes))
+    if options.sheet is not None:
+        sheet(serial, rows, task.captions[: options.sheet_rows]).save(options.sheet)
+    return 0
+
+
+def run(task: Task, layouts: list[Layout]) -> tuple[list[tuple[Layout, Made]], float]:
+    """The serial run and every layout, in order, and the serial run's relative error to plain diffusers.
+
+    One sidecar is started for each number of ranks.
+    """
+    diffusers = Diffusers(task)
+    sigmas = diffusers.sigmas()
+    wanted = [SERIAL, *layouts]
+    made: dict[Layout, Made] = {}
+    conditioning = None
+    for ranks in sorted({layout.ranks for layout in wanted}):
+        with sidecar(ranks) as client:
+            if conditioning is None:
+                conditioning = encode(client, task)
+            for layout in wanted:
+                if layout.ranks == ranks and layout not in made:
+                    print(f"{name_of(layout)} ...", file=sys.stderr, flush=True)
+                    made[layout] = sample(client, layout, task, conditioning, sigmas)
+    print("plain diffusers ...", file=sys.stderr, flush=True)
+    expected = diffusers.latents()
+    error = float((made[SERIAL].latents - expected).norm() / expected.norm())
+    return [(layout, made[layout]) for layout in dict.fromkeys(wanted)], error
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python tools/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--layout", action="append", default=[], metavar="NAME=VALUE,...", help="a layout; may be given several times")
+    add("--preset", action="append", default=[], choices=sorted(PRESETS), help="a list of layouts")
+    add("--prompts", type=int, default=16, help="number of held-out captions (default 16)")
+    add("--size", type=int, default=256, help="side of the pictures in px (default 256)")
+    add("--steps", type=int, default=20)
+    add("--cfg", type=float, default=3.5, help="guidance scale against the empty prompt (default 3.5)")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=8, help="pictures per request (default 8)")
+    add("--model", type=Path, default=TARGET, help="diffusers folder (default: the demo model)")
+    add("--sheet", type=Path, help="write the pictures side by side here (PNG)")
+    add("--sheet-rows", type=int, default=8, help="captions on the sheet (default 8)")
+    return parser.parse_args()

@@ -1,0 +1,147 @@
+"""Pictures of the demo model: through real sidecars of ranks, and by plain diffusers in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from ...launcher.client import Client
+from ...launcher.sidecar import SidecarSpec, ensure_sidecar, stop
+from ...parallel_backend.layout import Layout
+from ...parallel_backend.protocol.messages import Conditioning, Decode, EncodeText, ModelRef, Sample, TextRef, VaeRef
+from ...parallel_backend.sampling.noise import initial_noise
+
+SAMPLER = "euler"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is asked for: one picture per caption, true CFG against the empty prompt, all in fp32.
+
+    Picture number i starts from draw number i of the seed, whatever the batch is.
+    """
+
+    model: Path
+    captions: tuple[str, ...]
+    size: int = 256
+    steps: int = 20
+    cfg: float = 3.5
+    batch: int = 8
+    seed: int = 0
+
+    def batches(self) -> Iterator[slice]:
+        for first in range(0, len(self.captions), self.batch):
+            yield slice(first, min(first + self.batch, len(self.captions)))
+
+
+@dataclass(frozen=True)
+class Made:
+    """Latents `[N, C, h, w]` and pictures `[N, H, W, 3]` in 0..1, both fp32."""
+
+    latents: Tensor
+    pictures: Tensor
+
+
+@contextmanager
+def sidecar(ranks: int) -> Iterator[Client]:
+    """A sidecar of that many ranks for the time of the block."""
+    with TemporaryDirectory(prefix="paralleldit-quality-") as folder:
+        spec = SidecarSpec(ranks=ranks, directory=Path(folder))
+        try:
+            yield ensure_sidecar(spec)
+        finally:
+            stop(spec.slot)
+
+
+def encode(client: Client, task: Task) -> dict[str, Tensor]:
+    """Tokens and pooled vectors of all captions and of the empty prompt, named as a `Sample` wants them."""
+    text = TextRef(path=str(task.model))
+
+    def encoded(prompt: str) -> dict[str, Tensor]:
+        return client.request(EncodeText(id=0, text=text, prompt=prompt))[1]
+
+    captions = [encoded(caption) for caption in task.captions]
+    empty = encoded("")
+    return {
+        **{f"positive.0.{part}": torch.cat([each[part] for each in captions]) for part in empty},
+        **{f"negative.0.{part}": empty[part] for part in empty},
+    }
+
+
+def sample(client: Client, layout: Layout, task: Task, conditioning: dict[str, Tensor], sigmas: Tensor) -> Made:
+    """All pictures of the task by one layout, of as many ranks as the sidecar has. Raises `UserError` if it cannot."""
+    latents, pictures = [], []
+    for part in task.batches():
+        numbers = range(len(task.captions))[part]
+        request = Sample(
+            id=0,
+            model=ModelRef(path=str(task.model), weight_dtype="fp32"),
+            layout=layout,
+            positive=(Conditioning(),),
+            negative=(Conditioning(),),
+            cfg=task.cfg,
+            sampler=SAMPLER,
+            schedule=None,
+            seed=task.seed,
+            batch_index=tuple(numbers),
+        )
+        tensors = {
+            "latent": torch.zeros(latent_shape(task, len(numbers))),
+            "sigmas": sigmas,
+            **{name: tensor[part] if name.startswith("positive") else tensor for name, tensor in conditioning.items()},
+        }
+        latent = client.request(request, tensors)[1]["latent"]
+        vae = VaeRef(path=str(task.model), weight_dtype="fp32")
+        latents.append(latent)
+        pictures.append(client.request(Decode(id=0, vae=vae), {"latent": latent})[1]["image"])
+    return Made(torch.cat(latents), torch.cat(pictures))
+
+
+def latent_shape(task: Task, batch: int) -> tuple[int, int, int, int]:
+    return batch, 16, task.size // 8, task.size // 8
+
+
+class Diffusers:
+    """The stock `FluxPipeline`: the sigmas that it would use, and its latents for the same noise."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.pipeline = FluxPipeline.from_pretrained(task.model, dtype=torch.float32)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def sigmas(self) -> Tensor:
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / self.task.steps, self.task.steps))
+        return scheduler.sigmas.clone()
+
+    @torch.inference_mode()
+    def latents(self) -> Tensor:
+        """`[N, C, h, w]`, unscaled as a `Sample` answers them."""
+        task, pipeline = self.task, self.pipeline
+        made = []
+        for part in task.batches():
+            captions = list(task.captions[part])
+            shape = latent_shape(task, len(captions))
+            noise = initial_noise(shape, torch.float32, task.seed, range(len(task.captions))[part])
+            packed = pipeline(
+                prompt=captions,
+                negative_prompt=[""] * len(captions),
+                true_cfg_scale=task.cfg,
+                num_inference_steps=task.steps,
+                height=task.size,
+                width=task.size,
+                max_sequence_length=pipeline.tokenizer_2.model_max_length,
+                latents=pipeline._pack_latents(noise, *shape),
+                output_type="latent",
+            ).images
+            made.append(pipeline._unpack_latents(packed, task.size, task.size, pipeline.vae_scale_factor))
+        config = pipeline.vae.config
+        return torch.cat(made) / config.scaling_factor + config.shift_factor
