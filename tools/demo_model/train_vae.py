@@ -1,4 +1,8 @@
-"""Train the demo model's VAE: `python -m tools.demo_model.train_vae` (resumes by itself)."""
+"""Train the demo model's VAE: `python -m tools.demo_model.train_vae` (resumes by itself).
+
+`--decoder-only` goes on from the trained VAE with its encoder frozen, so that latents made with it stay valid, and
+counts edges more: at 128 px a small shape is little else. Its state lies apart (`vae-decoder`) until it is taken over.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,16 @@ from .muon import Muon
 from .scenes import draw, edge_map, make_scene
 
 FOLDER = checkpoint.CACHE / "vae"
+DECODER_FOLDER = checkpoint.CACHE / "vae-decoder"
 SEED = 11
 POOL = 1500
+STEPS, DECODER_STEPS = 1800, 3000
 LEARNING_RATE = 2e-3
+DECODER_LEARNING_RATE = 1e-3
 KL_WEIGHT = 1e-3
 BORDER = 2
+EDGE_WEIGHT = 3.0
+"""How much more an error counts beside the sharpest edges of a picture, in decoder training."""
 SAVE_SECONDS = 120
 
 
@@ -60,17 +69,21 @@ def to_pictures(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Batches:
-    """Crops of 64 px first (few of them flat), then whole pictures of 128 and 256 px."""
+    """Crops of 64 px first (few of them flat), then whole pictures of 256 and 128 px.
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    For the decoder alone whole pictures from the start, since its norms see whole pictures in use; two in three 128 px.
+    """
+
+    def __init__(self, steps: int, decoder_only: bool) -> None:
+        self.first_whole = 0 if decoder_only else steps // 2
+        self.cycle = ("small", "large", "small") if decoder_only else ("large", "small")
         self.large = [picture(i, 256) for i in range(POOL)]
         self.small = [picture(i, 128) for i in range(POOL, 3 * POOL)]
 
     def at(self, step: int) -> torch.Tensor:
         rng = np.random.default_rng([SEED, step])
-        if step >= self.steps // 2:
-            pool, count = ((self.large, 3), (self.small, 10))[step % 2]
+        if step >= self.first_whole:
+            pool, count = {"large": (self.large, 3), "small": (self.small, 10)}[self.cycle[step % len(self.cycle)]]
             return to_tensor([pool[i] for i in rng.integers(len(pool), size=count)])
         crops: list[np.ndarray] = []
         while len(crops) < 32:
@@ -102,15 +115,27 @@ def initialise(vae: AutoencoderKL, batch: torch.Tensor) -> None:
     vae.decoder.conv_out.weight.mul_(0.4)
 
 
-def loss_of(output: torch.Tensor, target: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
-    """L1 + MSE + 0.5 gradient L1, the picture's border counted more, and the KL term."""
+def border_weight(target: torch.Tensor) -> torch.Tensor:
+    """`[1, 1, H, W]`: 3 on the picture's border, 1 inside, before scaling to a mean of 1."""
     weight = torch.full_like(target[:1, :1], 3.0)
     weight[..., BORDER:-BORDER, BORDER:-BORDER] = 1.0
-    weight = weight / weight.mean()
+    return weight / weight.mean()
+
+
+def edge_weight(target: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, H, W]`: up to 1 + `EDGE_WEIGHT` within two pixels of an edge, 1 elsewhere."""
+    across = F.pad(target.diff(dim=-1), (0, 1)).abs().amax(dim=1, keepdim=True)
+    down = F.pad(target.diff(dim=-2), (0, 0, 0, 1)).abs().amax(dim=1, keepdim=True)
+    near = F.max_pool2d(torch.maximum(across, down), 5, stride=1, padding=2)
+    return 1 + EDGE_WEIGHT * (near / 0.25).clamp_max(1)
+
+
+def loss_of(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted L1 + MSE, and 0.5 gradient L1."""
     error = output - target
     across, down = error.diff(dim=-1), error.diff(dim=-2)
     flat = (weight * (error.abs() + error.square())).mean()
-    return flat + 0.5 * (across.abs().mean() + down.abs().mean()) + KL_WEIGHT * kl
+    return flat + 0.5 * (across.abs().mean() + down.abs().mean())
 
 
 @torch.no_grad()
@@ -148,47 +173,57 @@ def load_trained(folder: Path = FOLDER) -> AutoencoderKL:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1800)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help=f"default {STEPS}, or {DECODER_STEPS} with --decoder-only")
+    parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
+    decoder_only = options.decoder_only
+    steps = options.steps or (DECODER_STEPS if decoder_only else STEPS)
+    folder, top_rate = (DECODER_FOLDER, DECODER_LEARNING_RATE) if decoder_only else (FOLDER, LEARNING_RATE)
     started = time.monotonic()
-    batches = Batches(options.steps)
+    batches = Batches(steps, decoder_only)
     print(f"pictures drawn in {time.monotonic() - started:.0f} s", flush=True)
 
-    vae = new_vae().to(memory_format=torch.channels_last)
-    kernels = [p for p in vae.parameters() if p.ndim == 4]
-    others = [p for p in vae.parameters() if p.ndim != 4]
-    optimizers = {"muon": Muon(kernels, LEARNING_RATE), "adamw": torch.optim.AdamW(others, LEARNING_RATE)}
+    vae = (load_trained().train() if decoder_only else new_vae()).to(memory_format=torch.channels_last)
+    trained = vae.decoder if decoder_only else vae
+    vae.encoder.requires_grad_(not decoder_only)
+    kernels = [p for p in trained.parameters() if p.ndim == 4]
+    others = [p for p in trained.parameters() if p.ndim != 4]
+    optimizers = {"muon": Muon(kernels, top_rate), "adamw": torch.optim.AdamW(others, top_rate)}
     step, seconds = 0, 0.0
-    resumed = checkpoint.load(FOLDER)
-    if resumed is None:
-        initialise(vae, batches.at(0))
-    else:
+    resumed = checkpoint.load(folder)
+    if resumed is not None:
         parts, meta = resumed
         step, seconds = meta["step"], meta["seconds"]
         vae.load_state_dict(parts["vae"])
         for name, optimizer in optimizers.items():
             checkpoint.load_optimizer(optimizer, parts[name])
+    elif not decoder_only:
+        initialise(vae, batches.at(0))
 
     def save(**more: float) -> None:
         parts = {name: checkpoint.optimizer_tensors(optimizer) for name, optimizer in optimizers.items()}
         spent = seconds + time.monotonic() - started
-        checkpoint.save(FOLDER, {"vae": vae.state_dict(), **parts}, {"step": step, "seconds": spent, **more})
+        checkpoint.save(folder, {"vae": vae.state_dict(), **parts}, {"step": step, "seconds": spent, **more})
         psnr, sheet = judge(vae)
-        Image.fromarray(sheet).save(FOLDER / "sheet.png")
+        Image.fromarray(sheet).save(folder / "sheet.png")
         print(f"step {step} saved, {psnr:.2f} dB at 256 px", flush=True)
 
     started = saved = time.monotonic()
-    while step < options.steps:
-        share = min(1.0, (1 - step / options.steps) / 0.7)
+    while step < steps:
+        share = min(1.0, (1 - step / steps) / 0.7)
         for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
+            optimizer.param_groups[0]["lr"] = top_rate * share
         batch = batches.at(step)
         posterior = vae.encode(batch).latent_dist
-        loss = loss_of(vae.decode(posterior.sample()).sample, batch, posterior.kl().mean() / posterior.mean[0].numel())
+        if decoder_only:
+            loss = loss_of(vae.decode(posterior.sample()).sample, batch, border_weight(batch) * edge_weight(batch))
+        else:
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            loss = loss_of(vae.decode(posterior.sample()).sample, batch, border_weight(batch)) + KL_WEIGHT * kl
         vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
@@ -196,7 +231,7 @@ def main() -> None:
             optimizer.step()
         step += 1
         if step % 20 == 0:
-            print(f"step {step}/{options.steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(f"step {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
         if time.monotonic() - saved > SAVE_SECONDS:
             save()
             saved = time.monotonic()
