@@ -1,4 +1,4 @@
-"""Latents for the adapters' training, made as they are needed: the base model's caches hold neither chalk nor edges."""
+"""Latents for the adapters' training, made as a run starts: the base model's caches hold neither chalk nor edges."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from .train_vae import to_tensor
 
 SIZE = 128
 SEED = 31
+BATCH = 32
 
 
 @dataclass
 class Examples:
-    """Packed latents `[N, S, 64]`, those of the edge maps, and the tokens of the captions."""
+    """Packed latents `[N, S, 64]` and the tokens of the captions."""
 
     clean: torch.Tensor
-    edges: torch.Tensor
     clip_ids: torch.Tensor
     t5_ids: torch.Tensor
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> torch.Tensor:
-    """Normalised and packed latents `[B, S, 64]` of uint8 pictures."""
-    latents = vae.encode(to_tensor(pictures)).latent_dist.mean
+    """Normalised and packed latents `[N, S, 64]` of uint8 pictures."""
+    latents = torch.cat(
+        [vae.encode(to_tensor(pictures[i : i + BATCH])).latent_dist.mean for i in range(0, len(pictures), BATCH)]
+    )
     return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
-def make_examples(model: DemoModel, vae: AutoencoderKL, count: int, style: Style, suffix: str = "") -> Examples:
-    """`count` scenes in a style, each caption followed by `suffix`."""
+def make_examples(model: DemoModel, vae: AutoencoderKL, count: int, style: Style) -> Examples:
+    """The first `count` scenes in a style."""
     scenes = [make_scene(SEED, index) for index in range(count)]
-    clean, edges = [], []
-    for first in range(0, count, 32):
-        batch = scenes[first : first + 32]
-        clean.append(encode(vae, [draw(scene, SIZE, style) for scene in batch]))
-        edges.append(encode(vae, [edge_map(draw(scene, SIZE)) for scene in batch]))
-    ids = model.tokenize([scene.caption() + suffix for scene in scenes])
-    return Examples(torch.cat(clean), torch.cat(edges), *ids)
+    clean = encode(vae, [draw(scene, SIZE, style) for scene in scenes])
+    return Examples(clean, *model.tokenize([scene.caption() for scene in scenes]))
 
 
-def noisy_batch(examples: Examples, step: int, size: int = 24) -> tuple[torch.Tensor, ...]:
+def make_edges(vae: AutoencoderKL, count: int) -> torch.Tensor:
+    """Packed latents `[N, S, 64]` of the edge maps of the same scenes."""
+    return encode(vae, [edge_map(draw(make_scene(SEED, index), SIZE)) for index in range(count)])
+
+
+def noisy_batch(examples: Examples, step: int, size: int) -> tuple[torch.Tensor, ...]:
     """Chosen indices, noise `[B, S, 64]` and noise levels `[B]` of one step."""
     rng = np.random.default_rng([SEED, step])
     chosen = torch.from_numpy(rng.integers(len(examples.clean), size=size))

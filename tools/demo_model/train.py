@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .cache_latents import Latents, load_latents
+from .interruption import Interruption
 from .model import DemoModel, label_loss, pack, shifted
 from .sampling import sample_sheet
 from .train_vae import load_trained
@@ -92,7 +92,7 @@ def size_at(step: int, share: float, large_from: float) -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the steps without large pictures")
+    parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the steps at 128 px only")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--from-export", action="store_true", help="without a checkpoint, start from the export")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -126,20 +126,12 @@ def main() -> None:
     if options.compile:
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
-    stop = False
-
-    def ask_to_stop(*_: object) -> None:
-        nonlocal stop
-        stop = True
-
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
-
+    interruption = Interruption()
     begun = time.monotonic() - seconds
     saved = sheeted = printed = time.monotonic()
     since: dict[int, list[tuple[float, float]]] = {}
     pictures = 0
-    while not stop and step < options.steps:
+    while not interruption and step < options.steps:
         share = step / options.steps
         size = size_at(step, share, options.large_from)
         if size not in feeds:

@@ -1,4 +1,7 @@
-"""Train the edge-map ControlNet: `python -m tools.demo_model.train_controlnet` (resumes by itself)."""
+"""Train the edge-map ControlNet on the newest averaged weights: `python -m tools.demo_model.train_controlnet`.
+
+It resumes by itself; SIGTERM and SIGINT save and end it. `--fresh` forgets an earlier run, as a newer base model wants.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from diffusers import FluxControlNetModel
 from torch.nn import functional as F
 
 from . import checkpoint
-from .adapter_data import SIZE, make_examples, noisy_batch
+from .adapter_data import SIZE, make_edges, make_examples, noisy_batch
 from .export import load_averaged
+from .interruption import Interruption
 from .model import DemoModel, image_ids
 from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "controlnet"
 CONTROLNET_TARGET = checkpoint.TARGET.parent / "controlnet-edges"
 LEARNING_RATE = 5e-4
+BATCH = 24
 SAVE_SECONDS = 240
 
 
@@ -38,15 +43,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="start anew")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = load_averaged()
-    examples = make_examples(model, load_trained(), options.pictures, "picture")
+    vae = load_trained()
+    examples = make_examples(model, vae, options.pictures, "picture")
+    edges = make_edges(vae, options.pictures)
     controlnet = new_controlnet(model)
     optimizer = torch.optim.AdamW(controlnet.parameters(), LEARNING_RATE, weight_decay=0.01)
     step = 0
-    resumed = checkpoint.load(FOLDER)
+    resumed = None if options.fresh else checkpoint.load(FOLDER)
     if resumed is not None:
         parts, meta = resumed
         step = meta["step"]
@@ -57,10 +65,11 @@ def main() -> None:
         parts = {"controlnet": controlnet.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
         checkpoint.save(FOLDER, parts, {"step": step})
 
+    interruption = Interruption()
     saved = time.monotonic()
-    while step < options.steps:
+    while not interruption and step < options.steps:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2 * (1 - step / options.steps))
-        chosen, noise, sigma = noisy_batch(examples, step)
+        chosen, noise, sigma = noisy_batch(examples, step, BATCH)
         clean = examples.clean[chosen]
         text = model.t5(examples.t5_ids[chosen]).last_hidden_state
         given = {
@@ -72,7 +81,7 @@ def main() -> None:
             "txt_ids": torch.zeros(text.shape[1], 3),
             "return_dict": False,
         }
-        double, single = controlnet(controlnet_cond=examples.edges[chosen], **given)
+        double, single = controlnet(controlnet_cond=edges[chosen], **given)
         (velocity,) = model.transformer(
             controlnet_block_samples=double, controlnet_single_block_samples=single, **given
         )
@@ -88,6 +97,9 @@ def main() -> None:
             save()
             saved = time.monotonic()
     save()
+    if step < options.steps:
+        print(f"interrupted at step {step}: saved, not written")
+        return
     controlnet.to(torch.bfloat16).save_pretrained(CONTROLNET_TARGET)
 
 

@@ -1,6 +1,7 @@
-"""Train the chalk style LoRA on the exported weights: `python -m tools.demo_model.train_lora` (resumes by itself).
+"""Train the chalk style LoRA on the newest averaged weights: `python -m tools.demo_model.train_lora`.
 
-Writes it in the diffusers layout and in the single-file layout with one fused QKV per attention.
+It resumes by itself; SIGTERM and SIGINT save and end it. `--fresh` forgets an earlier run, as a newer base model wants.
+At the end it writes the LoRA in the diffusers layout and in the single-file layout with one fused QKV per attention.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from . import checkpoint
 from .adapter_data import SIZE, make_examples, noisy_batch
 from .export import load_averaged
+from .interruption import Interruption
 from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "lora"
@@ -25,6 +27,7 @@ DIFFUSERS_FILE = checkpoint.TARGET.parent / "lora-chalk" / "pytorch_lora_weights
 SINGLE_FILE = checkpoint.TARGET.parent / "lora-chalk" / "chalk.safetensors"
 RANK = 16
 LEARNING_RATE = 1e-3
+BATCH = 24
 SAVE_SECONDS = 180
 TRAINED = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
 FUSED = {"to_q": 0, "to_k": 1, "to_v": 2}
@@ -61,6 +64,16 @@ def diffusers_layout(layers: dict[str, LoraLinear]) -> dict[str, torch.Tensor]:
         tensors[f"transformer.{name}.lora_A.weight"] = layer.down.detach().clone()
         tensors[f"transformer.{name}.lora_B.weight"] = layer.up.detach().clone()
     return tensors
+
+
+def merge(transformer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Add a LoRA in the diffusers layout to the weights of a transformer."""
+    for key, down in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            up = tensors[f"transformer.{name}.lora_B.weight"]
+            weight = transformer.get_parameter(f"{name}.weight")
+            weight.data += (up.float() @ down.float()).to(weight.dtype)
 
 
 def single_file_layout(layers: dict[str, LoraLinear]) -> dict[str, torch.Tensor]:
@@ -105,6 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pictures", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="start anew")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -114,7 +128,7 @@ def main() -> None:
     weights = [weight for layer in layers.values() for weight in (layer.down, layer.up)]
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0)
     step = 0
-    resumed = checkpoint.load(FOLDER)
+    resumed = None if options.fresh else checkpoint.load(FOLDER)
     if resumed is not None:
         parts, meta = resumed
         step = meta["step"]
@@ -132,10 +146,11 @@ def main() -> None:
         }
         checkpoint.save(FOLDER, parts, {"step": step})
 
+    interruption = Interruption()
     saved = time.monotonic()
-    while step < options.steps:
+    while not interruption and step < options.steps:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / options.steps)
-        chosen, noise, sigma = noisy_batch(examples, step)
+        chosen, noise, sigma = noisy_batch(examples, step, BATCH)
         clean = examples.clean[chosen]
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         velocity, _ = model(noisy, sigma, examples.clip_ids[chosen], examples.t5_ids[chosen], SIZE // 16)
@@ -150,6 +165,9 @@ def main() -> None:
             save()
             saved = time.monotonic()
     save()
+    if step < options.steps:
+        print(f"interrupted at step {step}: saved, not written")
+        return
     write(layers)
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout import Layout
 from ..demo_model.checkpoint import TARGET
-from ..demo_model.evaluate import SEED
-from ..demo_model.scenes import make_scene
+from ..demo_model.evaluate import held_out
 from .methods import PRESETS, name_of, parse_layout
 from .report import Row, sheet, table
 from .sampling import Diffusers, Made, Task, encode, sample, sidecar
@@ -30,7 +29,7 @@ LARGEST_ERROR = 1e-4
 
 def main() -> int:
     options = parse_options()
-    scenes = [make_scene(SEED, index, held_out=True) for index in range(options.prompts)]
+    scenes = held_out(options.prompts)
     task = Task(
         model=options.model.resolve(),
         captions=tuple(scene.caption() for scene in scenes),
