@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout import AXES, AttentionKernel, Layout, check_ranks, largest_exact_layout, layouts_of
+from ..parallel_backend.layout import (
+    AXES,
+    AttentionKernel,
+    Layout,
+    Weights,
+    check_ranks,
+    check_weights,
+    largest_exact_layout,
+    layouts_of,
+)
 from . import session
 from .validation import verdict
 
@@ -26,6 +35,8 @@ class LayoutChoice:
     pipefusion_degree: int = 1
     num_patches: int = 0
     warmup_steps: int = 1
+    tensor_degree: int = 1
+    weights: Weights = "whole"
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -39,11 +50,14 @@ class LayoutChoice:
         if best not in candidates:
             candidates = [layout for layout in candidates if guided or layout.cfg_degree == 1] or candidates
             best = max(candidates, key=lambda layout: (-layout.data_degree, layout.cfg_degree, layout.ulysses_degree))
-        settings = ("attention", "num_patches", "warmup_steps")
-        return best.model_copy(update={name: getattr(self, name) for name in settings})
+        settings = ("attention", "num_patches", "warmup_steps", "weights")
+        layout = best.model_copy(update={name: getattr(self, name) for name in settings})
+        check_weights(layout)
+        return layout
 
     def check(self, ranks: int) -> None:
-        self._candidates(ranks)
+        """Raise `UserError` when no layout of `ranks` ranks has the chosen degrees."""
+        check_weights(self._candidates(ranks)[0].model_copy(update={"weights": self.weights}))
 
     def _candidates(self, ranks: int) -> list[Layout]:
         if self.cfg_degree > 2:
@@ -55,7 +69,7 @@ class LayoutChoice:
             check_ranks(Layout(**self.chosen), ranks)
         fitting = [
             layout
-            for layout in layouts_of(ranks, self.pipefusion_degree)
+            for layout in layouts_of(ranks, self.pipefusion_degree, self.tensor_degree)
             if all(getattr(layout, name) == degree for name, degree in self.chosen.items())
         ]
         if not fitting:
@@ -138,6 +152,24 @@ class ParallelDiTLayout:
                         "tooltip": "Exact steps before PipeFusion begins to use what it has from the step before.",
                     },
                 ),
+                "tensor_degree": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": MAX_DEGREE,
+                        "tooltip": "Ranks that each hold and compute a part of every layer (tensor parallel). Divides "
+                        "the model's memory, and needs the fastest links. 1: none.",
+                    },
+                ),
+                "weights": (
+                    list(get_args(Weights)),
+                    {
+                        "default": "whole",
+                        "tooltip": "What a rank keeps of a block between two uses: all of it, a share that is "
+                        "gathered from all ranks ahead of use, or such a share in host memory.",
+                    },
+                ),
             },
         }
 
@@ -152,9 +184,11 @@ class ParallelDiTLayout:
         pipefusion_degree: int = 1,
         num_patches: int = 0,
         warmup_steps: int = 1,
+        tensor_degree: int = 1,
+        weights: Weights = "whole",
     ) -> bool | str:
-        degrees = (ulysses_degree, ring_degree, cfg_degree, data_degree)
-        return verdict(_choose, ranks, *degrees, "auto", pipefusion_degree, num_patches, warmup_steps)
+        degrees = (ranks, ulysses_degree, ring_degree, cfg_degree, data_degree)
+        return verdict(_choose, *degrees, "auto", pipefusion_degree, num_patches, warmup_steps, tensor_degree, weights)
 
     def build(
         self,
@@ -167,31 +201,27 @@ class ParallelDiTLayout:
         pipefusion_degree: int = 1,
         num_patches: int = 0,
         warmup_steps: int = 1,
+        tensor_degree: int = 1,
+        weights: Weights = "whole",
     ) -> tuple[LayoutChoice]:
-        degrees = (ulysses_degree, ring_degree, cfg_degree, data_degree)
-        return (_choose(ranks, *degrees, attention, pipefusion_degree, num_patches, warmup_steps),)
+        degrees = (ranks, ulysses_degree, ring_degree, cfg_degree, data_degree)
+        pipeline = (pipefusion_degree, num_patches, warmup_steps)
+        return (_choose(*degrees, attention, *pipeline, tensor_degree, weights),)
 
 
-def _choose(
-    ranks: int,
-    ulysses: int,
-    ring: int,
-    cfg: int,
-    data: int,
-    attention: AttentionKernel = "auto",
-    pipefusion: int = 1,
-    patches: int = 0,
-    warmup: int = 1,
-) -> LayoutChoice:
-    """The choice, once it is known to fit the ranks that a sidecar would have."""
-    negative = [number for number in (ranks, ulysses, ring, cfg, data, patches) if number < 0]
-    if negative:
-        raise UserError(f"A layout cannot have a number of {negative[0]}.", "Use 0 to have it chosen.")
-    for name, number in (("pipefusion_degree", pipefusion), ("warmup_steps", warmup)):
-        if number < 1:
-            raise UserError(f"{name}={number}, but it is at least 1.", f"Set {name} to 1 or more.")
-    choice = LayoutChoice(ranks, ulysses, ring, cfg, data, attention, pipefusion, patches, warmup)
-    known = session.ranks_for(ranks)
+def _choose(*inputs: Any) -> LayoutChoice:
+    """The choice of these fields, once it is known to fit the ranks that a sidecar would have."""
+    choice = LayoutChoice(*inputs)
+    if choice.weights not in get_args(Weights):
+        raise UserError(f"weights={choice.weights!r} is unknown.", f"Choose one of {', '.join(get_args(Weights))}.")
+    for name, number in vars(choice).items():
+        least = int(name in ("pipefusion_degree", "warmup_steps", "tensor_degree"))
+        if isinstance(number, int) and number < least:
+            raise UserError(
+                f"{name}={number}, but it is at least {least}.",
+                "Use 0 to have it chosen." if least == 0 else f"Set {name} to 1 or more.",
+            )
+    known = session.ranks_for(choice.ranks)
     if known:
         choice.check(known)
     return choice

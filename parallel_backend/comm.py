@@ -45,7 +45,7 @@ class Ledger:
 
 
 class Exchange:
-    """A ring hop or an all-to-all under way: `wait` returns what was received."""
+    """A ring hop or a collective under way: `wait` returns what was received."""
 
     def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work]) -> None:
         self._received = received
@@ -106,6 +106,25 @@ class Axis:
         _all_gather(gathered.flatten(0, 1), padded, group=self.group)
         self._record("all_gather", padded.numel() * padded.element_size() * (self.size - 1), self.size - 1)
         return torch.cat([part[:extent] for part, extent in zip(gathered, sizes, strict=True)]).movedim(0, dim)
+
+    def start_all_gather(self, x: Tensor, gathered: Tensor) -> Exchange:
+        """Put every rank's contiguous `x`, all of one size, one after the other into contiguous `gathered`."""
+        if self.size == 1:
+            return Exchange(gathered.copy_(x, non_blocking=True), x, [])
+        work = _all_gather(gathered, x, group=self.group, async_op=True)
+        self._record("all_gather", x.numel() * x.element_size() * (self.size - 1), self.size - 1)
+        return Exchange(gathered, x, [work])
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's contiguous `x`, in its place, bit for bit the same on every rank.
+
+        Counted as the ring algorithm sends it: every rank passes on N - 1 of N pieces to add up, and N - 1 sums.
+        """
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+            hops = 2 * (self.size - 1)
+            self._record("all_reduce", hops * x.numel() * x.element_size() // self.size, hops)
+        return x
 
     def start_shift(self, x: Tensor, received: Tensor) -> Exchange:
         """Send contiguous `x` to the next rank of the ring and receive the previous rank's into `received`."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .comm import Axis, Ledger
 from .errors import UserError
-from .layout import Layout
+from .layout import Layout, check_weights
 from .mesh import Mesh
 from .models import ModelStore
+from .parts import Part
 from .protocol import messages
-from .stages import Stage
 
 if TYPE_CHECKING:
     from .control import Run
@@ -79,9 +79,9 @@ class Engine:
     def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .sample_request import sample
 
+        check_weights(request.layout)
         mesh = self._mesh(request.layout)
-        stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
-        family = self.models.transformer(request.model, run, stage)
+        family = self.models.transformer(request.model, run, Part.of(request.layout, mesh)).on(mesh)
         mesh.ledger.reset()
         started = time.monotonic()
         latent = sample(request, tensors, family, mesh, run)

@@ -10,10 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import UserError
 
-AXES = ("ulysses", "ring", "pipefusion", "cfg", "data")
+AXES = ("tensor", "ulysses", "ring", "pipefusion", "cfg", "data")
 """Mesh axes from innermost (neighbouring ranks, fastest links) to outermost."""
 
+REPLICAS = ("ulysses", "ring", "cfg", "data")
+"""Axes over which all ranks compute with the same weights."""
+
 AttentionKernel = Literal["auto", "sdpa", "flash2", "flash3", "sage", "yunchang"]
+Weights = Literal["whole", "sharded", "offloaded"]
 
 
 class Layout(BaseModel):
@@ -21,10 +25,14 @@ class Layout(BaseModel):
 
     With PipeFusion (`pipefusion_degree` stages), `num_patches` strips of the picture are under way at once (0 chooses),
     after `warmup_steps` exact steps.
+
+    `weights`: what the ranks that compute with the same blocks keep of them between two uses: "whole" blocks, equal
+    shares of each ("sharded"), or such shares in host memory ("offloaded").
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    tensor_degree: int = Field(default=1, ge=1)
     ulysses_degree: int = Field(default=1, ge=1)
     ring_degree: int = Field(default=1, ge=1)
     pipefusion_degree: int = Field(default=1, ge=1)
@@ -33,6 +41,7 @@ class Layout(BaseModel):
     attention: AttentionKernel = "auto"
     num_patches: int = Field(default=0, ge=0)
     warmup_steps: int = Field(default=1, ge=1)
+    weights: Weights = "whole"
 
     def degree(self, axis: str) -> int:
         return getattr(self, f"{axis}_degree")
@@ -50,9 +59,15 @@ class Layout(BaseModel):
     def sequence_degree(self) -> int:
         return self.ulysses_degree * self.ring_degree
 
+    @property
+    def replicas(self) -> int:
+        """How many ranks compute with the same weights."""
+        return prod(self.degree(axis) for axis in REPLICAS)
+
     def __str__(self) -> str:
         named = [f"{axis}{self.degree(axis)}" for axis in AXES if self.degree(axis) > 1]
-        return " x ".join(named) or "one rank"
+        weights = "" if self.weights == "whole" else f", weights {self.weights}"
+        return (" x ".join(named) or "one rank") + weights
 
 
 def check_ranks(layout: Layout, ranks: int) -> None:
@@ -64,6 +79,19 @@ def check_ranks(layout: Layout, ranks: int) -> None:
     raise UserError(
         f"The layout's degrees {degrees} multiply to {layout.ranks}, but there are {ranks} ranks.",
         f"Make the product {ranks} (for example: {nearest}) or start {layout.ranks} ranks.",
+    )
+
+
+def check_weights(layout: Layout) -> None:
+    """Raise `UserError` when the weights are to be shared, but no two ranks compute with the same."""
+    if layout.weights != "sharded" or layout.replicas > 1:
+        return
+    parts = layout.tensor_degree * layout.pipefusion_degree
+    raise UserError(
+        f"weights=sharded shares each block among the ranks that compute with it, but in a layout of {layout.ranks} "
+        f"ranks with tensor_degree={layout.tensor_degree} and pipefusion_degree={layout.pipefusion_degree} "
+        f"every rank has blocks of its own.",
+        f"Choose weights=whole, weights=offloaded, or {2 * parts} ranks with ulysses_degree=2.",
     )
 
 
@@ -126,14 +154,15 @@ def check_pipefusion(layout: Layout, *, blocks: int, token_rows: int, sampler: s
         )
 
 
-def layouts_of(ranks: int, pipefusion_degree: int = 1) -> list[Layout]:
-    """Every layout of `ranks` ranks with as many stages, those with the most Ulysses parallelism first."""
-    replicas, left_over = divmod(ranks, pipefusion_degree)
+def layouts_of(ranks: int, pipefusion_degree: int = 1, tensor_degree: int = 1) -> list[Layout]:
+    """Every layout of `ranks` ranks with these two degrees, those with the most Ulysses parallelism first."""
+    replicas, left_over = divmod(ranks, pipefusion_degree * tensor_degree)
     found = [
         Layout(
             ulysses_degree=ulysses,
             ring_degree=ring,
             pipefusion_degree=pipefusion_degree,
+            tensor_degree=tensor_degree,
             cfg_degree=cfg,
             data_degree=replicas // (ulysses * ring * cfg),
         )

@@ -5,29 +5,31 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from .comm import Axis, Ledger, new_group
-from .layout import AXES, Layout, check_ranks
+from .layout import AXES, REPLICAS, Layout, check_ranks
 
-_COMBINED = {"sequence": ("ulysses", "ring")}
-"""Axes over several neighbouring mesh axes at once: the ranks that share one picture's tokens."""
+_COMBINED = {"sequence": ("ulysses", "ring"), "replicas": REPLICAS}
+"""Axes over several mesh axes at once: ranks that share one picture's tokens; those that compute with one part."""
 
 
 class Mesh:
     """The axes of a layout over all ranks, as this rank sees them.
 
-    Ranks are numbered with the first of `layout.AXES` changing fastest, so Ulysses peers are neighbours. All ranks
-    build the mesh at the same time. Raises `UserError` when the degrees do not multiply to the number of ranks.
+    Ranks are numbered with the first of `layout.AXES` changing fastest, so tensor-parallel peers are neighbours. All
+    ranks build the mesh at the same time. Raises `UserError` when the degrees do not multiply to the number of ranks.
     """
 
     def __init__(self, layout: Layout) -> None:
         check_ranks(layout, dist.get_world_size())
         self.layout = layout
         self.ledger = Ledger()
-        self.ulysses, self.ring, self.pipefusion, self.cfg, self.data = (self._axis(axis, (axis,)) for axis in AXES)
+        self.tensor, self.ulysses, self.ring, self.pipefusion, self.cfg, self.data = (
+            self._axis(axis, (axis,)) for axis in AXES
+        )
         # Each direction has a communicator of its own: between two stages, sends of one would queue behind receives
         # of the other.
         self.forward = self._axis("stages", ("pipefusion",))
         self.feedback = self._axis("feedback", ("pipefusion",))
-        self.sequence = self._axis("sequence", _COMBINED["sequence"])
+        self.sequence, self.replicas = (self._axis(name, members) for name, members in _COMBINED.items())
 
     def _axis(self, name: str, members: tuple[str, ...]) -> Axis:
         base = rank = dist.get_rank()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +12,16 @@ import psutil
 import torch
 
 from .errors import UserError
+from .parts import WHOLE, Part
 from .protocol.messages import ModelRef, TextRef, VaeRef
-from .stages import Stage, stage_parameters
 
 if TYPE_CHECKING:
     from .control import Run
-    from .families.base import Family
     from .text.encoders import TextEncoders
+    from .transformer import Transformer
     from .vae.load import LoadedVAE
 
 Ref = ModelRef | TextRef | VaeRef
-
-WHOLE = Stage()
 
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,7 +31,7 @@ class Held:
     """One loaded model: the reference that it came from, which part of it, the state of the files when it was read."""
 
     ref: Ref
-    stage: Stage
+    part: Part
     fingerprint: tuple[object, ...]
     model: Any
     bytes: int
@@ -46,23 +44,16 @@ class ModelStore:
         self.device = device
         self._held: dict[str, Held] = {}
 
-    def transformer(self, ref: ModelRef, run: Run, stage: Stage = WHOLE) -> Family:
-        """The model with the blocks of `stage` only.
+    def transformer(self, ref: ModelRef, run: Run, part: Part = WHOLE) -> Transformer:
+        """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
 
-        Raises `UserError` when the file is missing, broken, or of no family that we sample.
-        """
+        def load() -> tuple[Transformer, int]:
+            from .transformer import Transformer
 
-        def load() -> tuple[Family, int]:
-            from .families.registry import BLOCK_LISTS, build_family
-            from .weights.load import load_transformer
+            transformer = Transformer(Path(ref.path), self.device, ref.weight_dtype, part)
+            return transformer, transformer.bytes
 
-            def keep(names: Collection[str]) -> Collection[str]:
-                return stage_parameters(names, BLOCK_LISTS, stage)
-
-            loaded = load_transformer(ref.path, device=self.device, weight_dtype=ref.weight_dtype, keep=keep)
-            return build_family(loaded, Path(ref.path)), loaded.bytes
-
-        return self._get(ref, load, run, stage)
+        return self._get(ref, load, run, part)
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
         """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""
@@ -105,10 +96,10 @@ class ModelStore:
         host = psutil.virtual_memory()
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
-    def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, stage: Stage = WHOLE) -> Any:
+    def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE) -> Any:
         fingerprint = _fingerprint(Path(ref.path))
         held = self._held.get(ref.kind)
-        if held is not None and (held.ref, held.stage, held.fingerprint) == (ref, stage, fingerprint):
+        if held is not None and (held.ref, held.part, held.fingerprint) == (ref, part, fingerprint):
             return held.model
         if held is not None:
             run.log("info", f"{Path(held.ref.path).name} makes room for {Path(ref.path).name}.")
@@ -116,7 +107,7 @@ class ModelStore:
             self._release()
         run.progress("load", 0, 1)
         model, size = load()
-        self._held[ref.kind] = Held(ref, stage, fingerprint, model, size)
+        self._held[ref.kind] = Held(ref, part, fingerprint, model, size)
         run.progress("load", 1, 1)
         return model
 

@@ -31,13 +31,18 @@ class Stage:
         return slice(start, start + sizes[self.index])
 
 
-def stage_parameters(names: Iterable[str], block_lists: Sequence[str], stage: Stage) -> set[str]:
-    """Those of a model's parameter `names` that `stage` needs: its blocks', and all that belong to no block.
+def block_of(name: str, block_lists: Sequence[str]) -> tuple[int, int] | None:
+    """The list and the number of the block that the parameter `name` belongs to; such pairs sort as they compute.
 
     `block_lists`: the module lists that hold the blocks, in the order of computation.
     """
-    block = re.compile(rf"({'|'.join(block_lists)})\.(\d+)\.")
-    owners = {name: (block_lists.index(found[1]), int(found[2])) for name in names if (found := block.match(name))}
+    found = re.match(rf"({'|'.join(block_lists)})\.(\d+)\.", name)
+    return (block_lists.index(found[1]), int(found[2])) if found else None
+
+
+def stage_parameters(names: Iterable[str], block_lists: Sequence[str], stage: Stage) -> set[str]:
+    """Those of a model's parameter `names` that `stage` needs: its blocks', and all that belong to no block."""
+    owners = {name: owner for name in names if (owner := block_of(name, block_lists))}
     order = sorted(set(owners.values()))
     own = set(order[stage.blocks(len(order))])
     return {name for name in names if name not in owners or owners[name] in own}

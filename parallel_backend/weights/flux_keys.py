@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
-from .keymap import FileFamily, Rule, Shapes, count_blocks
+from .keymap import Cut, FileFamily, Rule, Shapes, count_blocks
 
 NORM = {"scale": "weight"}
 
@@ -62,6 +62,15 @@ RULES = (
     Rule("single_blocks.{i}.linear2", ("single_transformer_blocks.{i}.proj_out",)),
     Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),  # shift, scale -> scale, shift
     Rule("final_layer.linear", ("proj_out",)),
+)
+
+CUTS = (
+    Cut(r"attn\.(to_[qkv]|add_[qkv]_proj)", "column", ("heads",)),
+    Cut(r"attn\.(to_out\.0|to_add_out)", "row", ("heads",)),
+    Cut(r"(ff|ff_context)\.net\.0\.proj|proj_mlp", "column"),
+    Cut(r"(ff|ff_context)\.net\.2", "row"),
+    Cut("proj_out", "row", ("heads", "features")),
+    Cut(r"(norm1|norm1_context|norm)\.linear", "gathered"),
 )
 
 LANDMARKS = {
@@ -134,4 +143,4 @@ def rotary_axes(head_dim: int, declared: Any = None) -> tuple[int, int, int]:
     return axes
 
 
-FLUX = FileFamily("flux", "FluxTransformer2DModel", LANDMARKS, RULES, derive_config)
+FLUX = FileFamily("flux", "FluxTransformer2DModel", LANDMARKS, RULES, derive_config, CUTS)

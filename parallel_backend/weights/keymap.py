@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UserError
 
@@ -34,6 +34,21 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How the linear layers of a block are cut whose names within it match the regular expression `layers`.
+
+    "column": a rank computes some of the outputs, and keeps them. "row": a rank takes the inputs that it has, and the
+    outputs of all ranks are added up; the bias is the first rank's. "gathered": as "column", and every rank gets the
+    outputs of all. `spans`: what the cut dim consists of, in order, each cut by itself: "heads" (the attention's inner
+    width, whole heads to a rank) or "features" (an even part of what remains).
+    """
+
+    layers: str
+    style: Literal["column", "row", "gathered"]
+    spans: tuple[Literal["heads", "features"], ...] = ("features",)
+
+
+@dataclass(frozen=True)
 class Piece:
     """Rows `[start, stop)` of the file's tensor `key`; `scale` is the key of its scaled-fp8 factor, if it has one."""
 
@@ -51,7 +66,8 @@ class FileFamily:
     """What loading knows of a family: how to recognise its files, its config from their shapes, its key rules.
 
     `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
-    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class.
+    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the linear
+    layers of its blocks; those in no row are the same on all tensor-parallel ranks.
     """
 
     name: str
@@ -59,6 +75,7 @@ class FileFamily:
     landmarks: Mapping[str, Mapping[str, str]]
     rules: tuple[Rule, ...]
     derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
+    cuts: tuple[Cut, ...]
 
 
 def count_blocks(shapes: Shapes, stem: str) -> int:

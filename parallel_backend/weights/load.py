@@ -1,11 +1,11 @@
-"""Builds a transformer around the weights of a checkpoint."""
+"""Builds a transformer, or a part of one, around the weights of a checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..errors import UserError
-from .cast_linear import CastLinear
+from ..parts import WHOLE, Part
+from ..stages import block_of, stage_parameters
 from .checkpoint import Checkpoint, open_checkpoint
+from .cuts import TensorCuts
 from .detect import Detected, detect
-from .keymap import Piece
+from .reader import FP8, Entry, Reader
+from .shards import BlockShards, load_shards
 
 logger = logging.getLogger(__name__)
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -38,7 +40,8 @@ class LoadedTransformer:
     """A diffusers transformer in eval mode without gradients.
 
     `bytes`: its tensors in memory; `shared_bytes`: those of them that are the file's pages, shared by all ranks of the
-    host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with.
+    host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
+    its linear layers hold; `shards`: its blocks, where they are put together only while they are computed.
     """
 
     module: nn.Module
@@ -50,6 +53,8 @@ class LoadedTransformer:
     compute_dtype: torch.dtype
     bytes: int
     shared_bytes: int
+    cuts: TensorCuts
+    shards: BlockShards | None
 
 
 def load_transformer(
@@ -57,14 +62,16 @@ def load_transformer(
     *,
     device: torch.device | str,
     weight_dtype: str = "auto",
-    keep: Callable[[Collection[str]], Collection[str]] | None = None,
+    part: Part = WHOLE,
+    block_lists: Sequence[str] = (),
 ) -> LoadedTransformer:
-    """Loads the transformer in `path` (see `open_checkpoint`), of its parameters only those in `keep(diffusers names)`.
+    """Loads the transformer in `path` (see `open_checkpoint`), of its parameters only those of `part`.
 
     On the CPU, weights already of the wanted dtype alias the mapped file; others are cast into memory of their own. On
-    a GPU tensors are copied one at a time. Parameters not kept stay on the meta device. `weight_dtype`: "auto" (the
-    file's own), "bf16", "fp16", "fp32" or "fp8_e4m3fn". The module computes in the weights' dtype; with fp8 weights in
-    bf16 on a GPU that has it, else in fp16, and in fp32 on the CPU. Raises UserError if the file cannot serve.
+    a GPU tensors are copied one at a time. Parameters of other parts stay on the meta device. `weight_dtype`: "auto"
+    (the file's own), "bf16", "fp16", "fp32" or "fp8_e4m3fn". The module computes in the weights' dtype; with fp8
+    weights in bf16 on a GPU that has it, else in fp16, and in fp32 on the CPU. `block_lists`: the module lists that
+    hold the blocks, in the order of computation. Raises UserError if the file cannot serve.
     """
     device = torch.device(device)
     checkpoint = open_checkpoint(path)
@@ -77,14 +84,23 @@ def load_transformer(
         raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
     storage = _storage_dtype(checkpoint, found, weight_dtype)
     compute = _compute_dtype(storage, device)
-    reader = _Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", device)
-    shared = 0
-    kept = pieces if keep is None else keep(pieces)
-    for name in kept:
-        shared += reader.assign(module, name, pieces[name])
+    reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", device)
+    cuts = TensorCuts(found.row.cuts, found.config, part.tensor)
+    entries = []
+    for name in sorted(stage_parameters(pieces, block_lists, part.stage)):
+        if cuts.holds(name):
+            entries.append(reader.entry(module, name, pieces[name], cuts.slices(name, expected[name])))
+        else:
+            _drop(module, name)
+    blocks = _by_block(entries, block_lists) if part.shard else []
+    in_blocks = {entry.name for block in blocks for entry in block}
+    shared = sum(_load(entry, module, reader) for entry in entries if entry.name not in in_blocks)
+    shards = load_shards(blocks, module, reader, part.shard, in_host_memory=part.offload) if part.shard else None
     _move_buffers(module, device)
     module.eval().requires_grad_(False)
-    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    size = sum(tensor.nbytes for name, tensor in tensors if not tensor.is_meta and name not in in_blocks)
+    size += shards.bytes if shards else 0
     logger.info(
         "%s (%s, %s layout) from %s: weights %s, computing in %s, %.2f GB, %.2f GB of them shared file pages",
         *(found.class_name, found.family, found.layout, checkpoint.source, storage, compute, size / 1e9, shared / 1e9),
@@ -99,54 +115,35 @@ def load_transformer(
         compute,
         size,
         shared,
+        cuts,
+        shards,
     )
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """`narrow`: with fp8 storage, wider matrices of the file become fp8 too; otherwise they keep their precision."""
-
-    checkpoint: Checkpoint
-    prefix: str
-    storage: torch.dtype
-    compute: torch.dtype
-    narrow: bool
-    device: torch.device
-
-    def assign(self, module: nn.Module, name: str, pieces: list[Piece]) -> int:
-        """Gives `module` its parameter or buffer `name`; returns how many of its bytes are the file's own pages."""
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        scale = self._scale(pieces[0].scale) if pieces[0].scale else None
-        raw = self._raw(pieces).to(self.device)
-        stays_fp8 = self.storage in FP8 and (raw.dtype in FP8 or (self.narrow and scale is None))
-        if stays_fp8 and isinstance(owner, nn.Linear) and leaf == "weight":
-            tensor = raw if raw.dtype in FP8 else _cast(raw, self.storage, name)
-            owner = CastLinear.from_linear(owner, scale)
-            module.set_submodule(path, owner)
-        else:
-            tensor = _cast(raw if scale is None else raw.float() * scale, self.compute, name)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
-        return tensor.nbytes if self.checkpoint.is_mapped(tensor) else 0
-
-    def _raw(self, pieces: list[Piece]) -> torch.Tensor:
-        parts = [self.checkpoint.tensor(self.prefix + piece.key)[piece.start : piece.stop] for piece in pieces]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-
-    def _scale(self, key: str) -> torch.Tensor:
-        scale = self.checkpoint.tensor(self.prefix + key)
-        if scale.numel() != 1 or not math.isfinite(scale.float().item()):
-            raise UserError(
-                f"{self.checkpoint.source}: {key} must be one finite number, is {list(scale.shape)} of {scale.dtype}."
-            )
-        return scale.float().reshape(()).to(self.device, copy=True)
 
 
 def _empty_module(found: Detected) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         return getattr(diffusers, found.class_name)(**found.config)
+
+
+def _by_block(entries: Sequence[Entry], block_lists: Sequence[str]) -> list[list[Entry]]:
+    """The entries of each block, in the order of computation."""
+    blocks: dict[tuple[int, int], list[Entry]] = {}
+    for entry in entries:
+        if place := block_of(entry.name, block_lists):
+            blocks.setdefault(place, []).append(entry)
+    return [blocks[place] for place in sorted(blocks)]
+
+
+def _load(entry: Entry, module: nn.Module, reader: Reader) -> int:
+    """Gives `module` the tensor of `entry`; returns how many of its bytes are the file's own pages."""
+    tensor = reader.read(entry)
+    entry.assign(module, tensor)
+    return tensor.nbytes if reader.checkpoint.is_mapped(tensor) else 0
+
+
+def _drop(module: nn.Module, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, None)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
@@ -181,15 +178,3 @@ def _compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`tensor` itself if it is of `dtype`; raises UserError where the cast would overflow."""
-    limit = torch.finfo(dtype).max
-    if torch.finfo(tensor.dtype).max > limit and tensor.numel():
-        low, high = (value.item() for value in torch.aminmax(tensor))
-        if max(-low, high) > limit:
-            raise UserError(
-                f"{name} holds {max(-low, high):g}, {dtype} ends at {limit:g}.", "Choose a wider weight_dtype."
-            )
-    return tensor.to(dtype)
