@@ -11,11 +11,13 @@ from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.protocol.messages import Conditioning, ModelRef, Sample, Schedule
 from paralleldit.parallel_backend.sample_request import sample
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.parallel_backend.transformer import Transformer
 
 CPU = torch.device("cpu")
 CFG = 3.0
@@ -53,6 +55,28 @@ LAYOUTS = [
     (1, 2, 2, 2),
     (4, 1, 1, 2),
     (1, 1, 2, 4),
+]
+SPREAD = [
+    # Layouts in which no rank holds the whole model
+    Layout(tensor_degree=2),
+    Layout(tensor_degree=3),
+    Layout(tensor_degree=4),
+    Layout(tensor_degree=8),
+    Layout(tensor_degree=2, ulysses_degree=2),
+    Layout(tensor_degree=2, ring_degree=2),
+    Layout(tensor_degree=2, cfg_degree=2),
+    Layout(tensor_degree=3, data_degree=2),
+    Layout(tensor_degree=2, ulysses_degree=2, ring_degree=2),
+    Layout(tensor_degree=2, ulysses_degree=2, cfg_degree=2),
+    Layout(weights="offloaded"),
+    Layout(ulysses_degree=2, weights="sharded"),
+    Layout(ring_degree=3, weights="sharded"),
+    Layout(ulysses_degree=2, ring_degree=2, weights="offloaded"),
+    Layout(cfg_degree=2, data_degree=2, weights="sharded"),
+    Layout(ulysses_degree=4, cfg_degree=2, weights="sharded"),
+    Layout(tensor_degree=2, ulysses_degree=2, weights="sharded"),
+    Layout(tensor_degree=3, cfg_degree=2, weights="sharded"),
+    Layout(tensor_degree=2, ring_degree=2, data_degree=2, weights="offloaded"),
 ]
 SHAPES = [
     # heads, latent height and width, text tokens, batch
@@ -111,9 +135,20 @@ def plain_denoised(model, latent, sigma, condition):
 
 def guided(world, degrees, guidance, shape, dtype):
     """One guided prediction, this rank's part of the batch gathered to the whole."""
-    heads, height, width, text, batch = shape
-    mesh = Mesh(layout_of(degrees))
-    family = Flux(make_model(heads, guidance).to(dtype), dtype, CPU)
+    family = Flux(make_model(shape[0], guidance).to(dtype), dtype, CPU)
+    return guided_by(family, Mesh(layout_of(degrees)), shape)
+
+
+def guided_by_part(world, layout, path, shape, dtype):
+    """Two guided predictions, of which the second finds what the first left behind."""
+    mesh = Mesh(layout)
+    transformer = Transformer(path, CPU, dtype, Part.of(layout, mesh))
+    guided_by(transformer.on(mesh), mesh, shape)
+    return guided_by(transformer.on(mesh), mesh, shape)
+
+
+def guided_by(family, mesh, shape):
+    _, height, width, text, batch = shape
     latent, positive, negative = make_inputs(height, width, text, batch)
     counts = split_sizes(batch, mesh.data.size)
     own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
@@ -171,6 +206,39 @@ def test_layout_in_bf16_stays_within_its_rounding(ranks, degrees):
     (exact,) = ranks.run(1, guided, (1, 1, 1, 1), True, shape, torch.float32)
     rounding = relative_error(alone, exact)
     answer = ranks.run(layout_of(degrees).ranks, guided, degrees, True, shape, torch.bfloat16)[0]
+    assert relative_error(answer, exact) <= 2 * rounding
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """The file of a model with as many heads, which ranks read their parts from."""
+
+    def of(heads):
+        folder = tmp_path_factory.getbasetemp() / f"flux-{heads}-heads"
+        if not folder.exists():
+            make_model(heads, guidance=True).save_pretrained(folder)
+        return folder
+
+    return of
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}heads-{}x{}-text{}-batch{}".format(*shape))
+@pytest.mark.parametrize("layout", SPREAD, ids=str)
+def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout, shape):
+    row = f"{layout.ranks} | {layout}"
+    for answer in ranks.run(layout.ranks, guided_by_part, layout, model_path(shape[0]), shape, "auto"):
+        error = relative_error(answer, expected(True, shape))
+        figures[row] = max(error, figures.get(row, 0.0))
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize("layout", [SPREAD[0], SPREAD[9], SPREAD[-3]], ids=str)
+def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, model_path, layout):
+    shape = SHAPES[0]
+    (alone,) = ranks.run(1, guided, (1, 1, 1, 1), True, shape, torch.bfloat16)
+    (exact,) = ranks.run(1, guided, (1, 1, 1, 1), True, shape, torch.float32)
+    rounding = relative_error(alone, exact)
+    answer = ranks.run(layout.ranks, guided_by_part, layout, model_path(shape[0]), shape, "bf16")[0]
     assert relative_error(answer, exact) <= 2 * rounding
 
 
