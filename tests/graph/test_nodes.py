@@ -117,6 +117,13 @@ AUTO = LayoutChoice()
             True,
             Layout(pipefusion_degree=2, ulysses_degree=2, cfg_degree=2, num_patches=3, warmup_steps=4),
         ),
+        (LayoutChoice(tensor_degree=2), 8, True, Layout(tensor_degree=2, ulysses_degree=2, cfg_degree=2)),
+        (
+            LayoutChoice(tensor_degree=2, weights="sharded"),
+            4,
+            False,
+            Layout(tensor_degree=2, ulysses_degree=2, weights="sharded"),
+        ),
     ],
 )
 def test_degrees_of_zero_are_chosen_to_use_all_ranks(choice, ranks, guided, layout):
@@ -134,6 +141,9 @@ def test_degrees_of_zero_are_chosen_to_use_all_ranks(choice, ranks, guided, layo
         ((4, 0, 0, 0, 0, 3), ("pipefusion_degree=3", "4 ranks")),
         ((4, 2, 1, 1, 1, 4), ("pipefusion_degree=4", "multiply to 8")),
         ((4, 0, 0, 0, 0, 2, 0, 0), ("warmup_steps=0", "at least 1")),
+        ((4, 0, 0, 0, 0, 1, 0, 1, 3), ("tensor_degree=3", "4 ranks")),
+        ((4, 0, 0, 0, 0, 2, 0, 1, 2, "sharded"), ("4 ranks", "tensor_degree=2", "8 ranks")),
+        ((4, 0, 0, 0, 0, 1, 0, 1, 1, "halved"), ("'halved'", "whole, sharded, offloaded")),
     ],
 )
 def test_a_layout_that_cannot_work_is_refused_before_anything_runs(client, degrees, numbers):

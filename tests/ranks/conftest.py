@@ -30,7 +30,8 @@ class RankPool:
     def __init__(self) -> None:
         # One server imports torch once; the ranks are its forks, made before it has any thread.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "diffusers"])
+        diffusers = "diffusers.models.transformers.transformer_flux"
+        context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "accelerate", diffusers])
         port = _free_port()
         self.generation = self.world_size = 0
         self.pipes: list[Connection] = []

@@ -15,7 +15,9 @@ from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.transformer import Transformer
 
 CPU = torch.device("cpu")
 CFG, GUIDANCE = 3.0, 2.5
@@ -234,6 +236,38 @@ def test_run_equals_serial_model_of_old_keys(ranks, degrees, plan, size, sampler
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         assert relative_error(answer, expected) <= 1e-5
+
+
+PARTS = [
+    # layout, steps
+    (Layout(tensor_degree=2, pipefusion_degree=2, num_patches=3, warmup_steps=3), 3),
+    (Layout(tensor_degree=3, pipefusion_degree=2, num_patches=1), 3),
+    (Layout(tensor_degree=2, ulysses_degree=2, pipefusion_degree=2, num_patches=3), 4),
+    (Layout(tensor_degree=2, pipefusion_degree=2, cfg_degree=2, num_patches=4), 4),
+    (Layout(ulysses_degree=2, pipefusion_degree=3, num_patches=1, weights="sharded"), 3),
+    (Layout(ulysses_degree=2, pipefusion_degree=2, num_patches=3, weights="sharded"), 4),
+    (Layout(pipefusion_degree=2, num_patches=2, weights="offloaded"), 4),
+]
+
+
+def sampled_by_part(world, layout, path, steps):
+    request, tensors = request_of(layout, steps, (11, 9), "euler")
+    mesh = Mesh(layout)
+    family = Transformer(path, CPU, part=Part.of(layout, mesh)).on(mesh)
+    return sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
+
+
+@pytest.mark.parametrize(("layout", "steps"), PARTS, ids=str)
+def test_stages_of_parts_equal_whole_stages(ranks, figures, tmp_path, layout, steps):
+    make_family().transformer.save_pretrained(tmp_path)
+    is_exact = layout.num_patches == 1 or layout.warmup_steps >= steps
+    reference = (sampled, Layout()) if is_exact else (sampled_with_stale_model, layout.num_patches, layout.warmup_steps)
+    (expected,) = ranks.run(1, *reference, steps, (11, 9), "euler")
+    for answer in ranks.run(layout.ranks, sampled_by_part, layout, tmp_path, steps):
+        error = relative_error(answer, expected)
+        if is_exact:
+            figures[f"{layout.ranks} | {layout}"] = error
+        assert error <= 1e-5
 
 
 PIPELINES = [

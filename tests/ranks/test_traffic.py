@@ -1,58 +1,102 @@
 """The ledger counts what the theory of each method says that a rank sends in one step."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.families.base import Condition
-from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.parallel_backend.transformer import Transformer
 
-HEADS, HEAD_DIM, LAYERS, BYTES = 8, 16, 5, 4
+HEADS, HEAD_DIM, LAYERS, DOUBLE, BYTES = 8, 16, 5, 2, 4
 TEXT, ROWS, BATCH = 16, 16, 2
 TOKENS = TEXT + (ROWS // 2) ** 2
+AXES = ("tensor", "ulysses", "ring", "replicas", "sequence", "cfg")
 LATENT_BYTES = BATCH * 16 * ROWS * ROWS * BYTES
 
 
-def traffic_of_one_step(world, layout: Layout) -> dict[str, int]:
-    torch.manual_seed(1)
-    transformer = FluxTransformer2DModel(
-        num_layers=2,
-        num_single_layers=LAYERS - 2,
+def make_model() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        num_layers=DOUBLE,
+        num_single_layers=LAYERS - DOUBLE,
         attention_head_dim=HEAD_DIM,
         num_attention_heads=HEADS,
         joint_attention_dim=24,
         pooled_projection_dim=12,
         axes_dims_rope=(4, 6, 6),
-    ).eval()
-    family = Flux(transformer, torch.float32, torch.device("cpu"))
+    )
+
+
+def traffic_of_one_step(world, layout: Layout, path: Path) -> dict[str, int]:
     mesh = Mesh(layout)
+    family = Transformer(path, torch.device("cpu"), part=Part.of(layout, mesh)).on(mesh)
     attention = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
     predict = SequenceParallel(family, mesh.sequence, attention).predict
     condition = Condition(torch.randn(1, TEXT, 24), torch.randn(1, 12))
     guidance = Guidance(predict, DiscreteFlow(1.0, 1.0), mesh.cfg, condition, condition, 2.0)
+    # The first step of all also gathers the first block for itself.
+    guidance.denoised(torch.randn(BATCH, 16, ROWS, ROWS), torch.tensor(0.7))
+    mesh.ledger.reset()
     guidance.denoised(torch.randn(BATCH, 16, ROWS, ROWS), torch.tensor(0.5))
-    return {axis: mesh.ledger.bytes_on(axis) for axis in ("ulysses", "ring", "sequence", "cfg")}
+    return {axis: mesh.ledger.bytes_on(axis) for axis in AXES}
 
 
-@pytest.mark.parametrize(("ulysses", "ring", "cfg"), [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2)])
-def test_bytes_sent_match_theory(ranks, ulysses, ring, cfg):
-    layout = Layout(ulysses_degree=ulysses, ring_degree=ring, cfg_degree=cfg)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model's file, and the bytes of its blocks."""
+    path = tmp_path_factory.mktemp("flux")
+    transformer = make_model()
+    transformer.save_pretrained(path)
+    return path, sum(value.nbytes for name, value in transformer.state_dict().items() if "blocks." in name)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(ulysses_degree=2),
+        Layout(ulysses_degree=4),
+        Layout(ring_degree=2),
+        Layout(ring_degree=4),
+        Layout(ulysses_degree=2, ring_degree=2),
+        Layout(ulysses_degree=2, ring_degree=2, cfg_degree=2),
+        Layout(tensor_degree=2),
+        Layout(tensor_degree=4, cfg_degree=2),
+        Layout(tensor_degree=2, ulysses_degree=2, ring_degree=2),
+        Layout(ulysses_degree=2, weights="sharded"),
+        Layout(tensor_degree=2, ring_degree=2, cfg_degree=2, weights="sharded"),
+    ],
+    ids=str,
+)
+def test_bytes_sent_match_theory(ranks, model, layout):
+    path, block_bytes = model
+    ulysses, ring, tensor, replicas = layout.ulysses_degree, layout.ring_degree, layout.tensor_degree, layout.replicas
+    cfg = layout.cfg_degree
     evaluations = 2 // cfg
-    token_bytes = BATCH * HEADS * HEAD_DIM * BYTES * LAYERS * evaluations
+    token_bytes = BATCH * HEADS * HEAD_DIM * BYTES * evaluations
     sequence = ulysses * ring
     expected = {
         # USP (arXiv 2405.07719): four all-to-alls of this rank's tokens; keys and values of R - 1 other ranks' hops.
-        "ulysses": 4 * (ulysses - 1) / ulysses**2 * TOKENS / ring * token_bytes,
-        "ring": 2 * (ring - 1) * TOKENS / ring / ulysses * token_bytes,
+        "ulysses": 4 * (ulysses - 1) / ulysses**2 * TOKENS / ring * token_bytes * LAYERS / tensor,
+        "ring": 2 * (ring - 1) * TOKENS / ring / ulysses * token_bytes * LAYERS / tensor,
+        # Megatron-LM (arXiv 1909.08053): an all-reduce of this rank's tokens after the attention, and one after the
+        # feed-forward; single blocks have both in one matrix. The modulation of a block is gathered.
+        "tensor": (tensor - 1)
+        / tensor
+        * token_bytes
+        * (2 * TOKENS / sequence * (LAYERS + DOUBLE) + 12 * DOUBLE + 3 * (LAYERS - DOUBLE)),
+        # FSDP: every evaluation gathers every block once.
+        "replicas": (replicas - 1) / replicas * block_bytes / tensor * evaluations * (layout.weights == "sharded"),
         # The predicted latent is put together once an evaluation, and handed over once a step.
         "sequence": (sequence - 1) / sequence * LATENT_BYTES * evaluations,
         "cfg": (cfg - 1) * LATENT_BYTES,
     }
-    for sent in ranks.run(layout.ranks, traffic_of_one_step, layout):
+    for sent in ranks.run(layout.ranks, traffic_of_one_step, layout, path):
         assert sent == pytest.approx(expected, rel=0.05)

@@ -8,6 +8,7 @@ from paralleldit.parallel_backend.layout import (
     Layout,
     check_pipefusion,
     check_ranks,
+    check_weights,
     largest_exact_layout,
     layouts_of,
     patches_of,
@@ -15,14 +16,14 @@ from paralleldit.parallel_backend.layout import (
 from paralleldit.parallel_backend.stages import Stage, stage_parameters
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(("stages", "tensor"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("ranks", [1, 2, 6, 8])
-def test_layouts_of_ranks_fit_them(ranks, stages):
-    found = layouts_of(ranks, stages)
-    assert bool(found) == (ranks % stages == 0)
+def test_layouts_of_ranks_fit_them(ranks, stages, tensor):
+    found = layouts_of(ranks, stages, tensor)
+    assert bool(found) == (ranks % (stages * tensor) == 0)
     for layout in found:
         check_ranks(layout, ranks)
-        assert layout.pipefusion_degree == stages
+        assert (layout.pipefusion_degree, layout.tensor_degree) == (stages, tensor)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -63,6 +64,14 @@ def test_what_pipefusion_cannot_cut_is_refused_with_its_numbers(layout, run, wor
     with pytest.raises(UserError) as refused:
         check_pipefusion(Layout(**layout), **FITTING | run)
     assert all(word in str(refused.value) for word in words)
+
+
+def test_weights_that_no_two_ranks_share_are_not_sharded():
+    check_weights(Layout(tensor_degree=2, ulysses_degree=2, weights="sharded"))
+    check_weights(Layout(tensor_degree=2, weights="offloaded"))
+    with pytest.raises(UserError) as refused:
+        check_weights(Layout(tensor_degree=2, pipefusion_degree=2, weights="sharded"))
+    assert all(word in str(refused.value) for word in ("4 ranks", "tensor_degree=2", "pipefusion_degree=2", "8 ranks"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])

@@ -6,98 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.registry import BLOCK_LISTS
+from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.stages import Stage
 from paralleldit.parallel_backend.weights import fingerprint, open_checkpoint
 from paralleldit.parallel_backend.weights.cast_linear import CastLinear
-from paralleldit.parallel_backend.weights.flux_keys import RULES, rotary_axes
+from paralleldit.parallel_backend.weights.flux_keys import RULES
 from paralleldit.parallel_backend.weights.keymap import ruled_map
 from paralleldit.parallel_backend.weights.load import load_transformer
+from paralleldit.tests.unit.flux_original_layout import HEAD_DIM, HIDDEN, original_layout, tiny_flux
 from safetensors.torch import save_file
 from torch import nn
 
-HIDDEN, HEAD_DIM, FP8 = 64, 32, torch.float8_e4m3fn
+FP8 = torch.float8_e4m3fn
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
-
-# Original name of a module -> the diffusers modules whose rows it holds, in order. Written down apart from the
-# product's table, by reading the two modules side by side.
-TOP = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-}
-DOUBLE = {
-    "img_mod.lin": "norm1.linear",
-    "txt_mod.lin": "norm1_context.linear",
-    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
-    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.net.0.proj",
-    "img_mlp.2": "ff.net.2",
-    "txt_mlp.0": "ff_context.net.0.proj",
-    "txt_mlp.2": "ff_context.net.2",
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-}
-SINGLE = {
-    "modulation.lin": "norm.linear",
-    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
-    "linear2": "proj_out",
-    "norm.query_norm": "attn.norm_q",
-    "norm.key_norm": "attn.norm_k",
-}
-
-
-def tiny_flux(guidance: bool = True, hidden: int = HIDDEN) -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=hidden // HEAD_DIM,
-        joint_attention_dim=24,
-        pooled_projection_dim=40,
-        guidance_embeds=guidance,
-        axes_dims_rope=rotary_axes(HEAD_DIM),
-    )
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15)
-    return model.eval().requires_grad_(False)
-
-
-def original_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights under their original names, fused as in the original model."""
-    sources = {f"{name}.{{}}": [f"{target}.{{}}"] for name, target in TOP.items()}
-    for stem, target_stem, table in (
-        ("double_blocks", "transformer_blocks", DOUBLE),
-        ("single_blocks", "single_transformer_blocks", SINGLE),
-    ):
-        count = len({key.split(".")[1] for key in weights if key.startswith(f"{target_stem}.")})
-        for i in range(count):
-            for name, targets in table.items():
-                sources[f"{stem}.{i}.{name}.{{}}"] = [f"{target_stem}.{i}.{target}.{{}}" for target in targets.split()]
-    original = {}
-    for source, targets in sources.items():
-        for suffix in ("weight", "bias"):
-            parts = [weights[target.format(suffix)] for target in targets if target.format(suffix) in weights]
-            if parts:
-                norm = source.endswith("_norm.{}")
-                original[source.format("scale" if norm else suffix)] = torch.cat(parts)
-    for suffix in ("weight", "bias"):
-        scale, shift = weights[f"norm_out.linear.{suffix}"].chunk(2)
-        original[f"final_layer.adaLN_modulation.1.{suffix}"] = torch.cat([shift, scale])
-    return original
 
 
 def inputs(dtype: torch.dtype, guidance: bool = True) -> dict[str, torch.Tensor]:
@@ -333,14 +257,15 @@ def test_unaligned_tensors_are_read_right(tmp_path: Path) -> None:
     assert torch.equal(forward(loaded.module, torch.float32), forward(plain, torch.float32))
 
 
-def test_keep_loads_only_the_named_blocks(tmp_path: Path) -> None:
+def test_a_stage_loads_only_its_blocks(tmp_path: Path) -> None:
     path = write(Case("original", "fp8"), {k: v.to(FP8) for k, v in tiny_flux().state_dict().items()}, tmp_path)
-    loaded = load_transformer(
-        path, device="cpu", keep=lambda names: [name for name in names if name.startswith("transformer_blocks.1.")]
-    )
+    loaded = load_transformer(path, device="cpu", part=Part(Stage(1, 5)), block_lists=BLOCK_LISTS)
     real = {name for name, parameter in loaded.module.named_parameters() if not parameter.is_meta}
-    assert real == {name for name, _ in loaded.module.named_parameters() if name.startswith("transformer_blocks.1.")}
-    assert loaded.bytes == sum(p.nbytes for p in loaded.module.transformer_blocks[1].parameters())
+    blocks = {name for name in real if name.startswith(BLOCK_LISTS)}
+    assert blocks == {name for name in real if name.startswith("transformer_blocks.1.")}
+    assert len(blocks) == len(list(loaded.module.transformer_blocks[1].parameters()))
+    tensors = (*loaded.module.parameters(), *loaded.module.buffers())
+    assert loaded.bytes == sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
 
 
 def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
