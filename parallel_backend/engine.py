@@ -14,7 +14,7 @@ from .errors import UserError
 from .layout import Layout, check_weights
 from .mesh import Mesh
 from .models import ModelStore
-from .parts import Part
+from .parts import WHOLE, Part
 from .protocol import messages
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Engine:
         started = time.monotonic()
         match request.ref:
             case messages.ModelRef() as ref:
-                self.models.transformer(ref, run)
+                self.models.transformer(ref, run, self._part(request.layout) if request.layout else WHOLE)
             case messages.VaeRef() as ref:
                 self.models.vae(ref, run)
             case messages.TextRef() as ref:
@@ -79,9 +79,8 @@ class Engine:
     def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .sample_request import sample
 
-        check_weights(request.layout)
         mesh = self._mesh(request.layout)
-        family = self.models.transformer(request.model, run, Part.of(request.layout, mesh)).on(mesh)
+        family = self.models.transformer(request.model, run, self._part(request.layout)).on(mesh)
         mesh.ledger.reset()
         started = time.monotonic()
         latent = sample(request, tensors, family, mesh, run)
@@ -115,6 +114,11 @@ class Engine:
         if degrees not in self._meshes:
             self._meshes[degrees] = Mesh(degrees)
         return self._meshes[degrees]
+
+    def _part(self, layout: Layout) -> Part:
+        """What this rank needs of a transformer. Raises `UserError` for a layout that does not fit the ranks."""
+        check_weights(layout)
+        return Part.of(layout, self._mesh(layout))
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:
         """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""

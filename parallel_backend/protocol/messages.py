@@ -78,10 +78,14 @@ class Request(Message):
 
 
 class Load(Request):
-    """Load ahead of use. Reply `data`: {"seconds": …, "models": [what the ranks now hold]}."""
+    """Load ahead of use, of a transformer what each rank needs for runs of `layout`; without it, all.
+
+    Reply `data`: {"seconds": …, "models": [what the ranks now hold]}.
+    """
 
     type: Literal["load"] = "load"
     ref: Annotated[ModelRef | TextRef | VaeRef, Field(discriminator="kind")]
+    layout: Layout | None = None
 
 
 class EncodeText(Request):

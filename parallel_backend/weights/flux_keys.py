@@ -143,4 +143,4 @@ def rotary_axes(head_dim: int, declared: Any = None) -> tuple[int, int, int]:
     return axes
 
 
-FLUX = FileFamily("flux", "FluxTransformer2DModel", LANDMARKS, RULES, derive_config, CUTS)
+FLUX = FileFamily("flux", "FluxTransformer2DModel", LANDMARKS, RULES, derive_config, cuts=CUTS)

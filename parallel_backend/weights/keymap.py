@@ -67,7 +67,7 @@ class FileFamily:
 
     `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
     `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the linear
-    layers of its blocks; those in no row are the same on all tensor-parallel ranks.
+    layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row.
     """
 
     name: str
@@ -75,7 +75,7 @@ class FileFamily:
     landmarks: Mapping[str, Mapping[str, str]]
     rules: tuple[Rule, ...]
     derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[Cut, ...] = ()
 
 
 def count_blocks(shapes: Shapes, stem: str) -> int:

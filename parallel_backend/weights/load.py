@@ -85,6 +85,11 @@ def load_transformer(
     storage = _storage_dtype(checkpoint, found, weight_dtype)
     compute = _compute_dtype(storage, device)
     reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", device)
+    if part.tensor.count > 1 and not found.row.cuts:
+        raise UserError(
+            f"{checkpoint.source}: a {found.family} model cannot be cut over tensor_degree={part.tensor.count} ranks.",
+            "Use tensor_degree=1, and ulysses_degree or weights=sharded instead.",
+        )
     cuts = TensorCuts(found.row.cuts, found.config, part.tensor)
     entries = []
     for name in sorted(stage_parameters(pieces, block_lists, part.stage)):
