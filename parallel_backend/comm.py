@@ -47,13 +47,13 @@ class Ledger:
 class Exchange:
     """A ring hop or a collective under way: `wait` returns what was received."""
 
-    def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work]) -> None:
+    def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work | None]) -> None:
         self._received = received
         self._sent = sent  # kept alive until it is over
         self._works = works
 
     def wait(self) -> Tensor:
-        for work in self._works:
+        for work in filter(None, self._works):
             work.wait()
         return self._received
 

@@ -367,9 +367,9 @@ def test_bytes_sent_match_theory(ranks, layout):
         assert per_step["ulysses"] == pytest.approx(theory, rel=0.05)
 
 
-def engine_sampled(world, layout, folder):
+def engine_sampled(world, layout, folder, engine=None):
     """What an engine samples with the weights of a folder, and how many parameters it holds for that."""
-    engine = Engine(CPU)
+    engine = engine or Engine(CPU)
     request, tensors = request_of(layout, 3, (8, 8), "dpmpp_2m")
     request = request.model_copy(update={"model": messages.ModelRef(path=folder)})
     generator = torch.Generator().manual_seed(6)
@@ -395,6 +395,40 @@ def test_ranks_load_the_weights_of_their_stage(ranks, tmp_path):
     everywhere = whole - sum(blocks)
     # Three blocks: a double one and a single one in the first stage, a single one in the second.
     assert [held - everywhere for _, held in answers] == [sum(blocks[:2]), blocks[2]]
+
+
+FOUR_RANKS = [
+    Layout(ulysses_degree=2, cfg_degree=2, weights="sharded"),
+    Layout(ulysses_degree=2, pipefusion_degree=2, num_patches=1, weights="sharded"),
+    # Some ranks have the same part of the model here as there, others not.
+    Layout(cfg_degree=2, pipefusion_degree=2, num_patches=1, weights="sharded"),
+    Layout(tensor_degree=2, ulysses_degree=2),
+    Layout(tensor_degree=2, cfg_degree=2),
+    Layout(tensor_degree=2, data_degree=2, weights="offloaded"),
+]
+
+
+def engine_sampled_in_turn(world, layouts, folder):
+    """As `engine_sampled`, by one engine after loading ahead for the first layout."""
+    engine = Engine(CPU)
+    load = messages.Load(id=1, ref=messages.ModelRef(path=folder), layout=layouts[0])
+    data, _ = engine.handle(load, {}, run_of(load)[0])
+    answers = [engine_sampled(world, layout, folder, engine) for layout in layouts]
+    assert data["models"][0]["bytes"] == answers[0][1]
+    return answers
+
+
+def test_an_engine_goes_from_one_part_of_a_model_to_another(ranks, tmp_path):
+    from paralleldit.tests.tiny_flux import write_pipeline
+
+    write_pipeline(tmp_path)
+    ((alone, whole),) = ranks.run(1, engine_sampled, Layout(), str(tmp_path))
+    for answers in ranks.run(4, engine_sampled_in_turn, FOUR_RANKS, str(tmp_path)):
+        for latent, _ in answers:
+            assert relative_error(latent, alone) <= 1e-5
+        assert all(
+            held < whole for (_, held), layout in zip(answers, FOUR_RANKS, strict=True) if layout.tensor_degree > 1
+        )
 
 
 def block_bytes(folder) -> list[int]:
