@@ -1,4 +1,7 @@
-"""Write the newest averaged weights as a diffusers folder: `python -m tools.demo_model.export`."""
+"""Write the newest averaged weights as a diffusers folder: `python -m tools.demo_model.export`.
+
+`--vae-only` replaces the VAE in a folder that is there.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,14 @@ def pipeline_of(model: DemoModel) -> FluxPipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--vae-only", action="store_true")
     options = parser.parse_args()
-    pipeline = pipeline_of(load_averaged()).to(dtype=torch.bfloat16)
-    pipeline.save_pretrained(options.target)
+    if options.vae_only:
+        load_trained().to(dtype=torch.bfloat16).save_pretrained(options.target / "vae")
+    else:
+        pipeline_of(load_averaged()).to(dtype=torch.bfloat16).save_pretrained(options.target)
     size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
     print(f"{options.target}: {size / 1e6:.1f} MB")
 

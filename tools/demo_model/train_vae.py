@@ -235,7 +235,10 @@ def main() -> None:
         if time.monotonic() - saved > SAVE_SECONDS:
             save()
             saved = time.monotonic()
-    mean, std = measure_latents(vae)
+    if decoder_only:  # the latents that are cached already were made with this shift and scale
+        mean, std = vae.config.shift_factor, 1 / vae.config.scaling_factor
+    else:
+        mean, std = measure_latents(vae)
     save(mean=mean, std=std)
     print(f"done: latent mean {mean:.4f}, std {std:.4f}")
 
