@@ -124,7 +124,7 @@ def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:
 
 
 def check_latent(latent: Tensor, family: Family) -> None:
-    """Raise `UserError` for a latent that is empty, of another model's channel count, or not finite."""
+    """Raise `UserError` for a latent that is empty, too large, of another model's channel count, or not finite."""
     if latent.ndim != 4 or not latent.numel():
         raise UserError(
             f"The latent has the shape {list(latent.shape)}; a picture's latent is [batch, channels, height, width].",
@@ -134,6 +134,13 @@ def check_latent(latent: Tensor, family: Family) -> None:
         raise UserError(
             f"The latent has {latent.shape[1]} channels; a {family.name} model samples {family.latent_channels}.",
             "Use the VAE (or the empty latent node) that belongs to the model.",
+        )
+    side = -(-max(latent.shape[2:]) // family.patch_size)
+    if family.max_side is not None and side > family.max_side:
+        raise UserError(
+            f"The latent is {latent.shape[3]} wide and {latent.shape[2]} high, which makes {side} rows or columns of "
+            f"tokens; this {family.name} model has positions for {family.max_side}.",
+            f"Make the latent at most {family.max_side * family.patch_size} wide and high.",
         )
     if not torch.isfinite(latent).all():
         raise UserError(

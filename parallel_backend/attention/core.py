@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comm import Axis, split_sizes
 from ..layout import AttentionKernel
 from .kernels import Kernel, select_kernel
-from .site import Attention, Sent
+from .site import Attention, Sent, Tokens, lengths_by_tokens
 from .yunchang import YunchangAttention
 
 
@@ -37,31 +37,31 @@ class AttentionCore:
         self.ulysses = ulysses
         self.ring = ring
         self.kernel = kernel
-        self._lengths: list[int] = []
+        self._lengths: dict[Tokens, list[int]] = {}
 
-    def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens each sequence-parallel rank holds, in the order ring-major, Ulysses-minor."""
-        if len(lengths) != self.ulysses.size * self.ring.size:
-            raise ValueError(f"{len(lengths)} lengths for {self.ulysses.size * self.ring.size} sequence-parallel ranks")
-        self._lengths = list(lengths)
+    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
+        ranks = self.ulysses.size * self.ring.size
+        if (len(text), len(image)) != (ranks, ranks):
+            raise ValueError(f"{len(text)} and {len(image)} lengths for {ranks} sequence-parallel ranks")
+        self._lengths = lengths_by_tokens(text, image)
 
     def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
         """Attention of this rank's queries over all ranks' keys and values: its own tokens, `[B, S, H, D]`."""
-        size = self.ulysses.size
-        chunks = [sum(self._lengths[index * size : (index + 1) * size]) for index in range(self.ring.size)]
+        size, lengths = self.ulysses.size, self._lengths[q.tokens]
+        chunks = [sum(lengths[index * size : (index + 1) * size]) for index in range(self.ring.size)]
         # The values were sent first and are here first.
         values = v.wait()
         keys_values = (k.wait(), values)
-        return self.gather(self.attend(q.wait(), keys_values, chunks), q.heads)
+        return self.gather(self.attend(q.wait(), keys_values, chunks), q)
 
-    def send(self, x: Tensor) -> Sent:
+    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
         """Start to trade this rank's tokens of all heads, `[B, S, H, D]`, for all tokens of some heads."""
         if self.ulysses.size == 1:
-            return Sent(x)
+            return Sent(x, tokens)
         batch, length, heads, dim = x.shape
         head_counts = split_sizes(heads, self.ulysses.size)
         own_heads = head_counts[self.ulysses.rank]
-        lengths = self._chunk_lengths()
+        lengths = self._chunk_lengths(tokens)
         # Tokens first: what comes from the ranks of the axis is then one tensor of all their tokens, without a copy.
         by_token = x.permute(1, 2, 0, 3)
         outgoing = torch.cat([part.reshape(-1) for part in by_token.split(head_counts, dim=1)])
@@ -71,7 +71,7 @@ class AttentionCore:
             [length * count * row for count in head_counts],
             [extent * own_heads * row for extent in lengths],
         )
-        return Sent(x, exchange, sum(lengths), own_heads)
+        return Sent(x, tokens, exchange, sum(lengths), own_heads)
 
     def attend(self, q: Tensor, keys_values: Tensor | tuple[Tensor, Tensor], chunks: Sequence[int]) -> Tensor:
         """Queries over this chunk's keys and values, and over those of the ring's other chunks, `chunks` long each."""
@@ -81,13 +81,13 @@ class AttentionCore:
         # A rank without heads (more Ulysses ranks than heads) has nothing to compute, and kernels crash on empty input.
         return self.kernel.attend(q, keys_values[0], keys_values[1]) if q.numel() else torch.empty_like(q)
 
-    def gather(self, attended: Tensor, heads: int) -> Tensor:
-        """The inverse of `send`, for what was attended, `[B, h, S_chunk, D]`: this rank's tokens of all heads."""
+    def gather(self, attended: Tensor, q: Sent) -> Tensor:
+        """The inverse of `send`, for what `q` attended to, `[B, h, S_chunk, D]`: this rank's tokens of all heads."""
         if self.ulysses.size == 1:
             return attended.transpose(1, 2)
         batch, own_heads, _, dim = attended.shape
-        head_counts = split_sizes(heads, self.ulysses.size)
-        lengths = self._chunk_lengths()
+        head_counts = split_sizes(q.heads, self.ulysses.size)
+        lengths = self._chunk_lengths(q.tokens)
         own_length = lengths[self.ulysses.rank]
         row = batch * dim
         exchange = self.ulysses.start_all_to_all(
@@ -104,10 +104,10 @@ class AttentionCore:
             dim=2,
         )
 
-    def _chunk_lengths(self) -> list[int]:
+    def _chunk_lengths(self, tokens: Tokens) -> list[int]:
         """The lengths held by the ranks of this Ulysses axis."""
         start = self.ring.rank * self.ulysses.size
-        return self._lengths[start : start + self.ulysses.size]
+        return self._lengths[tokens][start : start + self.ulysses.size]
 
     def _ring_attention(self, q: Tensor, keys_values: Tensor, chunks: Sequence[int]) -> Tensor:
         """Queries `[B, h, S, D]` over the keys and values `[2, B, h, S_chunk, D]` of every ring rank.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..comm import split_sizes
 from ..families.base import Shard
 from .core import AttentionCore
-from .site import Sent
+from .site import Sent, Tokens, lengths_by_tokens
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,21 @@ class PatchPlan:
     def image_size(self, rank: int, patches: Sequence[int]) -> int:
         return sum(self.image_sizes[patch][rank] for patch in patches)
 
-    def lengths(self, patches: Sequence[int]) -> list[int]:
-        """How many tokens of `patches` each rank holds."""
-        return [self.text_size(rank, patches) + self.image_size(rank, patches) for rank in range(len(self.text_sizes))]
+    def text_lengths(self, patches: Sequence[int]) -> list[int]:
+        """How many text tokens of `patches` each rank holds."""
+        return [self.text_size(rank, patches) for rank in range(len(self.text_sizes))]
 
-    def offset(self, rank: int, patch: int) -> int:
-        """Where among all tokens of `rank` those of `patch` begin."""
-        return self.lengths(range(patch))[rank]
+    def image_lengths(self, patches: Sequence[int]) -> list[int]:
+        """How many image tokens of `patches` each rank holds."""
+        return [self.image_size(rank, patches) for rank in range(len(self.text_sizes))]
+
+    def lengths(self, patches: Sequence[int], tokens: Tokens = "all") -> list[int]:
+        """How many `tokens` of `patches` each rank holds."""
+        return lengths_by_tokens(self.text_lengths(patches), self.image_lengths(patches))[tokens]
+
+    def offset(self, rank: int, patch: int, tokens: Tokens) -> int:
+        """Where among all `tokens` of `rank` those of `patch` begin."""
+        return self.lengths(range(patch), tokens)[rank]
 
     def shard(self, rank: int, patches: Sequence[int]) -> Shard:
         """The tokens of `patches` that `rank` holds, as places in the whole picture."""
@@ -87,28 +95,29 @@ class PatchAttention:
     def begin(self, condition: int, patches: Sequence[int]) -> None:
         """What comes next through the blocks: the tokens of `patches`, under the condition of that number."""
         self._condition, self._patches, self._site = condition, patches, 0
-        self.set_lengths(self._plans[condition].lengths(patches))
+        plan = self._plans[condition]
+        self.set_lengths(plan.text_lengths(patches), plan.image_lengths(patches))
 
     def forget(self) -> None:
         """Free what is kept."""
         self._kept.clear()
 
-    def set_lengths(self, lengths: Sequence[int]) -> None:
-        self._core.set_lengths(lengths)
+    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
+        self._core.set_lengths(text, image)
 
-    def send(self, x: Tensor) -> Sent:
-        return self._core.send(x)
+    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
+        return self._core.send(x, tokens)
 
     def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
         """Attention of this rank's queries over the newest keys and values of all tokens, `[B, S, H, D]`."""
         core, plan = self._core, self._plans[self._condition]
         values = v.wait()
         keys_values = (k.wait(), values)
-        ulysses, totals = core.ulysses.size, plan.lengths(range(len(plan.image_sizes)))
+        ulysses, totals = core.ulysses.size, plan.lengths(range(len(plan.image_sizes)), q.tokens)
         chunks = [sum(totals[ring * ulysses : (ring + 1) * ulysses]) for ring in range(core.ring.size)]
         kept = self._kept_by_site(keys_values[0], chunks[core.ring.rank])
-        self._keep(kept, keys_values, plan, totals)
-        return core.gather(core.attend(q.wait(), kept, chunks), q.heads)
+        self._keep(kept, keys_values, q.tokens, totals)
+        return core.gather(core.attend(q.wait(), kept, chunks), q)
 
     def _kept_by_site(self, like: Tensor, length: int) -> Tensor:
         """The `[2, B, h, S_chunk, D]` of the site whose turn it is: every block calls its sites in the same order."""
@@ -118,13 +127,14 @@ class PatchAttention:
             self._kept[place] = like.new_zeros((2, *like.shape[:2], length, like.shape[3]))
         return self._kept[place]
 
-    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor], plan: PatchPlan, totals: list[int]) -> None:
+    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor], tokens: Tokens, totals: list[int]) -> None:
         """Put the keys and values of the patches at hand, rank after rank of the chunk, where they belong."""
         first = self._core.ring.rank * self._core.ulysses.size
-        lengths = plan.lengths(self._patches)
+        plan = self._plans[self._condition]
+        lengths = plan.lengths(self._patches, tokens)
         source = target = 0
         for rank in range(first, first + self._core.ulysses.size):
-            start = target + plan.offset(rank, self._patches[0])
+            start = target + plan.offset(rank, self._patches[0], tokens)
             for whole, fresh in zip(kept, keys_values, strict=True):
                 whole[:, :, start : start + lengths[rank]] = fresh[:, :, source : source + lengths[rank]]
             source += lengths[rank]

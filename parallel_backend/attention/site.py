@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from ..comm import Exchange
 
+Tokens = Literal["all", "image"]
+"""What a site attends over: text and image together, or the image alone."""
+
+
+def lengths_by_tokens(text: Sequence[int], image: Sequence[int]) -> dict[Tokens, list[int]]:
+    """How many tokens each rank holds of what a site may attend over."""
+    return {"all": [sum(both) for both in zip(text, image, strict=True)], "image": list(image)}
+
 
 class Sent:
     """A projection of this rank's tokens, on its way to the ranks that attend with it."""
 
-    def __init__(self, x: Tensor, exchange: Exchange | None = None, length: int = 0, own_heads: int = 0) -> None:
+    def __init__(
+        self, x: Tensor, tokens: Tokens, exchange: Exchange | None = None, length: int = 0, own_heads: int = 0
+    ) -> None:
         """`exchange`: brings `own_heads` heads of `length` tokens, of all ranks of the Ulysses axis."""
+        self.tokens: Tokens = tokens
         self.batch, _, self.heads, self.dim = x.shape
         self._x, self._exchange, self._length, self._own_heads = x, exchange, length, own_heads
 
@@ -32,8 +43,12 @@ class Attention(Protocol):
     The site computes what it can between the two: the exchange goes on behind it.
     """
 
-    def set_lengths(self, lengths: Sequence[int]) -> None: ...
+    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
+        """Say how many tokens each sequence-parallel rank holds, in the order ring-major, Ulysses-minor."""
+        ...
 
-    def send(self, x: Tensor) -> Sent: ...
+    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
+        """Start to send this rank's `tokens`, `[B, S, H, D]`: of "all", the text comes first."""
+        ...
 
     def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor: ...

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..comm import Axis, new_group
 from ..errors import UserError
-from .site import Sent
+from .site import Sent, Tokens, lengths_by_tokens
 
 
 class YunchangAttention:
@@ -37,17 +37,20 @@ class YunchangAttention:
         vars(PROCESS_GROUP).update(ULYSSES_PG=_group(ulysses), RING_PG=_group(ring))
         self._attention = LongContextAttention(attn_type=AttnType.FA)
         self._ulysses_degree = ulysses.size
+        self._lengths: dict[Tokens, list[int]] = {}
 
-    def set_lengths(self, lengths: Sequence[int]) -> None:
+    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
+        self._lengths = lengths_by_tokens(text, image)
+
+    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
+        """Nothing is sent yet: the library does all of it at once."""
+        lengths = self._lengths[tokens]
         if len(set(lengths)) > 1:
             raise UserError(
-                f"attention=yunchang needs the same number of tokens on every rank; here they hold {list(lengths)}.",
+                f"attention=yunchang needs the same number of tokens on every rank; here they hold {lengths}.",
                 "Choose attention=auto, which takes uneven shares.",
             )
-
-    def send(self, x: Tensor) -> Sent:
-        """Nothing is sent yet: the library does all of it at once."""
-        return Sent(x)
+        return Sent(x, tokens)
 
     def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
         """Attention of this rank's queries over all ranks' keys and values, `[B, S, H, D]`."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..attention.site import Attention
+from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling
 
 
@@ -34,13 +37,14 @@ class Condition:
 class TokenState:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
-    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`, `rotary` `[St + Si, D / 2]` (attention.rotary).
+    `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`; for the families that turn their queries and keys,
+    `rotary` `[St + Si, D / 2]` (attention.rotary).
     """
 
     image: Tensor
     text: Tensor
     modulation: Tensor
-    rotary: Tensor
+    rotary: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,40 @@ Block = Callable[[TokenState], TokenState]
 
 
 class Family(ABC):
-    """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention."""
+    """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
+
+    `max_side`: the most rows or columns of image tokens that the model has positions for.
+    """
 
     name: str
     latent_channels: int
     patch_size: int
     hidden_size: int
+    latent_scale: float
+    latent_shift: float = 0.0
+    max_side: int | None = None
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        """`dtype`: what the transformer computes in (its weights may be stored in another)."""
+    def __init__(
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        latent_scale: float | None = None,
+        latent_shift: float | None = None,
+    ) -> None:
+        """`dtype`: what the `transformer` computes in (its weights may be stored in another).
+
+        `latent_scale`, `latent_shift`: of the model's own VAE, where they are not the family's.
+        """
+        self.transformer: Any = transformer
         self.dtype = dtype
         self.device = device
         self.blocks: Sequence[Block] = ()
+        if latent_scale is not None:
+            self.latent_scale = latent_scale
+        if latent_shift is not None:
+            self.latent_shift = latent_shift
 
     @abstractmethod
     def use_attention(self, attention: Attention) -> None:
@@ -79,22 +105,6 @@ class Family(ABC):
     @abstractmethod
     def model_sampling(self, shift: float | None) -> ModelSampling:
         """Sigmas and prediction type; `shift` replaces the family's own flow shift."""
-
-    @abstractmethod
-    def process_in(self, latent: Tensor) -> Tensor:
-        """From the VAE's latent to the latent that the transformer was trained on."""
-
-    @abstractmethod
-    def process_out(self, latent: Tensor) -> Tensor:
-        """The inverse of `process_in`."""
-
-    @abstractmethod
-    def tokenize(self, latent: Tensor) -> Tensor:
-        """`[B, C, H, W]` -> `[B, S, C * patch_size**2]`, row by row; H and W need not be multiples of the patch."""
-
-    @abstractmethod
-    def untokenize(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `tokenize`: `[B, S, C * patch_size**2]` -> `[B, C, height, width]`."""
 
     @abstractmethod
     def embed(
@@ -114,3 +124,37 @@ class Family(ABC):
     @abstractmethod
     def head(self, state: TokenState) -> Tensor:
         """The prediction for the image tokens of `state`, `[B, Si, C * patch_size**2]`."""
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        """From the VAE's latent to the latent that the transformer was trained on."""
+        return (latent - self.latent_shift) * self.latent_scale
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        """The inverse of `process_in`."""
+        return latent / self.latent_scale + self.latent_shift
+
+    def tokenize(self, latent: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> `[B, S, C * patch_size**2]`, row by row; H and W need not be multiples of the patch."""
+        patch = self.patch_size
+        height, width = latent.shape[-2:]
+        if height % patch or width % patch:
+            # Wrapping around is what the reference implementations do with a half patch at the border.
+            latent = F.pad(latent, (0, -width % patch, 0, -height % patch), mode="circular")
+        return F.pixel_unshuffle(latent, patch).flatten(2).transpose(1, 2)
+
+    def untokenize(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `tokenize`: `[B, S, C * patch_size**2]` -> `[B, C, height, width]`."""
+        rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
+        latent = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size)
+        return latent[..., :height, :width]
+
+
+def check_widths(condition: Condition, tokens: int, pooled: int, model: str, encoders: str) -> None:
+    """Raise `UserError` unless the conditioning has the widths that a `model` of text `encoders` takes."""
+    found = (condition.tokens.shape[-1], condition.pooled.shape[-1])
+    if found != (tokens, pooled):
+        raise UserError(
+            f"The conditioning has text tokens of width {found[0]} and a pooled vector of {found[1]}; "
+            f"this {model} model takes {tokens} and {pooled}.",
+            f"Encode the prompt with the text encoders that belong to the model ({encoders}).",
+        )

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxSingleTransformerBlock,
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from ..attention.rotary import rotate, rotations
 from ..attention.site import Attention
-from ..errors import UserError
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
-from .base import Block, Condition, Family, Shard, TokenState
+from .base import Block, Condition, Family, Shard, TokenState, check_widths
 
 DEFAULT_GUIDANCE = 3.5
 
@@ -66,7 +64,7 @@ class SingleBlock:
     def __call__(self, state: TokenState) -> TokenState:
         layer, attend = self.layer, self.attention
         assert attend is not None
-        attn = layer.attn
+        attn, rotary = layer.attn, cast(Tensor, state.rotary)
         hidden = torch.cat((state.text, state.image), dim=1)
         normed, gate = layer.norm(hidden, emb=state.modulation)
 
@@ -74,8 +72,8 @@ class SingleBlock:
             return project(normed).unflatten(-1, (-1, attn.head_dim))
 
         value = attend.send(heads(attn.to_v))
-        key = attend.send(rotate(attn.norm_k(heads(attn.to_k)), state.rotary))
-        query = attend.send(rotate(attn.norm_q(heads(attn.to_q)), state.rotary))
+        key = attend.send(rotate(attn.norm_k(heads(attn.to_k)), rotary))
+        query = attend.send(rotate(attn.norm_q(heads(attn.to_q)), rotary))
         feed_forward = layer.act_mlp(layer.proj_mlp(normed))
         attended = attend(query, key, value).flatten(2).to(hidden.dtype)
         hidden = hidden + gate.unsqueeze(1) * layer.proj_out(torch.cat((attended, feed_forward), dim=2))
@@ -89,19 +87,12 @@ class Flux(Family):
     name = "flux"
     latent_channels = 16
     patch_size = 2
+    latent_scale = 0.3611
+    latent_shift = 0.1159
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latent_scale: float = 0.3611,
-        latent_shift: float = 0.1159,
-    ) -> None:
-        super().__init__(dtype, device)
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
+        super().__init__(transformer, dtype, device, **latent)
         self.transformer = cast(FluxTransformer2DModel, transformer)
-        self.latent_scale = latent_scale
-        self.latent_shift = latent_shift
         self.hidden_size = self.transformer.inner_dim
         self._single_blocks = [SingleBlock(layer) for layer in self.transformer.single_transformer_blocks]
         self.blocks = [*map(_double_block, self.transformer.transformer_blocks), *self._single_blocks]
@@ -115,39 +106,14 @@ class Flux(Family):
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
-        found = (condition.tokens.shape[-1], condition.pooled.shape[-1])
-        wanted = (config["joint_attention_dim"], config["pooled_projection_dim"])
-        if found != wanted:
-            raise UserError(
-                f"The conditioning has text tokens of width {found[0]} and a pooled vector of {found[1]}; "
-                f"this Flux model takes {wanted[0]} and {wanted[1]}.",
-                "Encode the prompt with the text encoders that belong to the model (CLIP-L and T5-XXL for Flux.1).",
-            )
+        widths = config["joint_attention_dim"], config["pooled_projection_dim"]
+        check_widths(condition, *widths, "Flux", "CLIP-L and T5-XXL for Flux.1")
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         # Only dev is distilled with guidance and trained with a shifted clock; schnell's runs straight.
         if self.transformer.config["guidance_embeds"]:
             return FluxFlow() if shift is None else FluxFlow(shift=shift)
         return DiscreteFlow(shift=1.0 if shift is None else shift, multiplier=1.0)
-
-    def process_in(self, latent: Tensor) -> Tensor:
-        return (latent - self.latent_shift) * self.latent_scale
-
-    def process_out(self, latent: Tensor) -> Tensor:
-        return latent / self.latent_scale + self.latent_shift
-
-    def tokenize(self, latent: Tensor) -> Tensor:
-        patch = self.patch_size
-        height, width = latent.shape[-2:]
-        if height % patch or width % patch:
-            # Wrapping around is what the reference implementations do with a half patch at the border.
-            latent = F.pad(latent, (0, -width % patch, 0, -height % patch), mode="circular")
-        return F.pixel_unshuffle(latent, patch).flatten(2).transpose(1, 2)
-
-    def untokenize(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
-        latent = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size)
-        return latent[..., :height, :width]
 
     def embed(
         self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]

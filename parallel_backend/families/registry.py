@@ -9,7 +9,7 @@ from ..weights.load import LoadedTransformer
 from .base import Family
 from .flux import Flux
 
-FAMILIES: dict[str, type[Flux]] = {"flux": Flux}
+FAMILIES: dict[str, type[Family]] = {"flux": Flux}
 
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 """The module lists that hold the blocks of every family, in the order of computation."""
@@ -21,7 +21,7 @@ def build_family(loaded: LoadedTransformer, path: Path) -> Family:
     A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
     """
     vae_config = path / "vae" / "config.json"
-    scale = {}
+    scale: dict[str, float] = {}
     if vae_config.is_file():
         config = json.loads(vae_config.read_text())
         scale = {"latent_scale": config["scaling_factor"], "latent_shift": config.get("shift_factor") or 0.0}

@@ -25,10 +25,6 @@ class TokenPlan:
         text_sizes = split_sizes(text_length, ranks)[::-1]
         return cls(tuple(text_sizes), tuple(split_sizes(image_length, ranks)))
 
-    @property
-    def lengths(self) -> list[int]:
-        return [text + image for text, image in zip(self.text_sizes, self.image_sizes, strict=True)]
-
     def shard(self, rank: int) -> Shard:
         return Shard(text=_range(self.text_sizes, rank), image=_range(self.image_sizes, rank))
 
@@ -49,7 +45,7 @@ class SequenceParallel:
         patch = family.patch_size
         grid = (-(-height // patch), -(-width // patch))
         plan = TokenPlan.even(condition.tokens.shape[1], grid[0] * grid[1], self.axis.size)
-        self.attention.set_lengths(plan.lengths)
+        self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
         family.use_attention(self.attention)
         state = family.embed(family.tokenize(latent), timestep, condition, plan.shard(self.axis.rank), grid)
         for block in family.blocks:

@@ -32,7 +32,7 @@ def attend(world, ulysses, ring, tokens, heads, batch, dtype):
     mesh = Mesh(Layout(ulysses_degree=ulysses, ring_degree=ring))
     core = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
     lengths = split_sizes(tokens, ulysses * ring)
-    core.set_lengths(lengths)
+    core.set_lengths([0] * len(lengths), lengths)
     start = sum(lengths[: mesh.sequence.rank])
     shares = [part[:, start : start + lengths[mesh.sequence.rank]] for part in inputs(tokens, heads, batch, dtype)]
     value, key, query = (core.send(share) for share in reversed(shares))
