@@ -135,5 +135,25 @@ def _flux(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-UNET_CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"flux": _flux}
+def _sd3(config: dict[str, Any]) -> dict[str, Any]:
+    head_dim, side = 64, config["pos_embed_max_size"]  # ComfyUI counts the width in heads
+    text = {"in_features": config["joint_attention_dim"], "out_features": config["caption_projection_dim"]}
+    return {
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "patch_size": config["patch_size"],
+        "depth": config["num_attention_heads"] * config["attention_head_dim"] // head_dim,
+        "num_blocks": config["num_layers"],
+        "input_size": None,
+        "adm_in_channels": config["pooled_projection_dim"],
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": text},
+        "num_patches": side**2,
+        "pos_embed_max_size": side,
+        "pos_embed_scaling_factor": None,
+        "qk_norm": "rms" if config["qk_norm"] else None,
+        "x_block_self_attn_layers": list(config["dual_attention_layers"]),
+    }
+
+
+UNET_CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"flux": _flux, "sd3": _sd3}
 """Per family: what ComfyUI's detection would say of a model with this diffusers config."""

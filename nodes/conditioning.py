@@ -55,7 +55,7 @@ def travelling(side: str, conditioning: list[Any]) -> tuple[tuple[Conditioning, 
     if entry.get("pooled_output") is None:
         raise UserError(
             f"The {side} conditioning has no pooled output, which this model needs.",
-            "Use the text encoders that belong to the model (Flux: CLIP-L and T5).",
+            "Use the text encoders that belong to the model (Flux: CLIP-L and T5; SD3: CLIP-L, CLIP-G and T5).",
         )
     tensors = {f"{side}.0.tokens": tokens, f"{side}.0.pooled": entry["pooled_output"]}
     return (Conditioning(guidance=entry.get("guidance", DEFAULT_GUIDANCE)),), tensors

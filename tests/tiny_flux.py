@@ -29,26 +29,11 @@ PARTS = {
 def write_pipeline(folder: Path, *, guidance_embeds: bool = False) -> Path:
     """A diffusers folder for `ParallelDiTLoader`, `ParallelDiTTextEncode` and `ParallelDiTVAELoader`."""
     torch.manual_seed(0)
-    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
     clip.save_pretrained(folder / "tokenizer")
     t5.save_pretrained(folder / "tokenizer_2")
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip),
-            hidden_size=CLIP_WIDTH,
-            projection_dim=CLIP_WIDTH,
-            intermediate_size=2 * CLIP_WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-            bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id,
-            pad_token_id=clip.pad_token_id,
-        )
-    ).save_pretrained(folder / "text_encoder")
-    T5EncoderModel(
-        T5Config(vocab_size=len(t5), d_model=T5_WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
-    ).save_pretrained(folder / "text_encoder_2")
+    CLIPTextModel(clip_config(len(clip))).save_pretrained(folder / "text_encoder")
+    T5EncoderModel(t5_config(len(t5))).save_pretrained(folder / "text_encoder_2")
     FluxTransformer2DModel(
         in_channels=64,
         num_layers=1,
@@ -60,6 +45,14 @@ def write_pipeline(folder: Path, *, guidance_embeds: bool = False) -> Path:
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(8, 12, 12),
     ).save_pretrained(folder / "transformer")
+    write_vae(folder, scaling_factor=0.3611, shift_factor=0.1159)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", **PARTS}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def write_vae(folder: Path, **scale: float) -> None:
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -67,25 +60,40 @@ def write_pipeline(folder: Path, *, guidance_embeds: bool = False) -> Path:
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=8,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        **scale,
     ).save_pretrained(folder / "vae")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", **PARTS}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    return folder
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_config(tokens: int) -> CLIPTextConfig:
+    """Of a text encoder for the `tokens` of `clip_tokenizer`: its special ones are the last two."""
+    return CLIPTextConfig(
+        vocab_size=tokens,
+        hidden_size=CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        pad_token_id=tokens - 1,
+    )
+
+
+def t5_config(tokens: int, width: int = T5_WIDTH) -> T5Config:
+    return T5Config(vocab_size=tokens, d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
     letters = sorted(ByteLevel.alphabet())
     pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=LENGTH)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     letters = string.ascii_letters + string.digits + string.punctuation
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0), *((letter, -10.0) for letter in letters)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH)

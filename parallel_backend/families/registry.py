@@ -8,8 +8,9 @@ from pathlib import Path
 from ..weights.load import LoadedTransformer
 from .base import Family
 from .flux import Flux
+from .sd3 import SD3
 
-FAMILIES: dict[str, type[Family]] = {"flux": Flux}
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Flux, SD3)}
 
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 """The module lists that hold the blocks of every family, in the order of computation."""

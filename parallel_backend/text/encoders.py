@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -86,6 +88,20 @@ def _encode_flux(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_
     )
 
 
+def _encode_sd3(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+    *clips, t5 = parts
+    encoded = [
+        clip.encoder(clip.ids(prompt, clips[0].tokenizer.model_max_length), output_hidden_states=True) for clip in clips
+    ]
+    of_clips = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)
+    of_t5 = t5.encoder(t5.ids(prompt_2, max_length)).last_hidden_state
+    return TextConditioning(
+        # The tokens of CLIP, side by side and filled up with zeros to the width of T5's, go before them.
+        tokens=torch.cat([F.pad(of_clips, (0, of_t5.shape[-1] - of_clips.shape[-1])), of_t5], dim=1),
+        pooled=torch.cat([each.text_embeds for each in encoded], dim=-1),
+    )
+
+
 FAMILIES = (
     TextFamily(
         pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
@@ -96,6 +112,17 @@ FAMILIES = (
         main_part=1,
         default_length=512,
         encode=_encode_flux,
+    ),
+    TextFamily(
+        pipelines=("StableDiffusion3Pipeline",),
+        parts=(
+            Part("text_encoder", "tokenizer", "clip_text_model", CLIPTextModelWithProjection, CLIPTokenizer),
+            Part("text_encoder_2", "tokenizer_2", "clip_text_model", CLIPTextModelWithProjection, CLIPTokenizer),
+            Part("text_encoder_3", "tokenizer_3", "t5", T5EncoderModel, T5Tokenizer),
+        ),
+        main_part=2,
+        default_length=256,
+        encode=_encode_sd3,
     ),
 )
 

@@ -9,8 +9,9 @@ from ..errors import UserError
 from .checkpoint import Checkpoint
 from .flux_keys import FLUX
 from .keymap import FileFamily, Piece, Shapes, identity_map, ruled_map
+from .sd3_keys import SD3
 
-FAMILIES: tuple[FileFamily, ...] = (FLUX,)
+FAMILIES: tuple[FileFamily, ...] = (FLUX, SD3)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 

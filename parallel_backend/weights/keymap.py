@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 
-BLOCK_INDEX = re.compile(r"(\w+)\.(\d+)\.")
+BLOCK_INDEX = re.compile(r"(\w+)\.(\d{1,9})\.")
 SUFFIXES = {"weight": "weight", "bias": "bias"}
 SCALES = ("scale_weight", "scale_input")  # scaled fp8: factor of a matrix; of its input (for fp8 matrix units only)
 SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
@@ -21,8 +21,9 @@ SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
 
 @dataclass(frozen=True)
 class Rule:
-    """The modules `targets` hold the rows of the module `source`, in order; `{i}` stands for a block's number.
+    """The modules `targets` hold the rows of the module `source`, in order; the target "" is the model itself.
 
+    `{i}` stands for a block's number, `{last}` for the last block's: a rule with it comes before those with `{i}`.
     `swap_halves`: the target holds the second half of the source's rows first. `suffixes`: parameter names, source
     to target.
     """
@@ -100,20 +101,30 @@ def ruled_map(rules: Iterable[Rule], shapes: Shapes, expected: Shapes) -> dict[s
     `shapes`: the file's keys (without prefix) and shapes. Raises UserError if a key is missing, left over or of the
     wrong shape.
     """
-    by_source = {f"{rule.source}.{suffix}": rule for rule in rules for suffix in rule.suffixes}
+    by_source = {
+        _joined(rule.source, suffix): (rule.swap_halves, [_joined(target, name) for target in rule.targets])
+        for rule in rules
+        for suffix, name in rule.suffixes.items()
+    }
+    last: dict[str, int] = {}
+    for block in filter(None, map(BLOCK_INDEX.match, shapes)):
+        last[block[1]] = max(int(block[2]), last.get(block[1], 0))
     routes = []
     for key in _weights(shapes):
-        block = BLOCK_INDEX.match(key)
-        pattern = BLOCK_INDEX.sub(r"\1.{i}.", key, count=1) if block else key
-        rule = by_source.get(pattern)
-        if rule is None:
-            routes.append((key, (key,), False))
-            continue
-        suffix = rule.suffixes[key.rsplit(".", 1)[1]]
-        number = block.group(2) if block else ""
-        targets = tuple(f"{target.replace('{i}', number)}.{suffix}" for target in rule.targets)
-        routes.append((key, targets, rule.swap_halves))
+        # The number may be one of a plain sequence of layers, not a block's.
+        block, number, patterns = BLOCK_INDEX.match(key), "", [key]
+        if block:
+            stem, number = block.groups()
+            places = ("{last}", "{i}") if int(number) == last[stem] else ("{i}",)
+            patterns += [f"{stem}.{place}.{key[block.end() :]}" for place in places]
+        swap_halves, targets = next((by_source[each] for each in patterns if each in by_source), (False, [key]))
+        names = tuple(target.replace("{i}", number).replace("{last}", number) for target in targets)
+        routes.append((key, names, swap_halves))
     return _checked(routes, shapes, expected)
+
+
+def _joined(module: str, name: str) -> str:
+    return ".".join(part for part in (module, name) if part)
 
 
 def _weights(shapes: Shapes) -> list[str]:

@@ -126,8 +126,14 @@ def load_transformer(
 
 
 def _empty_module(found: Detected) -> nn.Module:
+    """All of it on the meta device, but for the buffers that no file holds: the constructor computes these."""
+    build = getattr(diffusers, found.class_name)
+    with torch.device("meta"):
+        module = build(**found.config)
+    if all(name in module.state_dict() for name, _ in module.named_buffers()):
+        return module
     with init_empty_weights(include_buffers=False):
-        return getattr(diffusers, found.class_name)(**found.config)
+        return build(**found.config)
 
 
 def _by_block(entries: Sequence[Entry], block_lists: Sequence[str]) -> list[list[Entry]]:
@@ -155,7 +161,8 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
     """Buffers that no file holds (rotary tables) were computed on the CPU by the constructors."""
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
+            if not buffer.is_meta:
+                setattr(owner, name, buffer.to(device))
 
 
 def _storage_dtype(checkpoint: Checkpoint, found: Detected, weight_dtype: str) -> torch.dtype:

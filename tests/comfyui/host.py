@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,19 @@ class Host:
         return aiohttp.ClientSession(f"http://127.0.0.1:{self.port}")
 
 
-def prepare(base: Path, pipelines: dict[str, Path]) -> None:
-    """The folders of a ComfyUI with the pack and the tests' own node installed, and `pipelines` in models/diffusers."""
+def prepare(base: Path, pipelines: dict[str, Path], files: Iterable[Path] = ()) -> None:
+    """The folders of a ComfyUI with the pack and the tests' own node installed.
+
+    `pipelines` go to models/diffusers, `files` to models/diffusion_models.
+    """
     (base / "custom_nodes").mkdir(parents=True)
     (base / "custom_nodes" / PACK_NAME).symlink_to(PACK)
     (base / "custom_nodes" / NATIVE.name).symlink_to(NATIVE)
     for name, folder in pipelines.items():
         shutil.copytree(folder, base / "models" / "diffusers" / name)
+    for file in files:
+        (base / "models" / "diffusion_models").mkdir(exist_ok=True)
+        shutil.copy(file, base / "models" / "diffusion_models")
 
 
 def _free_port() -> int:

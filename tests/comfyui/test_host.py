@@ -31,6 +31,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
+    from paralleldit.tests import tiny_sd3
     from paralleldit.tests.comfyui.host import prepare
     from paralleldit.tests.tiny_flux import write_pipeline
 
@@ -38,7 +39,10 @@ def base(tmp_path_factory) -> Path:
     pipelines = tmp_path_factory.mktemp("pipelines")
     tiny = write_pipeline(pipelines / "tiny")
     guided = write_pipeline(pipelines / "guided", guidance_embeds=True)
-    prepare(folder / "base", {"tiny": tiny, "guided": guided})
+    sd3 = tiny_sd3.tiny_transformer(heads=2, layers=2, dual=(0,), qk_norm="rms_norm", side=16)
+    piped_sd3 = tiny_sd3.write_pipeline(pipelines / "sd3", sd3)
+    files = [tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3)]
+    prepare(folder / "base", {"tiny": tiny, "guided": guided, "sd3": piped_sd3}, files)
     return folder / "base"
 
 
@@ -86,7 +90,8 @@ def test_the_nodes_are_there_with_help(host):
     names = [name for name in listed if name.startswith("ParallelDiT")]
     assert len(names) == 8
     assert all(listed[name]["category"] == "ParallelDiT" for name in names)
-    assert listed["ParallelDiTLoader"]["input"]["required"]["model"][0][:2] == ["diffusers/guided", NAME]
+    models = listed["ParallelDiTLoader"]["input"]["required"]["model"][0]
+    assert {"diffusers/guided", NAME, "sd3.safetensors"} <= set(models)
     for name in names:
         help_page = host.get(f"/extensions/ComfyUI-ParallelDiT/docs/{name}.md").decode()
         assert help_page.startswith(f"# {listed[name]['display_name']}")
@@ -142,9 +147,13 @@ def test_without_comfyui_the_same_workflow_makes_the_same_picture(host, demo, ba
 
 @dataclass(frozen=True)
 class Case:
-    """One run of ComfyUI and of the ranks; `nodes` are added to the graph, `links` set inputs of the sampler."""
+    """One run of ComfyUI and of the ranks; `nodes` are added to the graph, `links` set inputs of the sampler.
+
+    `file`: the transformer, in a file that ComfyUI loads by itself, instead of the pipeline's.
+    """
 
     pipeline: str = "tiny"
+    file: str = ""
     sampler: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     nodes: dict[str, Any] = field(default_factory=dict)
@@ -164,16 +173,20 @@ SHIFTED = {
     }
 }
 ODD = {"20": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 80, "height": 112, "batch_size": 1}}}
+SD3_SHIFTED = {"20": {"class_type": "ModelSamplingSD3", "inputs": {"shift": 1.7}}}
 CASES = {
     "flow": Case(),
-    "guided": Case("guided", {"cfg": 1.0, "sampler_name": "dpmpp_2m"}, batch=2),
-    "guided with cfg": Case("guided", {"cfg": 2.0, "sampler_name": "uni_pc", "scheduler": "beta"}),
+    "guided": Case("guided", sampler={"cfg": 1.0, "sampler_name": "dpmpp_2m"}, batch=2),
+    "guided with cfg": Case("guided", sampler={"cfg": 2.0, "sampler_name": "uni_pc", "scheduler": "beta"}),
     "picture to picture, masked": Case(
-        "guided", {"denoise": 0.6, "seed": 2**64 - 1}, 1, MASKED, {"latent_image": ["23", 0]}
+        "guided", "", {"denoise": 0.6, "seed": 2**64 - 1}, 1, MASKED, {"latent_image": ["23", 0]}
     ),
-    "noise": Case("guided", {"sampler_name": "dpmpp_2m_sde", "scheduler": "sgm_uniform"}),
-    "shift": Case("guided", {"sampler_name": "dpmpp_sde"}, 1, SHIFTED, {"model": ["20", 0]}),
-    "odd size": Case("tiny", {"sampler_name": "dpm_2"}, 1, ODD, {"latent_image": ["20", 0]}),
+    "noise": Case("guided", sampler={"sampler_name": "dpmpp_2m_sde", "scheduler": "sgm_uniform"}),
+    "shift": Case("guided", "", {"sampler_name": "dpmpp_sde"}, 1, SHIFTED, {"model": ["20", 0]}),
+    "odd size": Case("tiny", sampler={"sampler_name": "dpm_2"}, nodes=ODD, links={"latent_image": ["20", 0]}),
+    "sd3": Case("sd3", "sd3.safetensors", {"cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"}, 2),
+    "sd3, odd size": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=ODD, links={"latent_image": ["20", 0]}),
+    "sd3, shift": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=SD3_SHIFTED, links={"model": ["20", 0]}),
 }
 LATENT_TOLERANCE = 1e-4
 
@@ -182,12 +195,15 @@ LATENT_TOLERANCE = 1e-4
 def test_the_ranks_sample_what_comfyui_samples(host, name):
     case = CASES[name]
     latents = {}
-    for who, node, loader in (
-        ("ranks", "ParallelDiTSampler", {}),
-        ("native", "KSampler", {"class_type": "NativeFluxLoader", "inputs": {"pipeline": case.pipeline}}),
-    ):
+    native = {"class_type": "NativeFluxLoader", "inputs": {"pipeline": case.pipeline}}
+    if case.file:
+        native = {"class_type": "UNETLoader", "inputs": {"unet_name": case.file, "weight_dtype": "default"}}
+    for who, node in (("ranks", "ParallelDiTSampler"), ("native", "KSampler")):
         api = demo_with(f"diffusers/{case.pipeline}", **case.sampler) | copy.deepcopy(case.nodes)
-        api["2"] = loader or api["2"]
+        if who == "native":
+            api["2"] = native
+        elif case.file:
+            api["2"]["inputs"]["model"] = case.file
         api["5"]["inputs"]["batch_size"] = case.batch
         api["6"]["class_type"] = node
         api["6"]["inputs"] |= case.links

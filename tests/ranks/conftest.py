@@ -121,20 +121,42 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-_FIGURES: dict[str, float] = {}
+class Figures:
+    """The largest error of each layout and family, printed as a table at the end of the session."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def note(self, layout: str, family: str, error: float) -> None:
+        row = self.rows.setdefault(layout, {})
+        row[family] = max(error, row.get(family, 0.0))
+
+    def table(self) -> list[str]:
+        families = list(dict.fromkeys(family for row in self.rows.values() for family in row))
+        head = [
+            "| Ranks | Layout |" + "".join(f" {family} |" for family in families),
+            "|---" * (2 + len(families)) + "|",
+        ]
+        cells = {
+            layout: [f"{row[family]:.1e}" if family in row else "" for family in families]
+            for layout, row in self.rows.items()
+        }
+        return head + [f"| {layout} | " + " | ".join(row) + " |" for layout, row in cells.items()]
+
+
+_FIGURES = Figures()
 
 
 @pytest.fixture(scope="session")
-def figures() -> dict[str, float]:
-    """Measured errors by what they are of; printed as a table at the end of the session."""
+def figures() -> Figures:
     return _FIGURES
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _FIGURES:
+    if _FIGURES.rows:
         terminalreporter.section("largest relative error to plain diffusers")
-        for name, error in _FIGURES.items():
-            terminalreporter.line(f"| {name} | {error:.1e} |")
+        for line in _FIGURES.table():
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

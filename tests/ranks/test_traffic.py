@@ -1,10 +1,13 @@
 """The ledger counts what the theory of each method says that a rank sends in one step."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.families.base import Condition
@@ -18,21 +21,59 @@ from paralleldit.parallel_backend.transformer import Transformer
 
 HEADS, HEAD_DIM, LAYERS, DOUBLE, BYTES = 8, 16, 5, 2, 4
 TEXT, ROWS, BATCH = 16, 16, 2
-TOKENS = TEXT + (ROWS // 2) ** 2
+IMAGE = (ROWS // 2) ** 2
+TOKENS = TEXT + IMAGE
 AXES = ("tensor", "ulysses", "ring", "replicas", "sequence", "cfg")
 LATENT_BYTES = BATCH * 16 * ROWS * ROWS * BYTES
 
 
-def make_model() -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        num_layers=DOUBLE,
-        num_single_layers=LAYERS - DOUBLE,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        axes_dims_rope=(4, 6, 6),
-    )
+COMMON = {
+    "attention_head_dim": HEAD_DIM,
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 12,
+}
+
+
+@dataclass(frozen=True)
+class Theory:
+    """A model and what passes through all its blocks in one evaluation.
+
+    `attended` tokens, through the attention sites; `reduced` tokens, where tensor-parallel ranks add up their outputs;
+    `gathered` vectors of modulation.
+    """
+
+    build: Callable[[], Any]
+    attended: int
+    reduced: int
+    gathered: int
+
+
+MODELS = {
+    "flux": Theory(
+        lambda: FluxTransformer2DModel(
+            num_layers=DOUBLE, num_single_layers=LAYERS - DOUBLE, axes_dims_rope=(4, 6, 6), **COMMON
+        ),
+        attended=LAYERS * TOKENS,
+        # After the attention and after the feed-forward; single blocks have both in one matrix.
+        reduced=(LAYERS + DOUBLE) * TOKENS,
+        gathered=12 * DOUBLE + 3 * (LAYERS - DOUBLE),
+    ),
+    "sd3.5 medium": Theory(
+        lambda: SD3Transformer2DModel(
+            num_layers=LAYERS,
+            caption_projection_dim=HEADS * HEAD_DIM,
+            pos_embed_max_size=ROWS,
+            dual_attention_layers=tuple(range(DOUBLE)),
+            qk_norm="rms_norm",
+            **COMMON,
+        ),
+        attended=LAYERS * TOKENS + DOUBLE * IMAGE,
+        # The last block gives no text, and modulates it with two vectors instead of six.
+        reduced=2 * (LAYERS * TOKENS - TEXT) + DOUBLE * IMAGE,
+        gathered=12 * LAYERS - 4 + 3 * DOUBLE,
+    ),
+}
 
 
 def traffic_of_one_step(world, layout: Layout, path: Path) -> dict[str, int]:
@@ -49,13 +90,14 @@ def traffic_of_one_step(world, layout: Layout, path: Path) -> dict[str, int]:
     return {axis: mesh.ledger.bytes_on(axis) for axis in AXES}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model's file, and the bytes of its blocks."""
-    path = tmp_path_factory.mktemp("flux")
-    transformer = make_model()
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """A model's theory, its file, and the bytes of its blocks."""
+    theory = MODELS[request.param]
+    path = tmp_path_factory.mktemp("model")
+    transformer = theory.build()
     transformer.save_pretrained(path)
-    return path, sum(value.nbytes for name, value in transformer.state_dict().items() if "blocks." in name)
+    return theory, path, sum(value.nbytes for name, value in transformer.state_dict().items() if "blocks." in name)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +118,7 @@ def model(tmp_path_factory):
     ids=str,
 )
 def test_bytes_sent_match_theory(ranks, model, layout):
-    path, block_bytes = model
+    theory, path, block_bytes = model
     ulysses, ring, tensor, replicas = layout.ulysses_degree, layout.ring_degree, layout.tensor_degree, layout.replicas
     cfg = layout.cfg_degree
     evaluations = 2 // cfg
@@ -84,14 +126,10 @@ def test_bytes_sent_match_theory(ranks, model, layout):
     sequence = ulysses * ring
     expected = {
         # USP (arXiv 2405.07719): four all-to-alls of this rank's tokens; keys and values of R - 1 other ranks' hops.
-        "ulysses": 4 * (ulysses - 1) / ulysses**2 * TOKENS / ring * token_bytes * LAYERS / tensor,
-        "ring": 2 * (ring - 1) * TOKENS / ring / ulysses * token_bytes * LAYERS / tensor,
-        # Megatron-LM (arXiv 1909.08053): an all-reduce of this rank's tokens after the attention, and one after the
-        # feed-forward; single blocks have both in one matrix. The modulation of a block is gathered.
-        "tensor": (tensor - 1)
-        / tensor
-        * token_bytes
-        * (2 * TOKENS / sequence * (LAYERS + DOUBLE) + 12 * DOUBLE + 3 * (LAYERS - DOUBLE)),
+        "ulysses": 4 * (ulysses - 1) / ulysses**2 * theory.attended / ring * token_bytes / tensor,
+        "ring": 2 * (ring - 1) * theory.attended / ring / ulysses * token_bytes / tensor,
+        # Megatron-LM (arXiv 1909.08053): all-reduces of this rank's tokens. The modulation of a block is gathered.
+        "tensor": (tensor - 1) / tensor * token_bytes * (2 * theory.reduced / sequence + theory.gathered),
         # FSDP: every evaluation gathers every block once.
         "replicas": (replicas - 1) / replicas * block_bytes / tensor * evaluations * (layout.weights == "sharded"),
         # The predicted latent is put together once an evaluation, and handed over once a step.

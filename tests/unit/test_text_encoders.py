@@ -1,4 +1,4 @@
-"""Prompts become what the Flux pipeline of diffusers makes of them, from local files alone."""
+"""Prompts become what the pipelines of diffusers make of them, from local files alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 CLIP_LENGTH = 10
 T5_LENGTH = 14
@@ -33,12 +41,10 @@ def save_tokenizers(place: Path, t5_length: int | None) -> None:
     T5Tokenizer(vocab=scores, extra_ids=0, **length).save_pretrained(place / "tokenizer_2")
 
 
-def save_flux(place: Path, t5_length: int | None = T5_LENGTH) -> Path:
-    save_tokenizers(place, t5_length)
-    torch.manual_seed(0)
-    clip = CLIPTextConfig(
+def clip_config(width: int, projection: int = 16) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=54,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -46,9 +52,15 @@ def save_flux(place: Path, t5_length: int | None = T5_LENGTH) -> Path:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        projection_dim=projection,
     )
+
+
+def save_flux(place: Path, t5_length: int | None = T5_LENGTH) -> Path:
+    save_tokenizers(place, t5_length)
+    torch.manual_seed(0)
     t5 = T5Config(vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
-    CLIPTextModel(clip).save_pretrained(place / "text_encoder")
+    CLIPTextModel(clip_config(16)).save_pretrained(place / "text_encoder")
     T5EncoderModel(t5).save_pretrained(place / "text_encoder_2")
     (place / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     return place
@@ -100,6 +112,52 @@ def test_conditioning_equals_the_flux_pipeline(flux_folder, dtype):
             tokens, pooled, _ = pipeline.encode_prompt(prompt, prompt_2, max_sequence_length=length or T5_LENGTH)
         assert ours.tokens.shape == (1, length or T5_LENGTH, 24), name
         assert torch.equal(ours.tokens, tokens), name
+        assert torch.equal(ours.pooled, pooled), name
+
+
+def save_sd3(place: Path) -> Path:
+    save_flux(place)
+    for folder in ("tokenizer", "text_encoder"):
+        (place / f"{folder}_2").rename(place / f"{folder}_3")
+    shutil.copytree(place / "tokenizer", place / "tokenizer_2")
+    for folder, width, projection in (("text_encoder", 6, 5), ("text_encoder_2", 10, 12)):
+        CLIPTextModelWithProjection(clip_config(width, projection)).save_pretrained(place / folder)
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    return place
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conditioning_equals_the_sd3_pipeline(dtype, tmp_path):
+    folder = save_sd3(tmp_path)
+    encoders = load_text_encoders(folder, device="cpu", dtype=dtype)
+    clips = {
+        name: CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
+        for name in ("text_encoder", "text_encoder_2")
+    }
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        tokenizer_3=T5Tokenizer.from_pretrained(folder / "tokenizer_3"),
+        text_encoder_3=T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype),
+        **clips,
+    )
+    for name, (prompt, prompt_2, length) in PROMPTS.items():
+        ours = encoders.encode(prompt, prompt_2, length)
+        with torch.no_grad():
+            tokens, _, pooled, _ = pipeline.encode_prompt(
+                prompt,
+                prompt,
+                prompt_2,
+                do_classifier_free_guidance=False,
+                max_sequence_length=length or T5_LENGTH,
+            )
+        assert ours.tokens.shape == (1, CLIP_LENGTH + (length or T5_LENGTH), 24), name
+        assert torch.equal(ours.tokens, tokens), name
+        assert ours.pooled is not None
         assert torch.equal(ours.pooled, pooled), name
 
 
