@@ -180,7 +180,7 @@ def test_layout_in_bf16_stays_within_its_rounding(ranks, degrees):
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Where each model that can be cut is saved, with as many heads as a shape has: ranks read their parts from there."""
+    """Where each model that can be cut is saved, with the heads of each shape: ranks read their parts from there."""
     folder, found = tmp_path_factory.mktemp("models"), {}
     for model, shape in product(CUT_MODELS, SHAPES):
         found[model, shape] = folder / f"{model} {shape[0]}"
