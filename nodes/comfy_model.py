@@ -88,6 +88,11 @@ def patched_shift(patcher: Any) -> float | None:
             f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
             "Remove the node that replaced it, or use the one of the model's own kind.",
         )
+    if not hasattr(patched, "shift"):
+        raise UserError(
+            f"The model's sampling was replaced by another {_kind(patched)}, which cannot travel to the ranks.",
+            "Remove the node that replaced it.",
+        )
     return float(patched.shift)
 
 
@@ -155,5 +160,46 @@ def _sd3(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-UNET_CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"flux": _flux, "sd3": _sd3}
+def _pixart(config: dict[str, Any]) -> dict[str, Any]:
+    told_size = config["use_additional_conditions"]
+    return {
+        "image_model": "pixart_alpha" if told_size else "pixart_sigma",
+        "micro_condition": told_size,
+        "in_channels": config["in_channels"],
+        "patch_size": config["patch_size"],
+        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "caption_channels": config["caption_channels"],
+        "input_size": config["sample_size"],
+        "pe_interpolation": config["interpolation_scale"],
+    }
+
+
+def _hunyuandit(config: dict[str, Any]) -> dict[str, Any]:
+    told_size = config["use_style_cond_and_image_meta_size"]
+    return {
+        "image_model": "hydit1" if told_size else "hydit",
+        "size_cond": told_size,
+        "use_style_cond": told_size,
+        "in_channels": config["in_channels"],
+        "patch_size": config["patch_size"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "mlp_ratio": config["mlp_ratio"],
+        "text_states_dim": config["cross_attention_dim"],
+        "text_states_dim_t5": config["cross_attention_dim_t5"],
+        "text_len": config["text_len"],
+        "text_len_t5": config["text_len_t5"],
+    }
+
+
+UNET_CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "flux": _flux,
+    "sd3": _sd3,
+    "pixart-alpha": _pixart,
+    "pixart-sigma": _pixart,
+    "hunyuandit": _hunyuandit,
+}
 """Per family: what ComfyUI's detection would say of a model with this diffusers config."""

@@ -14,6 +14,9 @@ from .handles import ModelHandle
 LATENT_CHANNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     "flux": lambda config: (config.get("out_channels") or config["in_channels"]) // 4,
     "sd3": lambda config: config["in_channels"],
+    "pixart-alpha": lambda config: config["in_channels"],
+    "pixart-sigma": lambda config: config["in_channels"],
+    "hunyuandit": lambda config: config["in_channels"],
 }
 """Per family: the latent's channels from the model's config."""
 

@@ -98,10 +98,10 @@ class ParallelDiTSampler:
             raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
 
         tensors = latent.travelling(latent_image, handle)
-        positives, positive_tensors = conditioning.travelling("positive", positive)
+        positives, positive_tensors = conditioning.travelling("positive", positive, handle.family)
         negatives, negative_tensors = (), {}
         if negative is not None and cfg != 1.0:
-            negatives, negative_tensors = conditioning.travelling("negative", negative)
+            negatives, negative_tensors = conditioning.travelling("negative", negative, handle.family)
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= positive_tensors | negative_tensors | ({} if sigmas is None else {"sigmas": sigmas})
         batch = len(tensors["latent"])

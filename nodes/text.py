@@ -6,6 +6,7 @@ from typing import Any
 
 from ..parallel_backend.protocol.messages import EncodeText, TextRef
 from . import paths, session
+from .conditioning import entry_of
 from .layout import LayoutChoice
 from .loader import LAYOUT_INPUT
 from .validation import verdict
@@ -91,4 +92,4 @@ class ParallelDiTTextEncode:
             max_length=max_length or None,
         )
         reply = session.ask(session.client_for(layout.ranks if layout else None), message)
-        return ([[reply.tensors["tokens"], {"pooled_output": reply.tensors["pooled"], "guidance": guidance}]],)
+        return (entry_of(reply.tensors, guidance),)

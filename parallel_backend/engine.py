@@ -71,8 +71,7 @@ class Engine:
         def encode() -> dict[str, Tensor]:
             encoders = self.models.text(request.text, run)
             run.progress("encode text", 0, 1)
-            encoded = encoders.encode(request.prompt, request.prompt_2, request.max_length)
-            return {"tokens": encoded.tokens.float().cpu(), "pooled": encoded.pooled.float().cpu()}
+            return encoders.encode(request.prompt, request.prompt_2, request.max_length).tensors()
 
         return {}, self._on_rank_0(encode, run) or {}
 

@@ -25,10 +25,11 @@ class Mesh:
         self.tensor, self.ulysses, self.ring, self.pipefusion, self.cfg, self.data = (
             self._axis(axis, (axis,)) for axis in AXES
         )
-        # Each direction has a communicator of its own: between two stages, sends of one would queue behind receives
-        # of the other.
+        # Each stream has a communicator of its own: between two stages, sends of one would queue behind receives of
+        # the other.
         self.forward = self._axis("stages", ("pipefusion",))
         self.feedback = self._axis("feedback", ("pipefusion",))
+        self.skips = self._axis("skips", ("pipefusion",))
         self.sequence, self.replicas = (self._axis(name, members) for name, members in _COMBINED.items())
 
     def _axis(self, name: str, members: tuple[str, ...]) -> Axis:

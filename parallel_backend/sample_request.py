@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention.core import AttentionCore, make_attention
 from .comm import Axis, split_sizes
 from .errors import UserError
-from .families.base import Condition, Family
+from .families.base import CONDITION_TENSORS, Condition, Family
 from .layout import Layout, check_pipefusion, check_run, patches_of
 from .mesh import Mesh
 from .protocol.messages import Conditioning, Sample
@@ -36,8 +36,8 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     latent = tensors["latent"].float()
     check_latent(latent, family)
     batch = latent.shape[0]
-    positive = condition_from(request.positive, "positive", tensors, family)
-    negative = condition_from(request.negative, "negative", tensors, family) if request.negative else None
+    positive = condition_from(request.positive, "positive", tensors, family, batch)
+    negative = condition_from(request.negative, "negative", tensors, family, batch) if request.negative else None
     check_run(request.layout, batch=batch, cfg=request.cfg, has_negative=negative is not None)
     token_rows = -(-latent.shape[2] // family.patch_size)
     check_pipefusion(
@@ -150,7 +150,7 @@ def check_latent(latent: Tensor, family: Family) -> None:
 
 
 def condition_from(
-    entries: tuple[Conditioning, ...], side: str, tensors: dict[str, Tensor], family: Family
+    entries: tuple[Conditioning, ...], side: str, tensors: dict[str, Tensor], family: Family, batch: int
 ) -> Condition:
     """The condition of one side, on the family's device. Raises `UserError` for what cannot be sampled."""
     if len(entries) != 1:
@@ -158,13 +158,28 @@ def condition_from(
             f"The {side} conditioning has {len(entries)} entries; the Parallel Sampler takes one.",
             "Remove ConditioningCombine or ConditioningSetArea before it.",
         )
-    condition = Condition(
-        tokens=tensors[f"{side}.0.tokens"].to(family.device),
-        pooled=tensors[f"{side}.0.pooled"].to(family.device),
-        guidance=entries[0].guidance,
-    )
+    entry, prefix = entries[0], f"{side}.0."
+    given = {name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors}
+    check_condition_tensors(given, side, batch)
+    condition = Condition(**given, guidance=entry.guidance, size=entry.size, target_size=entry.target_size)
     family.check_condition(condition)
     return condition
+
+
+def check_condition_tensors(given: dict[str, Tensor], side: str, batch: int) -> None:
+    """Raise `UserError` for tensors of a condition that do not fit each other or the batch."""
+    shapes = {name: list(tensor.shape) for name, tensor in given.items()}
+    fits = "tokens" in given and all(
+        len(shape) == CONDITION_TENSORS[name] and shape[0] in (1, batch) and all(shape)
+        for name, shape in shapes.items()
+    )
+    for mask, tokens in (("mask", "tokens"), ("mask_2", "tokens_2")):
+        fits = fits and (mask not in given or (tokens in given and shapes[mask][1] == shapes[tokens][1]))
+    if not fits:
+        raise UserError(
+            f"The {side} conditioning does not fit together, or not the batch of {batch}: {shapes}.",
+            "Look at the node that made it.",
+        )
 
 
 def sigmas_of(request: Sample, tensors: dict[str, Tensor], model_sampling) -> Tensor:

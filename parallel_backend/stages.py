@@ -30,6 +30,10 @@ class Stage:
         start = sum(sizes[: self.index])
         return slice(start, start + sizes[self.index])
 
+    def owners(self, total: int) -> list[int]:
+        """The index of the stage that holds each of a model's `total` blocks."""
+        return [index for index, size in enumerate(split_sizes(total, self.count)) for _ in range(size)]
+
 
 def block_of(name: str, block_lists: Sequence[str]) -> tuple[int, int] | None:
     """The list and the number of the block that the parameter `name` belongs to; such pairs sort as they compute.

@@ -8,9 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DDPMScheduler,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from paralleldit.parallel_backend.families.base import Condition, Family
 from paralleldit.parallel_backend.families.flux import Flux
+from paralleldit.parallel_backend.families.hunyuandit import HunyuanDiT
+from paralleldit.parallel_backend.families.pixart import PixArtAlpha, PixArtSigma
 from paralleldit.parallel_backend.families.sd3 import SD3
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from torch import Tensor
@@ -115,6 +124,119 @@ def _sd3(dual: tuple[int, ...], qk_norm: str | None) -> TinyModel:
     return TinyModel(SD3, build, condition, sigma, denoise)
 
 
+def _pixart(family: type[Family], told_size: bool) -> TinyModel:
+    clean_share = _clean_share("linear", 0.0001, 0.02)
+
+    def build(heads: int) -> PixArtTransformer2DModel:
+        model = PixArtTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=24,
+            num_layers=4,
+            cross_attention_dim=heads * 24,
+            caption_channels=20,
+            sample_size=16,
+            interpolation_scale=2,
+            use_additional_conditions=told_size,
+        )
+        for layer in model.transformer_blocks:
+            layer.scale_shift_table.data *= 4  # gates that let the attention through
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        size = (96, 64) if batch == 1 else None
+        mask = None if told_size and batch == 1 else _mask(batch, text)
+        return Condition(tokens=draw(batch, text, 20), mask=mask, size=size)
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        batch, _, height, width = latent.shape
+        noisy = whole_patches(latent) * clean_share**0.5
+        told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if told_size:
+            pixels = condition.size or tuple(8 * side for side in noisy.shape[2:])
+            told["resolution"] = torch.tensor([pixels] * batch).float()
+            told["aspect_ratio"] = torch.tensor([[pixels[0] / pixels[1]]] * batch)
+        noise = model(
+            noisy,
+            encoder_hidden_states=condition.tokens.expand(batch, -1, -1),
+            encoder_attention_mask=None if condition.mask is None else condition.mask.expand(batch, -1),
+            timestep=torch.full((batch,), TIMESTEP),
+            added_cond_kwargs=told,
+        ).sample[:, :4, :height, :width]
+        return latent - (1 / clean_share - 1) ** 0.5 * noise
+
+    return TinyModel(family, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
+
+
+def _hunyuandit(told_size: bool) -> TinyModel:
+    clean_share = _clean_share("scaled_linear", 0.00085, 0.03 if told_size else 0.018)
+
+    def build(heads: int) -> HunyuanDiT2DModel:
+        return HunyuanDiT2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=16,
+            in_channels=4,
+            patch_size=2,
+            hidden_size=heads * 16,
+            num_layers=6,
+            mlp_ratio=2.0,
+            cross_attention_dim=24,
+            cross_attention_dim_t5=40,
+            pooled_projection_dim=12,
+            text_len=5,
+            text_len_t5=7,
+            use_style_cond_and_image_meta_size=told_size,
+        )
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        return Condition(
+            tokens=draw(batch, 5, 24),
+            mask=_mask(batch, 5),
+            tokens_2=draw(batch, 7, 40),
+            mask_2=_mask(batch, 7),
+            size=(96, 64) if batch == 1 else None,
+            target_size=(48, 32) if batch == 1 else None,
+        )
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        # The ranks load this module too, and do without the pipeline and all its imports.
+        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+        batch, _, height, width = latent.shape
+        noisy = whole_patches(latent) * clean_share**0.5
+        grid = (noisy.shape[2] // 2, noisy.shape[3] // 2)
+        crop = get_resize_crop_region_for_grid(grid, 32)
+        told = [*(condition.size or (768, 768)), *(condition.target_size or condition.size or (768, 768)), 0, 0]
+        velocity = model(
+            noisy,
+            torch.full((batch,), float(TIMESTEP)),
+            encoder_hidden_states=condition.tokens.expand(batch, -1, -1),
+            text_embedding_mask=condition.mask.expand(batch, -1),
+            encoder_hidden_states_t5=condition.tokens_2.expand(batch, -1, -1).contiguous(),
+            text_embedding_mask_t5=condition.mask_2.expand(batch, -1),
+            image_meta_size=torch.tensor([told] * batch).float(),
+            style=torch.zeros(batch, dtype=torch.int64),
+            image_rotary_emb=get_2d_rotary_pos_embed(16, crop, grid, output_type="pt"),
+        ).sample[:, :4, :height, :width]
+        return clean_share * latent - (1 - clean_share) ** 0.5 * velocity
+
+    return TinyModel(HunyuanDiT, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
+
+
+TIMESTEP = 500
+
+
+def _clean_share(beta_schedule: str, beta_start: float, beta_end: float) -> float:
+    """Of the variance of the noisy latent at `TIMESTEP`."""
+    scheduler = DDPMScheduler(beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end)
+    return float(scheduler.alphas_cumprod[TIMESTEP])
+
+
+def _mask(batch: int, text: int) -> Tensor:
+    """Of the texts of a batch, each of another length."""
+    lengths = torch.tensor([text // 2 + 1 + number for number in range(batch)])
+    return (torch.arange(text) < lengths[:, None]).float()
+
+
 def tensors_of(side: str, condition: Condition) -> dict[str, Tensor]:
     """The condition's tensors as a request carries them."""
     return {f"{side}.0.{name}": value for name, value in vars(condition).items() if isinstance(value, Tensor)}
@@ -122,7 +244,7 @@ def tensors_of(side: str, condition: Condition) -> dict[str, Tensor]:
 
 def entry_of(condition: Condition) -> Conditioning:
     """The rest of the condition as a request carries it."""
-    return Conditioning(guidance=condition.guidance)
+    return Conditioning(guidance=condition.guidance, size=condition.size, target_size=condition.target_size)
 
 
 def whole_patches(latent: Tensor) -> Tensor:
@@ -135,4 +257,8 @@ TINY_MODELS = {
     "flux schnell": _flux(guidance=False),
     "sd3 medium": _sd3(dual=(), qk_norm=None),
     "sd3.5 medium": _sd3(dual=(0, 1), qk_norm="rms_norm"),
+    "pixart alpha": _pixart(PixArtAlpha, told_size=True),
+    "pixart sigma": _pixart(PixArtSigma, told_size=False),
+    "hunyuandit 1.1": _hunyuandit(told_size=True),
+    "hunyuandit 1.2": _hunyuandit(told_size=False),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,21 @@ from ..sampling.model_sampling import ModelSampling
 
 @dataclass(frozen=True)
 class Condition:
-    """What guides one prediction: `tokens` `[B, St, C]`, `pooled` `[B, Cp]`, the distilled `guidance` scale."""
+    """What guides one prediction; which of it a model needs, its family knows.
+
+    `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
+    `pooled` `[B, Cp]`; the distilled `guidance` scale; what the model is told of the picture's `size` and
+    `target_size` (height and width, in pixels).
+    """
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+    tokens_2: Tensor | None = None
+    mask_2: Tensor | None = None
     guidance: float | None = None
+    size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
 
     def part(self, part: slice, batch: int) -> Condition:
         """The condition of the pictures `part` of a batch; one text for all of them stays one."""
@@ -30,7 +40,21 @@ class Condition:
         def of(tensor: Tensor) -> Tensor:
             return tensor[part] if tensor.shape[0] == batch else tensor[:1]
 
-        return replace(self, tokens=of(self.tokens), pooled=of(self.pooled))
+        return replace(
+            self, **{name: of(tensor) for name in CONDITION_TENSORS if (tensor := getattr(self, name)) is not None}
+        )
+
+
+CONDITION_TENSORS = {"tokens": 3, "pooled": 2, "mask": 2, "tokens_2": 3, "mask_2": 2}
+"""The tensors of a `Condition`, and their number of dims."""
+
+CONDITION_WORDS = {
+    "tokens": "text tokens",
+    "pooled": "a pooled vector",
+    "mask": "a mask of the text tokens",
+    "tokens_2": "text tokens of a second encoder",
+    "mask_2": "a mask of the second encoder's tokens",
+}
 
 
 @dataclass
@@ -38,13 +62,15 @@ class TokenState:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
     `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`; for the families that turn their queries and keys,
-    `rotary` `[St + Si, D / 2]` (attention.rotary).
+    `rotary` `[St + Si, D / 2]` (attention.rotary); `skips`: image tokens that a later block takes in, by the number of
+    the block that gave them.
     """
 
     image: Tensor
     text: Tensor
     modulation: Tensor
     rotary: Tensor | None = None
+    skips: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +87,8 @@ Block = Callable[[TokenState], TokenState]
 class Family(ABC):
     """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
 
-    `max_side`: the most rows or columns of image tokens that the model has positions for.
+    `max_side`: the most rows or columns of image tokens that the model has positions for. `carries_text`: whether text
+    tokens go through the blocks beside the image's; otherwise every rank has all of the text, and the state's is empty.
     """
 
     name: str
@@ -71,6 +98,7 @@ class Family(ABC):
     latent_scale: float
     latent_shift: float = 0.0
     max_side: int | None = None
+    carries_text: bool = True
 
     def __init__(
         self,
@@ -89,6 +117,8 @@ class Family(ABC):
         self.dtype = dtype
         self.device = device
         self.blocks: Sequence[Block] = ()
+        self.skips: Mapping[int, int] = {}
+        """From each block that leaves a skip in the state to the later one that takes it."""
         if latent_scale is not None:
             self.latent_scale = latent_scale
         if latent_shift is not None:
@@ -125,6 +155,18 @@ class Family(ABC):
     def head(self, state: TokenState) -> Tensor:
         """The prediction for the image tokens of `state`, `[B, Si, C * patch_size**2]`."""
 
+    def text_length(self, condition: Condition) -> int:
+        """How many text tokens go through the blocks."""
+        return condition.tokens.shape[1] if self.carries_text else 0
+
+    def refuse_shift(self, shift: float | None) -> None:
+        """Raise `UserError` when the graph sets the flow shift of a model that is no flow."""
+        if shift is not None:
+            raise UserError(
+                f"A {self.name} model has no flow shift, and the graph sets it to {shift:g}.",
+                "Remove the ModelSampling node before Parallel Sampler.",
+            )
+
     def process_in(self, latent: Tensor) -> Tensor:
         """From the VAE's latent to the latent that the transformer was trained on."""
         return (latent - self.latent_shift) * self.latent_scale
@@ -149,12 +191,15 @@ class Family(ABC):
         return latent[..., :height, :width]
 
 
-def check_widths(condition: Condition, tokens: int, pooled: int, model: str, encoders: str) -> None:
-    """Raise `UserError` unless the conditioning has the widths that a `model` of text `encoders` takes."""
-    found = (condition.tokens.shape[-1], condition.pooled.shape[-1])
-    if found != (tokens, pooled):
-        raise UserError(
-            f"The conditioning has text tokens of width {found[0]} and a pooled vector of {found[1]}; "
-            f"this {model} model takes {tokens} and {pooled}.",
-            f"Encode the prompt with the text encoders that belong to the model ({encoders}).",
-        )
+def check_widths(condition: Condition, widths: Mapping[str, int], model: str, encoders: str) -> None:
+    """Raise `UserError` unless the conditioning has tensors of the `widths` that a `model` of text `encoders` takes."""
+    advice = f"Encode the prompt with the text encoders that belong to the model ({encoders})."
+    for name, width in widths.items():
+        tensor = getattr(condition, name)
+        what = CONDITION_WORDS[name]
+        if tensor is None:
+            raise UserError(f"The conditioning has no {what}, which this {model} model needs.", advice)
+        if tensor.shape[-1] != width:
+            raise UserError(
+                f"The conditioning has {what} of width {tensor.shape[-1]}; this {model} model takes {width}.", advice
+            )

@@ -106,8 +106,8 @@ class Flux(Family):
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
-        widths = config["joint_attention_dim"], config["pooled_projection_dim"]
-        check_widths(condition, *widths, "Flux", "CLIP-L and T5-XXL for Flux.1")
+        widths = {"tokens": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
+        check_widths(condition, widths, "Flux", "CLIP-L and T5-XXL for Flux.1")
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         # Only dev is distilled with guidance and trained with a shifted clock; schnell's runs straight.
@@ -127,6 +127,7 @@ class Flux(Family):
     ) -> TokenState:
         model = self.transformer
         timestep = timestep.to(self.dtype) * 1000
+        assert condition.pooled is not None
         pooled = condition.pooled.to(self.dtype).expand(image.shape[0], -1)
         if model.config["guidance_embeds"]:
             strength = DEFAULT_GUIDANCE if condition.guidance is None else condition.guidance

@@ -8,11 +8,15 @@ from pathlib import Path
 from ..weights.load import LoadedTransformer
 from .base import Family
 from .flux import Flux
+from .hunyuandit import HunyuanDiT
+from .pixart import PixArtAlpha, PixArtSigma
 from .sd3 import SD3
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Flux, SD3)}
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (Flux, SD3, PixArtAlpha, PixArtSigma, HunyuanDiT)
+}
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 """The module lists that hold the blocks of every family, in the order of computation."""
 
 

@@ -89,8 +89,8 @@ class SD3(Family):
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
-        widths = config["joint_attention_dim"], config["pooled_projection_dim"]
-        check_widths(condition, *widths, "Stable Diffusion 3", "CLIP-L, CLIP-G and T5-XXL")
+        widths = {"tokens": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
+        check_widths(condition, widths, "Stable Diffusion 3", "CLIP-L, CLIP-G and T5-XXL")
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         return DiscreteFlow(shift=SHIFT if shift is None else shift)
@@ -108,6 +108,7 @@ class SD3(Family):
     def resume(
         self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
     ) -> TokenState:
+        assert condition.pooled is not None
         pooled = condition.pooled.to(self.dtype).expand(image.shape[0], -1)
         return TokenState(image=image, text=text, modulation=self.transformer.time_text_embed(timestep, pooled))
 

@@ -89,13 +89,17 @@ class Load(Request):
 
 
 class EncodeText(Request):
-    """Reply tensors: `tokens` [1, St, C], `pooled` [1, Cp]."""
+    """Reply tensors: `tokens` [1, St, C] and those that the family's models need beside it, as in `Conditioning`."""
 
     type: Literal["encode_text"] = "encode_text"
     text: TextRef
     prompt: str
     prompt_2: str | None = None
     max_length: int | None = Field(default=None, ge=1, le=4096)
+
+
+Pixels = Annotated[int, Field(ge=1, le=1 << 20)]
+Size = tuple[Pixels, Pixels]
 
 
 class Schedule(Message):
@@ -107,9 +111,15 @@ class Schedule(Message):
 
 
 class Conditioning(Message):
-    """One entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and `<side>.<index>.pooled` [B or 1, Cp]."""
+    """One entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, as far as the model takes them, `….pooled`
+    [B or 1, Cp], `….mask` [B or 1, St], and the second text encoder's `….tokens_2` and `….mask_2`.
+
+    `size` and `target_size`: height and width in pixels, for models that are told of them.
+    """
 
     guidance: float | None = None
+    size: Size | None = None
+    target_size: Size | None = None
 
 
 class Sample(Request):

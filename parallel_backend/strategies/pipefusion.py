@@ -7,7 +7,7 @@ The warm-up steps take the whole picture through the stages, and fill the keys a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -85,13 +85,15 @@ class PipeFusion:
         self.strips = [slice(top, bottom) for top, bottom in pairwise(edges)]
         lengths = [rows * self.grid[1] for rows in token_rows]
         self.plans = [
-            PatchPlan.even(condition.tokens.shape[1], lengths, mesh.sequence.size)
+            PatchPlan.even(family.text_length(condition), lengths, mesh.sequence.size)
             for condition in guidance.own_conditions
         ]
         self.attention = PatchAttention(attention, self.plans)
         self.samplers = StripSamplers(self.start, job, self.strips) if self.stage.is_last else None
         self.incoming, self.outgoing, self.feedback = self._channels(patches)
-        self.channels = [channel for channel in (self.incoming, self.outgoing, self.feedback) if channel]
+        self.skips = self._skip_channels(patches)
+        hops = [channel for channel in (self.incoming, self.outgoing, self.feedback) if channel]
+        self.channels = [*hops, *self.skips.values()]
         self.announced = 0
         self.failures = torch.zeros(3, dtype=torch.int64, device=family.device)
 
@@ -164,6 +166,37 @@ class PipeFusion:
             back() if is_end else None,
         )
 
+    def _skip_channels(self, patches: int) -> dict[tuple[int, ...], Channel]:
+        """From or to each stage that holds the other ends of this one's skips, by the blocks that give them.
+
+        All ranks have them in the same order, so that they can meet one after the other.
+        """
+        owners = self.stage.owners(len(self.family.blocks))
+        givers: dict[tuple[int, int], list[int]] = {}
+        for giver, taker in self.family.skips.items():
+            ends = owners[giver], owners[taker]
+            if ends[0] != ends[1] and self.stage.index in ends:
+                givers.setdefault(ends, []).append(giver)
+        rank, batch = self.mesh.sequence.rank, len(self.latent)
+        in_flight = patches * len(self.plans)
+        channels = {}
+        for (source, target), blocks in sorted(givers.items()):
+            shapes = [
+                (len(blocks), batch, plan.image_size(rank, unit.patches), self.family.hidden_size)
+                for unit in self.units
+                for plan in self.plans
+            ]
+            channels[tuple(blocks)] = Channel(
+                self.mesh.skips,
+                source,
+                target,
+                shapes,
+                in_flight,
+                dtype=self.family.dtype,
+                device=self.latent.device,
+            )
+        return channels
+
     def _rows(self, patches: Sequence[int]) -> slice:
         """The latent's rows of neighbouring patches."""
         return slice(self.strips[patches[0]].start, self.strips[patches[-1]].stop)
@@ -192,10 +225,16 @@ class PipeFusion:
             latent = self.guidance.model_sampling.calculate_input(sigma.to(self.latent.device), self.latent)
             state = self.family.embed(self.family.tokenize(latent), *at)
         self.attention.begin(index, unit.patches)
+        for givers, channel in self.skips.items():
+            if not channel.is_sender:
+                state = replace(state, skips={**state.skips, **dict(zip(givers, channel.receive(), strict=True))})
         for block in self.blocks:
             state = block(state)
         if self.outgoing:
             self.outgoing.send(torch.cat((state.text, state.image), dim=1))
+            for givers, channel in self.skips.items():
+                if channel.is_sender:
+                    channel.send(torch.stack([state.skips[giver] for giver in givers]))
             return state.image
         sizes = [plan.image_size(rank, unit.patches) for rank in range(self.mesh.sequence.size)]
         tokens = plan.in_order(self.mesh.sequence.all_gather(self.family.head(state), sizes, dim=1), unit.patches)

@@ -44,7 +44,7 @@ class SequenceParallel:
         height, width = latent.shape[-2:]
         patch = family.patch_size
         grid = (-(-height // patch), -(-width // patch))
-        plan = TokenPlan.even(condition.tokens.shape[1], grid[0] * grid[1], self.axis.size)
+        plan = TokenPlan.even(family.text_length(condition), grid[0] * grid[1], self.axis.size)
         self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
         family.use_attention(self.attention)
         state = family.embed(family.tokenize(latent), timestep, condition, plan.shard(self.axis.rank), grid)

@@ -8,10 +8,13 @@ from typing import Any
 from ..errors import UserError
 from .checkpoint import Checkpoint
 from .flux_keys import FLUX
+from .hunyuandit_keys import HUNYUANDIT
 from .keymap import FileFamily, Piece, Shapes, identity_map, ruled_map
+from .pixart_keys import PIXART_ALPHA, PIXART_SIGMA
 from .sd3_keys import SD3
 
-FAMILIES: tuple[FileFamily, ...] = (FLUX, SD3)
+FAMILIES: tuple[FileFamily, ...] = (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT)
+"""In the order in which they are tried."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 
@@ -59,7 +62,7 @@ def detect(checkpoint: Checkpoint) -> Detected:
 def _detected(checkpoint: Checkpoint, row: FileFamily, layout: str, prefix: str, shapes: Shapes) -> Detected:
     declared = checkpoint.config or {}
     class_name = declared.get("_class_name", row.class_name)
-    if class_name != row.class_name:
+    if class_name not in (row.class_name, *row.older_class_names):
         raise UserError(
             f"{checkpoint.source}: config.json says {class_name!r}, but the weights are those of {row.class_name}."
         )
@@ -74,4 +77,5 @@ def _detected(checkpoint: Checkpoint, row: FileFamily, layout: str, prefix: str,
                 f"{checkpoint.source}: config.json says {name} = {told!r}, but the weights' shapes say {value!r}.",
                 "Config and weights must come from the same model.",
             )
-    return Detected(row.name, row.class_name, layout, prefix, config, shapes, row)
+    weights = {key: shape for key, shape in shapes.items() if key not in row.not_weights}
+    return Detected(row.name, row.class_name, layout, prefix, config, weights, row)

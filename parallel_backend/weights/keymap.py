@@ -68,7 +68,9 @@ class FileFamily:
 
     `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
     `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the linear
-    layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row.
+    layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row. `older_class_names`: what
+    config.json of an older diffusers calls the class; `not_weights`: keys of tensors that the module does not need;
+    `never_fp8`: modules whose matrices other modules use.
     """
 
     name: str
@@ -77,6 +79,9 @@ class FileFamily:
     rules: tuple[Rule, ...]
     derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
     cuts: tuple[Cut, ...] = ()
+    older_class_names: tuple[str, ...] = ()
+    not_weights: tuple[str, ...] = ()
+    never_fp8: tuple[str, ...] = ()
 
 
 def count_blocks(shapes: Shapes, stem: str) -> int:

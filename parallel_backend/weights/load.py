@@ -84,7 +84,7 @@ def load_transformer(
         raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
     storage = _storage_dtype(checkpoint, found, weight_dtype)
     compute = _compute_dtype(storage, device)
-    reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", device)
+    reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", found.row.never_fp8, device)
     if part.tensor.count > 1 and not found.row.cuts:
         raise UserError(
             f"{checkpoint.source}: a {found.family} model cannot be cut over tensor_degree={part.tensor.count} ranks.",

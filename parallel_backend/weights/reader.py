@@ -56,6 +56,7 @@ class Reader:
     storage: torch.dtype
     compute: torch.dtype
     narrow: bool
+    never_fp8: tuple[str, ...]
     device: torch.device
 
     def entry(self, module: nn.Module, name: str, pieces: list[Piece], slices: Slices | None) -> Entry:
@@ -64,7 +65,11 @@ class Reader:
         owner = module.get_submodule(path)
         found = self.checkpoint.tensors[self.prefix + pieces[0].key].dtype
         scale = self._scale(pieces[0].scale) if pieces[0].scale else None
-        stays_fp8 = self.storage in FP8 and (found in FP8 or (self.narrow and scale is None))
+        stays_fp8 = (
+            self.storage in FP8
+            and (found in FP8 or (self.narrow and scale is None))
+            and not name.startswith(self.never_fp8)
+        )
         casts = stays_fp8 and isinstance(owner, nn.Linear) and leaf == "weight"
         dtype = (found if found in FP8 else self.storage) if casts else self.compute
         shape = list(getattr(owner, leaf).shape)

@@ -16,7 +16,7 @@ from paralleldit.parallel_backend.sample_request import sample
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.transformer import Transformer
-from paralleldit.tests.tiny_models import TINY_MODELS, entry_of, tensors_of
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 
 CFG = 3.0
 
@@ -82,11 +82,16 @@ SHAPES = [
     (3, 7, 9, 5, 4),
     (2, 2, 2, 3, 4),
 ]
-WHOLE_RUNS = ["flux dev", "sd3.5 medium"]
+WHOLE_RUNS = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1"]
 """One model of each family."""
-CUT_MODELS = ["flux dev", "sd3.5 medium"]
-"""One model of each family that tensor-parallel ranks can cut."""
-CPU = torch.device("cpu")
+
+
+def cases_of(layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
+    """Models and shapes: one model of each family in every shape, the others in the first. More ranks than the first
+    shape has heads see those that leave some of them without heads or tokens."""
+    if layout.ranks > SHAPES[0][0]:
+        return [*product(WHOLE_RUNS, SHAPES[1:])]
+    return [*product(WHOLE_RUNS, SHAPES), *((model, SHAPES[0]) for model in TINY_MODELS if model not in WHOLE_RUNS)]
 
 
 def make_inputs(model, height, width, text, batch):
@@ -98,26 +103,25 @@ def make_inputs(model, height, width, text, batch):
     return latent, tiny.condition(draw, 1, text), tiny.condition(draw, batch, text + 3)
 
 
-def guided(world, degrees, models, shapes, dtype):
-    """One guided prediction of each model and shape, this rank's part of the batch gathered to the whole."""
+def guided(world, degrees, cases, dtype):
+    """One guided prediction of each model and shape."""
     mesh = Mesh(layout_of(degrees))
-    return {
-        (model, shape): guided_by(TINY_MODELS[model].make_family(shape[0], dtype), mesh, model, shape)
-        for model, shape in product(models, shapes)
-    }
+    return {case: guided_by(TINY_MODELS[case[0]].make_family(case[1][0], dtype), mesh, *case) for case in cases}
 
 
-def guided_by_part(world, layout, paths, dtype):
-    """Two guided predictions of each model and shape, of which the second finds what the first left behind."""
-    mesh, answers = Mesh(layout), {}
-    for (model, shape), path in paths.items():
+def guided_by_part(world, layout, cases, paths, dtype):
+    """As `guided`, by ranks that read their parts of the files; the second finds what the first left behind."""
+    mesh = Mesh(layout)
+    answers = {}
+    for case, path in zip(cases, paths, strict=True):
         transformer = Transformer(path, CPU, dtype, Part.of(layout, mesh))
-        guided_by(transformer.on(mesh), mesh, model, shape)
-        answers[model, shape] = guided_by(transformer.on(mesh), mesh, model, shape)
+        guided_by(transformer.on(mesh), mesh, *case)
+        answers[case] = guided_by(transformer.on(mesh), mesh, *case)
     return answers
 
 
 def guided_by(family, mesh, model, shape):
+    """A guided prediction of the family, this rank's part of the batch gathered to the whole."""
     _, height, width, text, batch = shape
     latent, *conditions = make_inputs(model, height, width, text, batch)
     counts = split_sizes(batch, mesh.data.size)
@@ -161,7 +165,7 @@ def expected():
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: "ulysses{}-ring{}-cfg{}-data{}".format(*degrees))
 def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees):
     layout = layout_of(degrees)
-    for answers in ranks.run(layout.ranks, guided, degrees, list(TINY_MODELS), SHAPES, torch.float32):
+    for answers in ranks.run(layout.ranks, guided, degrees, cases_of(layout), torch.float32):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
             figures.note(f"{layout.ranks} | {layout}", TINY_MODELS[model].family.name, error)
@@ -170,27 +174,34 @@ def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees):
 
 @pytest.mark.parametrize("degrees", [(2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1)], ids=str)
 def test_layout_in_bf16_stays_within_its_rounding(ranks, degrees):
-    cases = list(TINY_MODELS), SHAPES[:1]
-    (alone,) = ranks.run(1, guided, (1, 1, 1, 1), *cases, torch.bfloat16)
-    (exact,) = ranks.run(1, guided, (1, 1, 1, 1), *cases, torch.float32)
-    answers = ranks.run(layout_of(degrees).ranks, guided, degrees, *cases, torch.bfloat16)[0]
+    cases = [(model, SHAPES[0]) for model in WHOLE_RUNS]
+    (alone,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.bfloat16)
+    (exact,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.float32)
+    answers = ranks.run(layout_of(degrees).ranks, guided, degrees, cases, torch.bfloat16)[0]
     for case, answer in answers.items():
         assert relative_error(answer, exact[case]) <= 2 * relative_error(alone[case], exact[case]), case
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    """Where each model that can be cut is saved, with the heads of each shape: ranks read their parts from there."""
-    folder, found = tmp_path_factory.mktemp("models"), {}
-    for model, shape in product(CUT_MODELS, SHAPES):
-        found[model, shape] = folder / f"{model} {shape[0]}"
-        TINY_MODELS[model].make(shape[0]).save_pretrained(found[model, shape])
-    return found
+def model_path(tmp_path_factory):
+    """The files of a model with as many heads, which ranks read their parts from."""
+
+    def of(model, heads):
+        folder = tmp_path_factory.getbasetemp() / f"{model}-{heads}-heads"
+        if not folder.exists():
+            TINY_MODELS[model].make(heads).save_pretrained(folder)
+        return folder
+
+    return of
+
+
+SPREAD_CASES = [*product(WHOLE_RUNS[:2], SHAPES), *product(WHOLE_RUNS[2:], SHAPES[1:2])]
 
 
 @pytest.mark.parametrize("layout", SPREAD, ids=str)
-def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, paths, layout):
-    for answers in ranks.run(layout.ranks, guided_by_part, layout, paths, "auto"):
+def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout):
+    paths = [model_path(model, shape[0]) for model, shape in SPREAD_CASES]
+    for answers in ranks.run(layout.ranks, guided_by_part, layout, SPREAD_CASES, paths, "auto"):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
             figures.note(f"{layout.ranks} | {layout}", TINY_MODELS[model].family.name, error)
@@ -198,12 +209,13 @@ def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, paths,
 
 
 @pytest.mark.parametrize("layout", [SPREAD[0], SPREAD[9], SPREAD[-3]], ids=str)
-def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, paths, layout):
-    cases = CUT_MODELS, SHAPES[:1]
-    (alone,) = ranks.run(1, guided, (1, 1, 1, 1), *cases, torch.bfloat16)
-    (exact,) = ranks.run(1, guided, (1, 1, 1, 1), *cases, torch.float32)
-    paths = {case: path for case, path in paths.items() if case in alone}
-    for case, answer in ranks.run(layout.ranks, guided_by_part, layout, paths, "bf16")[0].items():
+def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, model_path, layout):
+    cases = [(model, SHAPES[0]) for model in WHOLE_RUNS]
+    paths = [model_path(model, shape[0]) for model, shape in cases]
+    (alone,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.bfloat16)
+    (exact,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.float32)
+    answers = ranks.run(layout.ranks, guided_by_part, layout, cases, paths, "bf16")[0]
+    for case, answer in answers.items():
         assert relative_error(answer, exact[case]) <= 2 * relative_error(alone[case], exact[case]), case
 
 

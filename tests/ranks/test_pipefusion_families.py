@@ -15,7 +15,7 @@ from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.tiny_models import TINY_MODELS, entry_of, tensors_of
 
 CFG, HEADS, TEXT, STEPS = 3.0, 3, 5, 4
-MODELS = ["sd3 medium", "sd3.5 medium"]
+MODELS = ["sd3 medium", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1"]
 EXACT = [
     # pipefusion, ulysses, ring, cfg, data; patches, warm-up
     ((2, 1, 1, 1, 1), (3, STEPS)),
@@ -87,7 +87,7 @@ class StaleAttention:
 
 
 class StaleModel:
-    """A serial model whose blocks see one strip after the other, once it is warm. Prompts are told apart by length."""
+    """A serial model whose blocks see one strip after the other, once it is warm."""
 
     def __init__(self, family, patches, warmup):
         self.family, self.patches, self.warmup = family, patches, warmup
@@ -95,8 +95,8 @@ class StaleModel:
         self.evaluations = {}
 
     def predict(self, latent, timestep, condition):
-        length = condition.tokens.shape[1]
-        evaluation = self.evaluations[length] = self.evaluations.get(length, -1) + 1
+        length, prompt = self.family.text_length(condition), id(condition)
+        evaluation = self.evaluations[prompt] = self.evaluations.get(prompt, -1) + 1
         grid = tuple(-(-side // 2) for side in latent.shape[2:])
         rows = torch.arange(grid[0])
         tokens = self.family.tokenize(latent)
@@ -106,7 +106,7 @@ class StaleModel:
             at = (strip[:, None] * grid[1] + torch.arange(grid[1])).flatten()
             text = slice(0, length if number == 0 else 0)
             places = {"all": torch.cat((torch.arange(length)[text], length + at)), "image": at}
-            self.attention.begin(length, places, {"all": length + tokens.shape[1], "image": tokens.shape[1]})
+            self.attention.begin(prompt, places, {"all": length + tokens.shape[1], "image": tokens.shape[1]})
             state = self.family.embed(tokens, timestep, condition, Shard(text, at), grid)
             for block in self.family.blocks:
                 state = block(state)

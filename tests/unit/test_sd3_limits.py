@@ -21,8 +21,13 @@ def test_picture_beyond_the_positions_is_refused(size):
         check_latent(torch.zeros(1, 16, *size), FAMILY)
 
 
-@pytest.mark.parametrize(("text", "pooled"), [(16, 12), (24, 10)])
-def test_conditioning_of_another_model_is_refused(text, pooled):
-    words = f"of width {text} and a pooled vector of {pooled}; this Stable Diffusion 3 model takes 24 and 12"
+@pytest.mark.parametrize(
+    ("text", "pooled", "words"),
+    [
+        (16, 12, "text tokens of width 16; this Stable Diffusion 3 model takes 24"),
+        (24, 10, "a pooled vector of width 10; this Stable Diffusion 3 model takes 12"),
+    ],
+)
+def test_conditioning_of_another_model_is_refused(text, pooled, words):
     with pytest.raises(UserError, match=words):
         FAMILY.check_condition(Condition(torch.zeros(1, 5, text), torch.zeros(1, pooled)))

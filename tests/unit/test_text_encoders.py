@@ -11,11 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    FluxPipeline,
+    HunyuanDiTPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+)
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -159,6 +168,89 @@ def test_conditioning_equals_the_sd3_pipeline(dtype, tmp_path):
         assert torch.equal(ours.tokens, tokens), name
         assert ours.pooled is not None
         assert torch.equal(ours.pooled, pooled), name
+
+
+def save_pixart(place: Path, pipeline: str) -> Path:
+    save_flux(place)
+    for folder in ("tokenizer", "text_encoder"):
+        shutil.rmtree(place / folder)
+        (place / f"{folder}_2").rename(place / folder)
+    (place / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    return place
+
+
+def save_hunyuandit(place: Path) -> Path:
+    save_flux(place)
+    for folder in ("tokenizer", "text_encoder"):
+        shutil.rmtree(place / folder)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "fox", "a", "lazy", "dog"]
+    BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}).save_pretrained(place / "tokenizer")
+    bert = BertConfig(
+        vocab_size=10,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+    )
+    BertModel(bert).save_pretrained(place / "text_encoder")
+    config = place / "text_encoder_2" / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "t5"', '"model_type": "mt5"'))
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanDiTPipeline"}))
+    return place
+
+
+MASKED_PROMPTS = ["red fox", "", "  A Red fox ", "a red fox jumps over the lazy dog"]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("pipeline_class", [PixArtAlphaPipeline, PixArtSigmaPipeline])
+def test_conditioning_equals_the_pixart_pipelines(pipeline_class, tmp_path):
+    folder = save_pixart(tmp_path, pipeline_class.__name__)
+    encoders = load_text_encoders(folder, device="cpu", dtype=torch.float32)
+    pipeline = pipeline_class(
+        tokenizer=T5Tokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+    )
+    for prompt in MASKED_PROMPTS:
+        for length in (T5_LENGTH, 30):
+            ours = encoders.encode(prompt, max_length=length).tensors()
+            with torch.no_grad():
+                tokens, mask, *_ = pipeline.encode_prompt(prompt, False, max_sequence_length=length)
+            assert ours.keys() == {"tokens", "mask"}
+            assert torch.equal(ours["tokens"], tokens), prompt
+            assert torch.equal(ours["mask"], mask.float()), prompt
+
+
+@pytest.mark.usefixtures("offline")
+def test_conditioning_equals_the_hunyuandit_pipeline(tmp_path):
+    folder = save_hunyuandit(tmp_path)
+    encoders = load_text_encoders(folder, device="cpu", dtype=torch.float32)
+    pipeline = HunyuanDiTPipeline(
+        tokenizer=BertTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=BertModel.from_pretrained(folder / "text_encoder"),
+        tokenizer_2=T5Tokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for prompt in MASKED_PROMPTS:
+        ours = encoders.encode(prompt, max_length=256).tensors()
+        for index, suffix in enumerate(("", "_2")):
+            with torch.no_grad():
+                tokens, _, mask, _ = pipeline.encode_prompt(
+                    prompt, do_classifier_free_guidance=False, text_encoder_index=index
+                )
+            assert torch.equal(ours[f"tokens{suffix}"], tokens), prompt
+            assert torch.equal(ours[f"mask{suffix}"], mask.float()), prompt
+        assert len(ours) == 4
 
 
 def test_what_is_cut_off_is_logged(flux_folder, caplog):

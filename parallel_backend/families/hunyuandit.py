@@ -1,0 +1,147 @@
+"""HunyuanDiT: rotary self attention, cross attention to two texts, and a skip from each early block to its mirror.
+
+Source: Hunyuan-DiT (arXiv 2405.08748).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from torch import Tensor, nn
+
+from ..attention.rotary import rotations
+from ..attention.site import Attention
+from ..errors import UserError
+from ..sampling.model_sampling import ModelSampling, VPrediction
+from .base import Block, Condition, Shard, TokenState, check_widths
+from .cross_attention import CrossAttentionFamily, CrossAttentionSite, CrossAttentionState, SelfAttentionSite
+
+TRAINED_SIDE = 64
+"""Latent cells of the square that positions are spread over."""
+DEFAULT_SIZE = (768, 768)
+"""What ComfyUI tells the model of a picture whose conditioning says nothing."""
+BETA_END = {True: 0.03, False: 0.018}
+"""By whether the model is told the size of the picture (up to version 1.1)."""
+
+
+class HunyuanDiT(CrossAttentionFamily):
+    name = "hunyuandit"
+    latent_scale = 0.13025
+
+    def __init__(
+        self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
+    ) -> None:
+        super().__init__(transformer, dtype, device, **latent)
+        model = self.transformer
+        self.hidden_size = model.inner_dim
+        self.out_channels = model.out_channels
+        count = len(model.blocks)
+        self.skips = {source: count - 1 - source for source in range(count // 2 - 1)}
+        sources = {target: source for source, target in self.skips.items()}
+        self.blocks = [
+            _as_block(layer, number if number in self.skips else None, sources.get(number))
+            for number, layer in enumerate(model.blocks)
+        ]
+        self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
+
+    def use_attention(self, attention: Attention) -> None:
+        for layer in self.transformer.blocks:
+            layer.attn1.set_processor(SelfAttentionSite(attention))
+            layer.attn2.set_processor(CrossAttentionSite())
+
+    def check_condition(self, condition: Condition) -> None:
+        config = self.transformer.config
+        encoders = "a Chinese CLIP and mT5-XL"
+        widths = {"tokens": config["cross_attention_dim"], "tokens_2": config["cross_attention_dim_t5"]}
+        check_widths(condition, widths, "HunyuanDiT", encoders)
+        for name, length in (("", config["text_len"]), ("_2", config["text_len_t5"])):
+            found = getattr(condition, f"mask{name}")
+            if found is None or found.shape[1] < length:
+                told = "no attention mask" if found is None else f"{found.shape[1]}"
+                raise UserError(
+                    f"A HunyuanDiT model needs {length} text tokens{' of mT5' if name else ''}, padded, with their "
+                    f"attention mask; the conditioning has {told}.",
+                    f"Encode the prompt with the text encoders that belong to the model ({encoders}).",
+                )
+
+    def model_sampling(self, shift: float | None) -> ModelSampling:
+        self.refuse_shift(shift)
+        return VPrediction(linear_end=BETA_END[self.transformer.config["use_style_cond_and_image_meta_size"]])
+
+    def embed(
+        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> CrossAttentionState:
+        image = self.embed_patches(self.transformer.pos_embed.proj, tokens[:, shard.image])
+        return self.resume(image, self.no_text(image), timestep, condition, shard, grid)
+
+    def resume(
+        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> CrossAttentionState:
+        model, batch, length_2 = self.transformer, image.shape[0], self.transformer.config["text_len_t5"]
+        assert condition.tokens_2 is not None
+        assert condition.mask is not None
+        assert condition.mask_2 is not None
+        tokens_2 = condition.tokens_2.to(self.dtype)
+        height, width = condition.size or DEFAULT_SIZE
+        told = [height, width, *(condition.target_size or (height, width)), 0, 0]
+        modulation = model.time_extra_emb(
+            timestep,
+            tokens_2[:, :length_2].expand(batch, -1, -1),
+            timestep.new_tensor([told]).expand(batch, -1).contiguous(),
+            torch.zeros(batch, dtype=torch.int64, device=image.device),
+            hidden_dtype=self.dtype,
+        )
+        padding = model.text_embedding_padding.split([model.config["text_len"], length_2])
+        first = _with_padding(condition.tokens.to(self.dtype), condition.mask, padding[0])
+        second = _with_padding(model.text_embedder(tokens_2), condition.mask_2, padding[1])
+        first, second = (each.expand(batch, -1, -1) for each in (first, second))
+        return CrossAttentionState(
+            image=image,
+            text=text,
+            modulation=modulation,
+            rotary=self._rotary(grid)[shard.image],
+            context=torch.cat((first, second), dim=1),
+        )
+
+    def head(self, state: TokenState) -> Tensor:
+        model = self.transformer
+        return self.latent_tokens(model.proj_out(model.norm_out(state.image, state.modulation.float())))
+
+    def _compute_rotary(self, grid: tuple[int, int]) -> Tensor:
+        """Rotations `[S, D / 2]`: the picture fills the longer side of the square that the model was trained on."""
+        side = TRAINED_SIDE // self.patch_size
+        extents = [round(side / max(grid) * extent) for extent in grid]
+        starts = [round((side - extent) / 2) for extent in extents]
+        ends = [start + extent for start, extent in zip(starts, extents, strict=True)]
+        head_dim = self.transformer.config["attention_head_dim"]
+        return rotations(*get_2d_rotary_pos_embed(head_dim, (starts, ends), grid, device=self.device, output_type="pt"))
+
+
+def _with_padding(text: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
+    """`text` `[B, St, C]`, its last tokens replaced by those of `padding` where they do not count."""
+    start = text.shape[1] - padding.shape[0]
+    last = torch.where(mask[:, start:, None].bool(), text[:, start:], padding.to(text.dtype))
+    return torch.cat((text[:, :start], last), dim=1)
+
+
+def _as_block(layer: nn.Module, gives: int | None, takes: int | None) -> Block:
+    """`gives`, `takes`: the names under which its output is, or a skip was, left in the state."""
+
+    def block(state: TokenState) -> TokenState:
+        assert isinstance(state, CrossAttentionState)
+        skips = dict(state.skips)
+        image = layer(
+            hidden_states=state.image,
+            temb=state.modulation,
+            encoder_hidden_states=state.context,
+            image_rotary_emb=state.rotary,
+            skip=None if takes is None else skips.pop(takes),
+        )
+        if gives is not None:
+            skips[gives] = image
+        return replace(state, image=image, skips=skips)
+
+    return block

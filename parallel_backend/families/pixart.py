@@ -1,0 +1,126 @@
+"""PixArt-alpha and PixArt-Sigma: self attention, cross attention to T5, one modulation for all blocks.
+
+Sources: PixArt-alpha (arXiv 2310.00426), PixArt-Sigma (arXiv 2403.04692).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from torch import Tensor, nn
+
+from ..attention.site import Attention
+from ..sampling.model_sampling import EpsPrediction, ModelSampling
+from .base import Block, Condition, Shard, TokenState, check_widths
+from .cross_attention import CrossAttentionFamily, CrossAttentionSite, CrossAttentionState, SelfAttentionSite
+
+CELL = 8
+"""Pixels per latent cell, in both directions."""
+MASKED = -10000.0
+"""What is added to the scores of tokens that do not count."""
+
+
+@dataclass
+class PixArtState(CrossAttentionState):
+    """`block_modulation` `[B, 6 * h]`: what all blocks make of `modulation`, which is the head's."""
+
+    block_modulation: Tensor | None = None
+
+
+class PixArt(CrossAttentionFamily):
+    def __init__(
+        self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
+    ) -> None:
+        super().__init__(transformer, dtype, device, **latent)
+        self.hidden_size = self.transformer.inner_dim
+        self.out_channels = self.transformer.out_channels
+        self.blocks = [_as_block(layer) for layer in self.transformer.transformer_blocks]
+        self._positions = lru_cache(maxsize=8)(self._compute_positions)
+
+    def use_attention(self, attention: Attention) -> None:
+        for layer in self.transformer.transformer_blocks:
+            layer.attn1.set_processor(SelfAttentionSite(attention))
+            layer.attn2.set_processor(CrossAttentionSite())
+
+    def check_condition(self, condition: Condition) -> None:
+        check_widths(condition, {"tokens": self.transformer.config["caption_channels"]}, "PixArt", "T5-XXL")
+
+    def model_sampling(self, shift: float | None) -> ModelSampling:
+        self.refuse_shift(shift)
+        return EpsPrediction("sqrt_linear", linear_start=0.0001, linear_end=0.02)
+
+    def embed(
+        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> PixArtState:
+        patches = self.embed_patches(self.transformer.pos_embed.proj, tokens[:, shard.image])
+        image = (patches + self._positions(grid)[shard.image]).to(self.dtype)
+        return self.resume(image, self.no_text(image), timestep, condition, shard, grid)
+
+    def resume(
+        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
+    ) -> PixArtState:
+        model, batch = self.transformer, image.shape[0]
+        told = {"resolution": None, "aspect_ratio": None}
+        if model.use_additional_conditions:
+            height, width = condition.size or tuple(side * self.patch_size * CELL for side in grid)
+            told = {
+                "resolution": image.new_tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
+                "aspect_ratio": image.new_tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
+            }
+        block_modulation, modulation = model.adaln_single(timestep, told, batch_size=batch, hidden_dtype=self.dtype)
+        context = model.caption_projection(condition.tokens.to(self.dtype)).expand(batch, -1, -1)
+        bias = None
+        if condition.mask is not None:
+            bias = ((1 - condition.mask.to(self.dtype)) * MASKED)[:, None, None].expand(batch, -1, -1, -1)
+        return PixArtState(
+            image=image,
+            text=text,
+            modulation=modulation,
+            context=context,
+            bias=bias,
+            block_modulation=block_modulation,
+        )
+
+    def head(self, state: TokenState) -> Tensor:
+        model = self.transformer
+        shift, scale = (model.scale_shift_table[None] + state.modulation[:, None]).chunk(2, dim=1)
+        return self.latent_tokens(model.proj_out(model.norm_out(state.image) * (1 + scale) + shift))
+
+    def _compute_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Sines and cosines of each token's row and column, `[S, h]`, spread over the side that it was trained on."""
+        embedding = self.transformer.pos_embed
+        return get_2d_sincos_pos_embed(
+            self.hidden_size,
+            grid,
+            base_size=embedding.base_size,
+            interpolation_scale=embedding.interpolation_scale,
+            device=self.device,
+            output_type="pt",
+        ).float()
+
+
+class PixArtAlpha(PixArt):
+    name = "pixart-alpha"
+    latent_scale = 0.18215
+
+
+class PixArtSigma(PixArt):
+    name = "pixart-sigma"
+    latent_scale = 0.13025
+
+
+def _as_block(layer: nn.Module) -> Block:
+    def block(state: TokenState) -> TokenState:
+        assert isinstance(state, PixArtState)
+        image = layer(
+            hidden_states=state.image,
+            encoder_hidden_states=state.context,
+            encoder_attention_mask=state.bias,
+            timestep=state.block_modulation,
+        )
+        return replace(state, image=image)
+
+    return block

@@ -1,0 +1,65 @@
+"""Predicts with ComfyUI's own networks: run by `test_network_parity.py` with the host's Python.
+
+COMFYUI_PATH=... python network_host.py FOLDER
+
+For each FOLDER/NAME.json (`family` and `config` of the loader's handle) reads the weights NAME.safetensors and writes
+what its MODEL predicts, NAME.host.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+TIMESTEP = 500.0
+BATCH = 2
+
+
+def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """A noisy latent, and a prompt's tokens and entry."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    latent = draw(BATCH, 4, 72, 56)
+    if family != "hunyuandit":
+        return latent, draw(BATCH, 9, 20), {"width": 640, "height": 480}
+    masks = {"attention_mask": torch.arange(6) < 4, "attention_mask_mt5xl": torch.arange(9) < 5}
+    entry = {"conditioning_mt5xl": draw(BATCH, 9, 40), "width": 640, "height": 480}
+    # Both texts are longer than what the model was trained with.
+    return latent, draw(BATCH, 6, 24), entry | {name: mask.long().repeat(BATCH, 1) for name, mask in masks.items()}
+
+
+def main(folder: Path) -> None:
+    sys.argv[1:] = ["--cpu"]
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "conftest.py"))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.model_detection
+    from paralleldit.nodes.comfy_model import UNET_CONFIGS
+
+    for told in sorted(folder.glob("*.json")):
+        handle = json.loads(told.read_text())
+        config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle["family"]](handle["config"]))
+        config.set_inference_dtype(torch.float32, None)
+        weights = load_file(told.with_suffix(".safetensors"))
+        model = config.get_model(weights, "")
+        model.load_model_weights(weights, "")
+        latent, tokens, entry = inputs(handle["family"])
+        conditions = model.extra_conds(noise=latent, device="cpu", cross_attn=tokens, **entry)
+        inner = {name: value.process_cond(batch_size=BATCH, device="cpu").cond for name, value in conditions.items()}
+        sigma = model.model_sampling.sigma(torch.tensor(TIMESTEP)).repeat(BATCH)
+        with torch.inference_mode():
+            denoised = model.apply_model(latent, sigma, **inner)
+        save_file({"sigma": sigma, "denoised": denoised.contiguous()}, told.with_suffix(".host.safetensors"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

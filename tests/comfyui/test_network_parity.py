@@ -1,0 +1,112 @@
+"""The same weights and the same CONDITIONING give the prediction of ComfyUI's own network.
+
+`COMFYUI_PATH` names a checkout of ComfyUI, `COMFYUI_PYTHON` a Python that has its requirements (by default this one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel
+from paralleldit.nodes.conditioning import travelling
+from paralleldit.parallel_backend.attention.core import AttentionCore
+from paralleldit.parallel_backend.attention.kernels import KERNELS
+from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.families.registry import build_family
+from paralleldit.parallel_backend.sample_request import condition_from
+from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.parallel_backend.weights.load import load_transformer
+from paralleldit.tests.comfyui import network_host as host
+from paralleldit.tests.unit.cross_attention_original_layout import original_weights
+from safetensors.torch import load_file, save_file
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
+]
+
+
+def pixart(told_size: bool) -> Any:
+    return PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=6,
+        num_layers=2,
+        cross_attention_dim=96,
+        caption_channels=20,
+        sample_size=64,
+        use_additional_conditions=told_size,
+    )
+
+
+def hunyuandit(told_size: bool) -> Any:
+    return HunyuanDiT2DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=64,
+        num_layers=6,
+        mlp_ratio=2.0,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=40,
+        pooled_projection_dim=1024,  # ComfyUI knows no other
+        text_len=5,
+        text_len_t5=7,
+        use_style_cond_and_image_meta_size=told_size,
+    )
+
+
+CASES = {
+    "pixart-alpha": lambda: pixart(told_size=True),
+    "pixart-sigma": lambda: pixart(told_size=False),
+    "hunyuandit-1.1": lambda: hunyuandit(told_size=True),
+    "hunyuandit-1.2": lambda: hunyuandit(told_size=False),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A file of each case in the original layout, and what ComfyUI predicts with it."""
+    place = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    for name, make in CASES.items():
+        model = make()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        weights = place / f"{name}.safetensors"
+        tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if "pixart" in name else {}
+        save_file(original_weights(dict(model.state_dict())) | tables, weights)
+        loaded = load_transformer(weights, device="cpu")
+        weights.with_suffix(".json").write_text(json.dumps({"family": loaded.family, "config": loaded.config}))
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    command = [python, "-W", "ignore", str(Path(host.__file__)), str(place)]
+    env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
+    assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-3000:]}"
+    return place
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prediction_equals_the_hosts(name, folder):
+    weights = folder / f"{name}.safetensors"
+    family = build_family(load_transformer(weights, device="cpu"), weights)
+    latent, tokens, entry = host.inputs(family.name)
+    messages, tensors = travelling("positive", [[tokens, entry]], family.name)
+    condition = condition_from(messages, "positive", tensors, family, host.BATCH)
+    alone = Axis("alone", [0], None, Ledger())
+    predict = SequenceParallel(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
+    native = load_file(folder / f"{name}.host.safetensors")
+    sampling = family.model_sampling(None)
+    torch.testing.assert_close(sampling.sigma(torch.tensor(host.TIMESTEP)), native["sigma"][0])
+    with torch.inference_mode():
+        denoised = Guidance(predict, sampling, alone, condition, None, 1.0).denoised(latent, native["sigma"][0])
+    error = (denoised - native["denoised"]).norm() / (latent - native["denoised"]).norm()
+    assert error <= 1e-4
