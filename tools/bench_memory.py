@@ -1,6 +1,6 @@
 """Measures what a rank holds of a model, and the most that it uses while it samples, for each way to divide a model.
 
-    python tools/bench_memory.py [--width 512] [--side 16] [--folder DIR]
+    python tools/bench_memory.py [--width 512] [--side 16] [--only NAME] [--folder DIR]
 
 Writes a Flux.1 of random weights (19 double and 38 single blocks as the published ones, 330M parameters by default) in
 bf16 into a temporary folder, and samples two steps of a square picture in fp32 with every layout, in fresh processes.
@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512, help="hidden size, a multiple of 128")
     parser.add_argument("--side", type=int, default=16, help="rows of image tokens")
+    parser.add_argument("--only", default="", help="only layouts with this in their name, e.g. sharded")
     parser.add_argument("--folder", help="where to put the temporary folder (0.7 GB)")
     parser.add_argument("--port", type=int, default=29574)
     arguments = parser.parse_args()
@@ -61,12 +62,15 @@ def main() -> None:
         parameters = write_model(folder, arguments.width)
         print(f"{parameters / 1e6:.0f}M parameters, fp32: {parameters * 4 / MB:.0f} MB.\n")
         print("| Layout | Ranks | Weights per rank (MB) | of the model | Peak per rank (MB) |\n|---|---|---|---|---|")
-        for layout in LAYOUTS:
+        for layout in (layout for layout in LAYOUTS if arguments.only in str(layout)):
             answers = mp.get_context("spawn").SimpleQueue()
             mp.spawn(measure, args=(layout, folder, arguments, answers), nprocs=layout.ranks)
             weights, peaks = zip(*(answers.get() for _ in range(layout.ranks)), strict=True)
             share = max(weights) / (parameters * 4)
-            print(f"| {layout} | {layout.ranks} | {max(weights) / MB:.0f} | {share:.3f} | {max(peaks) / MB:.0f} |")
+            print(
+                f"| {layout} | {layout.ranks} | {max(weights) / MB:.0f} | {share:.3f} | {max(peaks) / MB:.0f} |",
+                flush=True,
+            )
 
 
 def write_model(folder: str, width: int) -> int:
