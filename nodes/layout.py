@@ -10,8 +10,10 @@ from ..parallel_backend.layout import (
     AXES,
     AttentionKernel,
     Layout,
+    Refresh,
     Weights,
     check_ranks,
+    check_stale,
     check_weights,
     largest_exact_layout,
     layouts_of,
@@ -20,6 +22,11 @@ from . import session
 from .validation import verdict
 
 MAX_DEGREE = 1024
+
+GIVEN = ("tensor_degree", "distrifusion_degree", "pipefusion_degree")
+"""Degrees that are never chosen for the user: they approximate, or depend on the links."""
+
+CHOICES = {"attention": get_args(AttentionKernel), "weights": get_args(Weights), "refresh": get_args(Refresh)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class LayoutChoice:
     warmup_steps: int = 1
     tensor_degree: int = 1
     weights: Weights = "whole"
+    distrifusion_degree: int = 1
+    refresh: Refresh = "all"
+    stage_blocks: str = ""
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -50,14 +60,29 @@ class LayoutChoice:
         if best not in candidates:
             candidates = [layout for layout in candidates if guided or layout.cfg_degree == 1] or candidates
             best = max(candidates, key=lambda layout: (-layout.data_degree, layout.cfg_degree, layout.ulysses_degree))
-        settings = ("attention", "num_patches", "warmup_steps", "weights")
+        settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh")
         layout = best.model_copy(update={name: getattr(self, name) for name in settings})
+        layout = layout.model_copy(update={"stage_blocks": self.blocks_by_stage()})
         check_weights(layout)
+        check_stale(layout)
         return layout
 
     def check(self, ranks: int) -> None:
         """Raise `UserError` when no layout of `ranks` ranks has the chosen degrees."""
-        check_weights(self._candidates(ranks)[0].model_copy(update={"weights": self.weights}))
+        settings = {"weights": self.weights, "attention": self.attention}
+        layout = self._candidates(ranks)[0].model_copy(update=settings)
+        check_weights(layout)
+        check_stale(layout)
+
+    def blocks_by_stage(self) -> tuple[int, ...]:
+        """Raises `UserError` for text that is no list of numbers."""
+        try:
+            return tuple(int(number) for number in self.stage_blocks.split(",") if self.stage_blocks.strip())
+        except ValueError as error:
+            raise UserError(
+                f"stage_blocks={self.stage_blocks!r} is no list of numbers.",
+                "Write one number of blocks per stage, as in 10,9, or leave it empty.",
+            ) from error
 
     def _candidates(self, ranks: int) -> list[Layout]:
         if self.cfg_degree > 2:
@@ -69,7 +94,7 @@ class LayoutChoice:
             check_ranks(Layout(**self.chosen), ranks)
         fitting = [
             layout
-            for layout in layouts_of(ranks, self.pipefusion_degree, self.tensor_degree)
+            for layout in layouts_of(ranks, **{name: getattr(self, name) for name in GIVEN})
             if all(getattr(layout, name) == degree for name, degree in self.chosen.items())
         ]
         if not fitting:
@@ -93,6 +118,9 @@ class ParallelDiTLayout:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         def degree(maximum: int, tooltip: str) -> tuple[str, dict[str, Any]]:
             return "INT", {"default": 0, "min": 0, "max": maximum, "tooltip": f"{tooltip} 0 chooses."}
+
+        def given(tooltip: str) -> tuple[str, dict[str, Any]]:
+            return "INT", {"default": 1, "min": 1, "max": MAX_DEGREE, "tooltip": f"{tooltip} 1: none."}
 
         return {
             "required": {
@@ -124,15 +152,9 @@ class ParallelDiTLayout:
                 ),
             },
             "optional": {
-                "pipefusion_degree": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 1,
-                        "max": MAX_DEGREE,
-                        "tooltip": "Stages of blocks through which strips of the picture travel (PipeFusion). Sends "
-                        "least and divides the model's memory, but approximates. 1: none.",
-                    },
+                "pipefusion_degree": given(
+                    "Stages of blocks through which strips of the picture travel (PipeFusion). Sends least and divides "
+                    "the model's memory, but approximates."
                 ),
                 "num_patches": (
                     "INT",
@@ -147,20 +169,14 @@ class ParallelDiTLayout:
                     "INT",
                     {
                         "default": 1,
-                        "min": 1,
+                        "min": 0,
                         "max": 10_000,
-                        "tooltip": "Exact steps before PipeFusion begins to use what it has from the step before.",
+                        "tooltip": "Exact steps before PipeFusion or DistriFusion begins to use what is one step old.",
                     },
                 ),
-                "tensor_degree": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 1,
-                        "max": MAX_DEGREE,
-                        "tooltip": "Ranks that each hold and compute a part of every layer (tensor parallel). Divides "
-                        "the model's memory, and needs the fastest links. 1: none.",
-                    },
+                "tensor_degree": given(
+                    "Ranks that each hold and compute a part of every layer (tensor parallel). Divides the model's "
+                    "memory, and needs the fastest links."
                 ),
                 "weights": (
                     list(get_args(Weights)),
@@ -170,57 +186,50 @@ class ParallelDiTLayout:
                         "gathered from all ranks ahead of use, or such a share in host memory.",
                     },
                 ),
+                "distrifusion_degree": given(
+                    "Ranks that share the tokens and use each other's keys and values of the step before "
+                    "(DistriFusion). Nothing waits for a link, but it approximates."
+                ),
+                "refresh": (
+                    list(get_args(Refresh)),
+                    {
+                        "default": "all",
+                        "tooltip": "With DistriFusion: all ranks send their keys and values each step, or one rank a "
+                        "step in its turn, which sends less and approximates more.",
+                    },
+                ),
+                "stage_blocks": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. Empty: equal shares.",
+                    },
+                ),
             },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        ranks: int,
-        ulysses_degree: int,
-        ring_degree: int,
-        cfg_degree: int,
-        data_degree: int,
-        pipefusion_degree: int = 1,
-        num_patches: int = 0,
-        warmup_steps: int = 1,
-        tensor_degree: int = 1,
-        weights: Weights = "whole",
-    ) -> bool | str:
-        degrees = (ranks, ulysses_degree, ring_degree, cfg_degree, data_degree)
-        return verdict(_choose, *degrees, "auto", pipefusion_degree, num_patches, warmup_steps, tensor_degree, weights)
+    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
+        return verdict(lambda *_: _choose(inputs), *inputs.values())
 
-    def build(
-        self,
-        ranks: int,
-        ulysses_degree: int,
-        ring_degree: int,
-        cfg_degree: int,
-        data_degree: int,
-        attention: AttentionKernel,
-        pipefusion_degree: int = 1,
-        num_patches: int = 0,
-        warmup_steps: int = 1,
-        tensor_degree: int = 1,
-        weights: Weights = "whole",
-    ) -> tuple[LayoutChoice]:
-        degrees = (ranks, ulysses_degree, ring_degree, cfg_degree, data_degree)
-        pipeline = (pipefusion_degree, num_patches, warmup_steps)
-        return (_choose(*degrees, attention, *pipeline, tensor_degree, weights),)
+    def build(self, **inputs: Any) -> tuple[LayoutChoice]:
+        return (_choose(inputs),)
 
 
-def _choose(*inputs: Any) -> LayoutChoice:
-    """The choice of these fields, once it is known to fit the ranks that a sidecar would have."""
-    choice = LayoutChoice(*inputs)
-    if choice.weights not in get_args(Weights):
-        raise UserError(f"weights={choice.weights!r} is unknown.", f"Choose one of {', '.join(get_args(Weights))}.")
+def _choose(inputs: dict[str, Any]) -> LayoutChoice:
+    """The choice of these inputs, once it is known to fit the ranks that a sidecar would have."""
+    choice = LayoutChoice(**inputs)
+    for name, allowed in CHOICES.items():
+        if getattr(choice, name) not in allowed:
+            raise UserError(f"{name}={getattr(choice, name)!r} is unknown.", f"Choose one of {', '.join(allowed)}.")
     for name, number in vars(choice).items():
-        least = int(name in ("pipefusion_degree", "warmup_steps", "tensor_degree"))
+        least = int(name in GIVEN)
         if isinstance(number, int) and number < least:
             raise UserError(
                 f"{name}={number}, but it is at least {least}.",
                 "Use 0 to have it chosen." if least == 0 else f"Set {name} to 1 or more.",
             )
+    choice.blocks_by_stage()
     known = session.ranks_for(choice.ranks)
     if known:
         choice.check(known)

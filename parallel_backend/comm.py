@@ -158,6 +158,13 @@ class Axis:
                 self._record("broadcast", x.numel() * x.element_size() * (self.size - 1), self.size - 1)
         return x
 
+    def start_broadcast(self, x: Tensor, source: int) -> Exchange:
+        """Write `x` of the rank of index `source` into every rank's contiguous `x`."""
+        work = dist.broadcast(x, self.ranks[source], group=self.group, async_op=True)
+        if self.rank == source:
+            self._record("broadcast", x.numel() * x.element_size() * (self.size - 1), self.size - 1)
+        return Exchange(x, x, [work])
+
     def _record(self, operation: str, bytes: int, messages: int) -> None:
         self.ledger.record(self.name, operation, bytes, messages)
 

@@ -10,21 +10,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import UserError
 
-AXES = ("tensor", "ulysses", "ring", "pipefusion", "cfg", "data")
+AXES = ("tensor", "ulysses", "ring", "distrifusion", "pipefusion", "cfg", "data")
 """Mesh axes from innermost (neighbouring ranks, fastest links) to outermost."""
 
-REPLICAS = ("ulysses", "ring", "cfg", "data")
+REPLICAS = ("ulysses", "ring", "distrifusion", "cfg", "data")
 """Axes over which all ranks compute with the same weights."""
 
 AttentionKernel = Literal["auto", "sdpa", "flash2", "flash3", "sage", "yunchang"]
 Weights = Literal["whole", "sharded", "offloaded"]
+Refresh = Literal["all", "in_turn"]
 
 
 class Layout(BaseModel):
     """Degrees of the mesh axes and the attention kernel. The product of the degrees is the number of ranks.
 
     With PipeFusion (`pipefusion_degree` stages), `num_patches` strips of the picture are under way at once (0 chooses),
-    after `warmup_steps` exact steps.
+    after `warmup_steps` exact steps. `stage_blocks`: how many blocks each stage has; by default as evenly as possible.
+
+    With DistriFusion, ranks use each other's keys and values of the step before, after `warmup_steps` exact steps (the
+    first one always is). `refresh`: every rank sends its own each step ("all"), or one rank a step ("in_turn").
 
     `weights`: what the ranks that compute with the same blocks keep of them between two uses: "whole" blocks, equal
     shares of each ("sharded"), or such shares in host memory ("offloaded").
@@ -35,12 +39,15 @@ class Layout(BaseModel):
     tensor_degree: int = Field(default=1, ge=1)
     ulysses_degree: int = Field(default=1, ge=1)
     ring_degree: int = Field(default=1, ge=1)
+    distrifusion_degree: int = Field(default=1, ge=1)
     pipefusion_degree: int = Field(default=1, ge=1)
     cfg_degree: int = Field(default=1, ge=1, le=2)
     data_degree: int = Field(default=1, ge=1)
     attention: AttentionKernel = "auto"
     num_patches: int = Field(default=0, ge=0)
-    warmup_steps: int = Field(default=1, ge=1)
+    warmup_steps: int = Field(default=1, ge=0)
+    stage_blocks: tuple[int, ...] = ()
+    refresh: Refresh = "all"
     weights: Weights = "whole"
 
     def degree(self, axis: str) -> int:
@@ -57,7 +64,12 @@ class Layout(BaseModel):
 
     @property
     def sequence_degree(self) -> int:
-        return self.ulysses_degree * self.ring_degree
+        return self.ulysses_degree * self.ring_degree * self.distrifusion_degree
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is ever computed with what is one step old."""
+        return self.pipefusion_degree == self.distrifusion_degree == 1
 
     @property
     def replicas(self) -> int:
@@ -115,6 +127,23 @@ def check_run(layout: Layout, *, batch: int, cfg: float, has_negative: bool) -> 
         )
 
 
+def check_stale(layout: Layout) -> None:
+    """Raise `UserError` for two ways at once, or a kernel of its own, of using what is one step old."""
+    approximate = {name: layout.degree(name) for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1}
+    if len(approximate) == 2:
+        raise UserError(
+            f"pipefusion_degree={layout.pipefusion_degree} and distrifusion_degree={layout.distrifusion_degree}: both "
+            "keep keys and values of the step before, each in its own way.",
+            "Set one of them to 1.",
+        )
+    if approximate and layout.attention == "yunchang":
+        name, degree = approximate.popitem()
+        raise UserError(
+            f"attention=yunchang keeps no keys and values between steps, as {name}_degree={degree} needs.",
+            "Choose attention=auto or another kernel.",
+        )
+
+
 def patches_of(layout: Layout, token_rows: int) -> int:
     """Into how many strips PipeFusion cuts a picture of `token_rows`.
 
@@ -137,6 +166,13 @@ def check_pipefusion(layout: Layout, *, blocks: int, token_rows: int, sampler: s
             f"pipefusion_degree={stages} cuts the model into as many stages, but it has {blocks} blocks.",
             f"Use a pipefusion_degree of at most {blocks}.",
         )
+    chosen = layout.stage_blocks
+    if chosen and (len(chosen) != stages or sum(chosen) != blocks or min(chosen) < 1):
+        raise UserError(
+            f"stage_blocks={','.join(map(str, chosen))} gives {len(chosen)} stages {sum(chosen)} blocks in all; "
+            f"pipefusion_degree={stages} makes {stages} stages, and the model has {blocks} blocks.",
+            f"Name {stages} numbers from 1 on that add up to {blocks}, or none for equal shares.",
+        )
     if patches > token_rows:
         raise UserError(
             f"num_patches={patches} cuts the picture into as many strips, but it has {token_rows} rows of tokens.",
@@ -147,24 +183,23 @@ def check_pipefusion(layout: Layout, *, blocks: int, token_rows: int, sampler: s
             f"The sampler {sampler} looks at the whole latent; with pipefusion_degree={stages} it would see strips.",
             f"Use one of {', '.join(elementwise)}, or pipefusion_degree=1.",
         )
-    if layout.attention == "yunchang":
-        raise UserError(
-            f"attention=yunchang keeps no keys and values between steps, as pipefusion_degree={stages} needs.",
-            "Choose attention=auto or another kernel.",
-        )
 
 
-def layouts_of(ranks: int, pipefusion_degree: int = 1, tensor_degree: int = 1) -> list[Layout]:
-    """Every layout of `ranks` ranks with these two degrees, those with the most Ulysses parallelism first."""
-    replicas, left_over = divmod(ranks, pipefusion_degree * tensor_degree)
+def layouts_of(ranks: int, **degrees: int) -> list[Layout]:
+    """Every layout of `ranks` ranks, those with the most Ulysses parallelism first.
+
+    `degrees`: those of the axes that are not for it to choose (tensor, DistriFusion, PipeFusion), by default 1.
+    """
+    replicas, left_over = divmod(ranks, prod(degrees.values()))
+    given = Layout.model_validate(degrees)
     found = [
-        Layout(
-            ulysses_degree=ulysses,
-            ring_degree=ring,
-            pipefusion_degree=pipefusion_degree,
-            tensor_degree=tensor_degree,
-            cfg_degree=cfg,
-            data_degree=replicas // (ulysses * ring * cfg),
+        given.model_copy(
+            update={
+                "ulysses_degree": ulysses,
+                "ring_degree": ring,
+                "cfg_degree": cfg,
+                "data_degree": replicas // (ulysses * ring * cfg),
+            }
         )
         for ulysses in range(replicas, 0, -1)
         for ring in range(1, replicas + 1)

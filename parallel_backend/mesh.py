@@ -7,7 +7,7 @@ import torch.distributed as dist
 from .comm import Axis, Ledger, new_group
 from .layout import AXES, REPLICAS, Layout, check_ranks
 
-_COMBINED = {"sequence": ("ulysses", "ring"), "replicas": REPLICAS}
+_COMBINED = {"sequence": ("ulysses", "ring", "distrifusion"), "replicas": REPLICAS}
 """Axes over several mesh axes at once: ranks that share one picture's tokens; those that compute with one part."""
 
 
@@ -22,7 +22,7 @@ class Mesh:
         check_ranks(layout, dist.get_world_size())
         self.layout = layout
         self.ledger = Ledger()
-        self.tensor, self.ulysses, self.ring, self.pipefusion, self.cfg, self.data = (
+        self.tensor, self.ulysses, self.ring, self.distrifusion, self.pipefusion, self.cfg, self.data = (
             self._axis(axis, (axis,)) for axis in AXES
         )
         # Each stream has a communicator of its own: between two stages, sends of one would queue behind receives of

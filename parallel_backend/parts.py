@@ -41,7 +41,7 @@ class Part:
     def of(cls, layout: Layout, mesh: Mesh) -> Part:
         """This rank's part in runs of `layout`."""
         return cls(
-            Stage(mesh.pipefusion.rank, mesh.pipefusion.size),
+            Stage(mesh.pipefusion.rank, mesh.pipefusion.size, layout.stage_blocks),
             Share(mesh.tensor.rank, mesh.tensor.size),
             None if layout.weights == "whole" else Share(mesh.replicas.rank, mesh.replicas.size),
             layout.weights == "offloaded",

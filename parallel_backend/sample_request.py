@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .attention.core import AttentionCore, make_attention
+from .attention.site import Attention
 from .comm import Axis, split_sizes
 from .errors import UserError
 from .families.base import CONDITION_TENSORS, Condition, Family
-from .layout import Layout, check_pipefusion, check_run, patches_of
+from .layout import Layout, check_pipefusion, check_run, check_stale, patches_of
 from .mesh import Mesh
 from .protocol.messages import Conditioning, Sample
 from .sampling.driver import SamplingJob, StepContext, latent_mask
@@ -19,6 +20,8 @@ from .sampling.driver import run as run_sampler
 from .sampling.noise import initial_noise
 from .sampling.samplers import SAMPLERS, find_sampler
 from .sampling.schedules import sigmas_for
+from .stages import Stage
+from .strategies.distrifusion import DistriFusion
 from .strategies.guidance import Guidance
 from .strategies.pipefusion import PipeFusion
 from .strategies.sequence import SequenceParallel
@@ -38,6 +41,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     batch = latent.shape[0]
     positive = condition_from(request.positive, "positive", tensors, family, batch)
     negative = condition_from(request.negative, "negative", tensors, family, batch) if request.negative else None
+    check_stale(request.layout)
     check_run(request.layout, batch=batch, cfg=request.cfg, has_negative=negative is not None)
     token_rows = -(-latent.shape[2] // family.patch_size)
     check_pipefusion(
@@ -65,8 +69,9 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
         mask=latent_mask(tensors["noise_mask"], latent.shape) if "noise_mask" in tensors else None,
         part=own,
     )
+    strategy = strategy_of(request.layout, family, mesh, attention)
     guidance = Guidance(
-        SequenceParallel(family, mesh.sequence, attention).predict,
+        strategy.predict,
         model_sampling,
         mesh.cfg,
         positive.part(own, batch),
@@ -76,6 +81,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
 
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
+        strategy.begin_step(step.index)
         return fail_together(guidance.denoised(x, sigma), mesh.data)
 
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
@@ -84,17 +90,22 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     def on_piped_step(done: int, total: int, picture: Tensor) -> None:
         run.progress("sample", done, total, family.process_out(picture) if request.preview else None)
 
-    if mesh.pipefusion.size == 1 or len(job.sigmas) < 2:
-        sampled = run_sampler(model, job, on_step)
+    steps = len(job.sigmas) - 1
+    warn_of_warmup(request.layout, steps, run)
+    if mesh.pipefusion.size == 1 or steps < 1:
+        try:
+            sampled = run_sampler(model, job, on_step)
+        finally:
+            strategy.finish()
     else:
         assert isinstance(attention, AttentionCore)
-        warn_of_warmup(request.layout, len(job.sigmas) - 1, run)
         pipeline = PipeFusion(
             family,
             mesh,
             attention,
             guidance,
             job,
+            stage=Stage(mesh.pipefusion.rank, mesh.pipefusion.size, request.layout.stage_blocks),
             patches=patches_of(request.layout, token_rows),
             warmup_steps=request.layout.warmup_steps,
             preview=request.preview,
@@ -104,14 +115,27 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     return family.process_out(whole).cpu()
 
 
+def strategy_of(layout: Layout, family: Family, mesh: Mesh, attention: Attention) -> SequenceParallel:
+    """What predicts for whole pictures."""
+    if mesh.distrifusion.size == 1:
+        return SequenceParallel(family, mesh.sequence, attention)
+    assert isinstance(attention, AttentionCore)
+    in_turn = layout.refresh == "in_turn"
+    return DistriFusion(family, mesh, attention, warmup_steps=layout.warmup_steps, in_turn=in_turn)
+
+
 def warn_of_warmup(layout: Layout, steps: int, run: Run) -> None:
-    """Say so when no step is left for PipeFusion to speed up."""
-    if steps <= layout.warmup_steps:
-        run.log(
-            "warning",
-            f"warmup_steps={layout.warmup_steps} covers all {steps} steps: the run is exact, and its "
-            f"{layout.pipefusion_degree} stages work one after the other.",
-        )
+    """Say so when no step is left for PipeFusion or DistriFusion to speed up."""
+    if layout.is_exact or steps < 1 or steps > layout.warmup_steps:
+        return
+    lost = {
+        "pipefusion": f"{layout.pipefusion_degree} stages work one after the other",
+        "distrifusion": f"{layout.distrifusion_degree} ranks wait for each other",
+    }
+    reason = next(text for axis, text in lost.items() if layout.degree(axis) > 1)
+    run.log(
+        "warning", f"warmup_steps={layout.warmup_steps} covers all {steps} steps: the run is exact, and its {reason}."
+    )
 
 
 def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:

@@ -11,10 +11,11 @@ from .comm import split_sizes
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `count`."""
+    """Stage `index` of `count`, each of so many blocks as `sizes` says: by default as evenly as possible."""
 
     index: int = 0
     count: int = 1
+    sizes: tuple[int, ...] = ()
 
     @property
     def is_first(self) -> bool:
@@ -26,13 +27,13 @@ class Stage:
 
     def blocks(self, total: int) -> slice:
         """This stage's part of a model's `total` blocks."""
-        sizes = split_sizes(total, self.count)
+        sizes = self.sizes or split_sizes(total, self.count)
         start = sum(sizes[: self.index])
         return slice(start, start + sizes[self.index])
 
     def owners(self, total: int) -> list[int]:
         """The index of the stage that holds each of a model's `total` blocks."""
-        return [index for index, size in enumerate(split_sizes(total, self.count)) for _ in range(size)]
+        return [index for index, size in enumerate(self.sizes or split_sizes(total, self.count)) for _ in range(size)]
 
 
 def block_of(name: str, block_lists: Sequence[str]) -> tuple[int, int] | None:

@@ -203,7 +203,10 @@ def _checked_value(node: Node, declared: Input, value: Any) -> Any:
 
 def _validated_names(node: Node) -> list[str]:
     validate = getattr(node.node_class, "VALIDATE_INPUTS", None)
-    return inspect.getfullargspec(validate).args[1:] if validate else []
+    if validate is None:
+        return []
+    taken = inspect.getfullargspec(validate)
+    return list(node.inputs) if taken.varkw else taken.args[1:]
 
 
 def _ask_node(node: Node) -> None:

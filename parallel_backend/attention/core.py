@@ -63,12 +63,14 @@ class AttentionCore:
         own_heads = head_counts[self.ulysses.rank]
         lengths = self._chunk_lengths(tokens)
         # Tokens first: what comes from the ranks of the axis is then one tensor of all their tokens, without a copy.
-        by_token = x.permute(1, 2, 0, 3)
-        outgoing = torch.cat([part.reshape(-1) for part in by_token.split(head_counts, dim=1)])
         row = batch * dim
+        sizes = [length * count * row for count in head_counts]
+        outgoing = x.new_empty(sum(sizes))
+        for target, part in zip(outgoing.split(sizes), x.split(head_counts, dim=2), strict=True):
+            target.view(length, part.shape[2], batch, dim).copy_(part.permute(1, 2, 0, 3))
         exchange = self.ulysses.start_all_to_all(
             outgoing,
-            [length * count * row for count in head_counts],
+            sizes,
             [extent * own_heads * row for extent in lengths],
         )
         return Sent(x, tokens, exchange, sum(lengths), own_heads)

@@ -91,10 +91,15 @@ class PatchAttention:
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._condition = self._site = 0
         self._patches: Sequence[int] = ()
+        self._seen: Sequence[int] = ()
 
-    def begin(self, condition: int, patches: Sequence[int]) -> None:
-        """What comes next through the blocks: the tokens of `patches`, under the condition of that number."""
+    def begin(self, condition: int, patches: Sequence[int], *, seen: int) -> None:
+        """What comes next through the blocks: the tokens of `patches`, under the condition of that number.
+
+        `seen`: how many patches, from the first on, have keys and values by then.
+        """
         self._condition, self._patches, self._site = condition, patches, 0
+        self._seen = range(seen)
         plan = self._plans[condition]
         self.set_lengths(plan.text_lengths(patches), plan.image_lengths(patches))
 
@@ -113,11 +118,26 @@ class PatchAttention:
         core, plan = self._core, self._plans[self._condition]
         values = v.wait()
         keys_values = (k.wait(), values)
-        ulysses, totals = core.ulysses.size, plan.lengths(range(len(plan.image_sizes)), q.tokens)
-        chunks = [sum(totals[ring * ulysses : (ring + 1) * ulysses]) for ring in range(core.ring.size)]
-        kept = self._kept_by_site(keys_values[0], chunks[core.ring.rank])
+        totals = plan.lengths(range(len(plan.image_sizes)), q.tokens)
+        seen = plan.lengths(self._seen, q.tokens)
+        kept = self._kept_by_site(keys_values[0], self._chunks(totals)[core.ring.rank])
         self._keep(kept, keys_values, q.tokens, totals)
-        return core.gather(core.attend(q.wait(), kept, chunks), q)
+        return core.gather(core.attend(q.wait(), self._begun(kept, seen, totals), self._chunks(seen)), q)
+
+    def _chunks(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths of the chunks that the ranks of the ring hold, from those of all ranks."""
+        ulysses = self._core.ulysses.size
+        return [sum(lengths[ring * ulysses : (ring + 1) * ulysses]) for ring in range(self._core.ring.size)]
+
+    def _begun(self, kept: Tensor, seen: Sequence[int], totals: Sequence[int]) -> Tensor:
+        """What has been filled of `kept`: of each rank's tokens, the first ones."""
+        if seen == totals:
+            return kept
+        own = slice(
+            self._core.ring.rank * self._core.ulysses.size, (self._core.ring.rank + 1) * self._core.ulysses.size
+        )
+        parts = zip(kept.split(totals[own], dim=3), seen[own], strict=True)
+        return torch.cat([part[:, :, :, :length] for part, length in parts], dim=3)
 
     def _kept_by_site(self, like: Tensor, length: int) -> Tensor:
         """The `[2, B, h, S_chunk, D]` of the site whose turn it is: every block calls its sites in the same order."""

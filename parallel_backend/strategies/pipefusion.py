@@ -1,7 +1,8 @@
 """PipeFusion (arXiv 2405.14430): stages of blocks, through which strips of the picture travel. Approximate.
 
 Patch m attends to fresh keys and values of the patches before it, and to those of the step before for the others.
-The warm-up steps take the whole picture through the stages, and fill the keys and values: they are exact.
+The warm-up steps take the whole picture through the stages, and fill the keys and values: they are exact. Without any,
+patch m of the first step attends to the patches up to its own.
 """
 
 from __future__ import annotations
@@ -66,12 +67,13 @@ class PipeFusion:
         guidance: Guidance,
         job: SamplingJob,
         *,
+        stage: Stage,
         patches: int,
         warmup_steps: int,
         preview: bool,
     ) -> None:
         self.family, self.mesh, self.guidance = family, mesh, guidance
-        self.stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
+        self.stage = stage
         self.blocks = family.blocks[self.stage.blocks(len(family.blocks))]
         self.start = prepare(job)
         self.questions = questions_of(self.start, job)
@@ -224,7 +226,9 @@ class PipeFusion:
             # The whole latent, as of now: a half token at its lower border takes its other half from the first row.
             latent = self.guidance.model_sampling.calculate_input(sigma.to(self.latent.device), self.latent)
             state = self.family.embed(self.family.tokenize(latent), *at)
-        self.attention.begin(index, unit.patches)
+        # Without a warm-up, the first question finds no keys and values of the patches that are still to come.
+        seen = len(self.strips) if unit.question else unit.patches[-1] + 1
+        self.attention.begin(index, unit.patches, seen=seen)
         for givers, channel in self.skips.items():
             if not channel.is_sender:
                 state = replace(state, skips={**state.skips, **dict(zip(givers, channel.receive(), strict=True))})

@@ -38,6 +38,12 @@ class SequenceParallel:
         self.axis = axis
         self.attention = attention
 
+    def begin_step(self, step: int) -> None:
+        """What is predicted from now on belongs to that step of the run. Exact methods do not mind."""
+
+    def finish(self) -> None:
+        """The run is over, however it ended; all ranks leave it at the same step."""
+
     def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The transformer's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank."""
         family = self.family

@@ -65,9 +65,12 @@ def test_a_node_explains_every_input_and_fits_its_own_function(client, name):
     declared = {key: spec for group in ("required", "optional") for key, spec in groups.get(group, {}).items()}
     assert all(len(spec[1]["tooltip"]) > 10 for spec in declared.values())
     taken = inspect.signature(getattr(node_class, node_class.FUNCTION)).parameters
-    assert set(declared) == set(taken) - {"self"}
-    optional = {key for key, parameter in taken.items() if parameter.default is not parameter.empty}
-    assert optional == set(groups.get("optional", {}))
+    if set(taken) == {"self", "inputs"}:
+        assert set(declared) == set(inspect.signature(LayoutChoice).parameters), "all inputs go into a LayoutChoice"
+    else:
+        assert set(declared) == set(taken) - {"self"}
+        optional = {key for key, parameter in taken.items() if parameter.default is not parameter.empty}
+        assert optional == set(groups.get("optional", {}))
     if hasattr(node_class, "VALIDATE_INPUTS"):
         assert set(inspect.getfullargspec(node_class.VALIDATE_INPUTS).args[1:]) <= set(declared)
     assert node_class.CATEGORY == "ParallelDiT"
@@ -126,45 +129,71 @@ AUTO = LayoutChoice()
             False,
             Layout(tensor_degree=2, ulysses_degree=2, weights="sharded"),
         ),
+        (
+            LayoutChoice(distrifusion_degree=2, refresh="in_turn"),
+            4,
+            False,
+            Layout(distrifusion_degree=2, ulysses_degree=2, refresh="in_turn"),
+        ),
+        (
+            LayoutChoice(pipefusion_degree=2, warmup_steps=0, stage_blocks="5, 3"),
+            2,
+            False,
+            Layout(pipefusion_degree=2, warmup_steps=0, stage_blocks=(5, 3)),
+        ),
     ],
 )
 def test_degrees_of_zero_are_chosen_to_use_all_ranks(choice, ranks, guided, layout):
     assert choice.resolve(ranks, batch=4, guided=guided) == layout
 
 
+def of(ranks, ulysses=0, ring=0, cfg=0, data=0, **optional):
+    """The inputs of a Parallel Layout."""
+    degrees = {"ulysses_degree": ulysses, "ring_degree": ring, "cfg_degree": cfg, "data_degree": data}
+    return {"ranks": ranks, **degrees, "attention": "auto", **optional}
+
+
 @pytest.mark.parametrize(
-    ("degrees", "numbers"),
+    ("inputs", "numbers"),
     [
-        ((2, 3, 1, 1, 1), ("3", "2 ranks")),
-        ((4, 3, 0, 0, 0), ("ulysses_degree=3", "4 ranks")),
-        ((2, 0, 0, 3, 0), ("cfg_degree=3", "2 halves")),
-        ((2, 1, 1, 1, 4), ("data_degree=4", "multiply to 4")),
-        ((-1, 0, 0, 0, 0), ("-1",)),
-        ((4, 0, 0, 0, 0, 3), ("pipefusion_degree=3", "4 ranks")),
-        ((4, 2, 1, 1, 1, 4), ("pipefusion_degree=4", "multiply to 8")),
-        ((4, 0, 0, 0, 0, 2, 0, 0), ("warmup_steps=0", "at least 1")),
-        ((4, 0, 0, 0, 0, 1, 0, 1, 3), ("tensor_degree=3", "4 ranks")),
-        ((4, 0, 0, 0, 0, 2, 0, 1, 2, "sharded"), ("4 ranks", "tensor_degree=2", "8 ranks")),
-        ((4, 0, 0, 0, 0, 1, 0, 1, 1, "halved"), ("'halved'", "whole, sharded, offloaded")),
+        (of(2, 3, 1, 1, 1), ("3", "2 ranks")),
+        (of(4, 3, 0, 0, 0), ("ulysses_degree=3", "4 ranks")),
+        (of(2, 0, 0, 3, 0), ("cfg_degree=3", "2 halves")),
+        (of(2, 1, 1, 1, 4), ("data_degree=4", "multiply to 4")),
+        (of(-1), ("-1",)),
+        (of(4, pipefusion_degree=3), ("pipefusion_degree=3", "4 ranks")),
+        (of(4, 2, 1, 1, 1, pipefusion_degree=4), ("pipefusion_degree=4", "multiply to 8")),
+        (of(4, pipefusion_degree=0), ("pipefusion_degree=0", "at least 1")),
+        (of(4, warmup_steps=-1), ("warmup_steps=-1", "at least 0")),
+        (of(4, tensor_degree=3), ("tensor_degree=3", "4 ranks")),
+        (
+            of(4, pipefusion_degree=2, tensor_degree=2, weights="sharded"),
+            ("4 ranks", "tensor_degree=2", "8 ranks"),
+        ),
+        (of(4, weights="halved"), ("'halved'", "whole, sharded, offloaded")),
+        (of(4, distrifusion_degree=3), ("distrifusion_degree=3", "4 ranks")),
+        (of(4, distrifusion_degree=2, pipefusion_degree=2), ("distrifusion_degree=2", "pipefusion_degree=2")),
+        (of(4, distrifusion_degree=2, refresh="never"), ("'never'", "all, in_turn")),
+        (of(4, pipefusion_degree=2, stage_blocks="10,x"), ("'10,x'",)),
     ],
 )
-def test_a_layout_that_cannot_work_is_refused_before_anything_runs(client, degrees, numbers):
-    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(*degrees)
+def test_a_layout_that_cannot_work_is_refused_before_anything_runs(client, inputs, numbers):
+    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**inputs)
     assert isinstance(answer, str)
     assert all(number in answer for number in numbers), answer
     assert not client.specs
 
 
 def test_a_linked_degree_is_checked_when_it_is_known(client):
-    assert NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(2, None, 1, 1, 1) is True
+    assert NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**of(2, None, 1, 1, 1)) is True
     with pytest.raises(UserError, match="multiply to 3"):
-        node("Layout").build(2, 3, 1, 1, 1, "auto")
+        node("Layout").build(**of(2, 3, 1, 1, 1))
 
 
 def test_without_gpu_more_ranks_than_gpus_are_refused(client, monkeypatch):
     host.use(host.Host(spec=SidecarSpec(device="cuda")))
     monkeypatch.setattr("paralleldit.launcher.devices.gpu_count", lambda python: 1)
-    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(4, 0, 0, 0, 0)
+    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**of(4))
     assert "4 ranks" in answer
     assert "1" in answer
 

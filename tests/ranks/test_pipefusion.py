@@ -48,7 +48,12 @@ STALE = [
     ((2, 1, 1, 2, 1), (3, 1, 4), (11, 9), "euler_ancestral"),
     ((2, 1, 1, 1, 2), (2, 1, 4), (8, 8), "euler_ancestral"),
     ((2, 1, 1, 2, 2), (4, 2, 4), (8, 8), "ddim"),
+    ((2, 1, 1, 1, 1), (4, 0, 4), (11, 9), "euler"),
+    ((2, 2, 1, 1, 1), (3, 0, 3), (11, 9), "heun"),
+    ((2, 1, 2, 1, 1), (3, 0, 3), (11, 9), "euler"),
+    ((2, 2, 2, 1, 1), (3, 0, 3), (11, 3), "dpmpp_2m"),
 ]
+UNEVEN_STAGES = [((1, 3), (3, 1, 4)), ((2, 1, 1), (4, 0, 3))]
 
 
 def layout_of(degrees, patches=0, warmup=1) -> Layout:
@@ -128,7 +133,10 @@ def sampled(world, layout, steps, size, sampler):
 
 
 class StaleModel:
-    """A serial Flux in which tokens that are not at hand are seen by the keys and values of their last time."""
+    """A serial Flux in which tokens that are not at hand are seen by the keys and values of their last time.
+
+    Tokens without any yet are not seen at all.
+    """
 
     patches = warmup_evaluations = 0
 
@@ -153,19 +161,16 @@ class StaleModel:
         modulation = model.time_text_embed(timestep * 1000, strength, condition.pooled.expand(batch, -1))
 
         evaluation = self.seen[length] = self.seen.get(length, -1) + 1
-        strips = [part.tolist() for part in torch.arange(rows).tensor_split(self.patches)]
-        turns = [list(range(rows))] if evaluation < self.warmup_evaluations else strips
         output = torch.zeros_like(tokens)
-        for strip in turns:
-            at = torch.tensor([row * columns + column for row in strip for column in range(columns)])
-            text_at = torch.arange(length if 0 in strip else 0)
+        for turn, (text_at, at) in enumerate(self.turns(evaluation, length, rows, columns)):
+            writes = []
             places = torch.cat((text_at, length + at))
             image = model.x_embedder(tokens[:, at])
             text = model.context_embedder(condition.tokens[:, text_at].expand(batch, -1, -1))
             for number, layer in enumerate(self.layers):
                 shape = (batch, len(ids), HEADS, HEAD_DIM)
-                kept = self.kept.setdefault((length, number), (torch.zeros(shape), torch.zeros(shape)))
-                layer.attn.set_processor(StaleSite(*kept, places))
+                kept = self.kept.setdefault((length, number), torch.full((2, *shape), torch.nan))
+                layer.attn.set_processor(StaleSite(kept, places, writes))
                 text, image = layer(
                     hidden_states=image,
                     encoder_hidden_states=text,
@@ -173,13 +178,36 @@ class StaleModel:
                     image_rotary_emb=tuple(table[places] for table in rotary),
                 )
             output[:, at] = model.proj_out(model.norm_out(image, modulation))
+            self.keep(evaluation, turn, writes)
+        self.end_evaluation()
         whole = output.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return whole.reshape(batch, channels, rows * 2, columns * 2)[..., :height, :width]
 
+    def begin_step(self, step):
+        pass
+
+    def finish(self):
+        pass
+
+    def turns(self, evaluation, length, rows, columns):
+        """The text and image tokens that are computed at once, one turn after the other."""
+        strips = [part.tolist() for part in torch.arange(rows).tensor_split(self.patches)]
+        for strip in [list(range(rows))] if evaluation < self.warmup_evaluations else strips:
+            at = [row * columns + column for row in strip for column in range(columns)]
+            yield torch.arange(length if 0 in strip else 0), torch.tensor(at)
+
+    def keep(self, evaluation, turn, writes):
+        """What is seen from now on of the keys and values that were computed in this turn."""
+        for kept, places, fresh in writes:
+            kept[:, :, places] = fresh
+
+    def end_evaluation(self):
+        pass
+
 
 class StaleSite:
-    def __init__(self, keys, values, places):
-        self.keys, self.values, self.places = keys, values, places
+    def __init__(self, kept, places, writes):
+        self.kept, self.places, self.writes = kept, places, writes
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         split = lambda x: x.unflatten(-1, (HEADS, HEAD_DIM))  # noqa: E731
@@ -191,9 +219,12 @@ class StaleSite:
             key = torch.cat((attn.norm_added_k(split(attn.add_k_proj(encoder_hidden_states))), key), dim=1)
             value = torch.cat((split(attn.add_v_proj(encoder_hidden_states)), value), dim=1)
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        self.keys[:, self.places] = key
-        self.values[:, self.places] = value
-        heads = [x.transpose(1, 2) for x in (query, self.keys, self.values)]
+        fresh = torch.stack((key, value))
+        self.writes.append((self.kept, self.places, fresh))
+        seen = self.kept.clone()
+        seen[:, :, self.places] = fresh
+        seen = seen[:, :, ~seen[0, 0, :, 0, 0].isnan()]
+        heads = [x.transpose(1, 2) for x in (query, *seen)]
         out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return out
@@ -268,6 +299,16 @@ def test_stages_of_parts_equal_whole_stages(ranks, figures, tmp_path, layout, st
         if is_exact:
             figures.note(f"{layout.ranks} | {layout}", "flux", error)
         assert error <= 1e-5
+
+
+@pytest.mark.parametrize(("blocks", "plan"), UNEVEN_STAGES, ids=str)
+def test_stages_of_chosen_sizes_give_what_even_ones_give(ranks, blocks, plan):
+    patches, warmup, steps = plan
+    even = layout_of((len(blocks), 1, 1, 1, 1), patches, warmup)
+    expected = ranks.run(even.ranks, sampled, even, steps, (11, 9), "euler")[0]
+    uneven = even.model_copy(update={"stage_blocks": blocks})
+    for answer in ranks.run(even.ranks, sampled, uneven, steps, (11, 9), "euler"):
+        assert relative_error(answer, expected) <= 1e-6
 
 
 PIPELINES = [

@@ -14,16 +14,16 @@ from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.sample_request import strategy_of
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance
-from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.transformer import Transformer
 
 HEADS, HEAD_DIM, LAYERS, DOUBLE, BYTES = 8, 16, 5, 2, 4
 TEXT, ROWS, BATCH = 16, 16, 2
 IMAGE = (ROWS // 2) ** 2
 TOKENS = TEXT + IMAGE
-AXES = ("tensor", "ulysses", "ring", "replicas", "sequence", "cfg")
+AXES = ("tensor", "ulysses", "ring", "distrifusion", "replicas", "sequence", "cfg")
 LATENT_BYTES = BATCH * 16 * ROWS * ROWS * BYTES
 
 
@@ -80,13 +80,15 @@ def traffic_of_one_step(world, layout: Layout, path: Path) -> dict[str, int]:
     mesh = Mesh(layout)
     family = Transformer(path, torch.device("cpu"), part=Part.of(layout, mesh)).on(mesh)
     attention = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
-    predict = SequenceParallel(family, mesh.sequence, attention).predict
+    strategy = strategy_of(layout, family, mesh, attention)
     condition = Condition(torch.randn(1, TEXT, 24), torch.randn(1, 12))
-    guidance = Guidance(predict, DiscreteFlow(1.0, 1.0), mesh.cfg, condition, condition, 2.0)
+    guidance = Guidance(strategy.predict, DiscreteFlow(1.0, 1.0), mesh.cfg, condition, condition, 2.0)
     # The first step of all also gathers the first block for itself.
     guidance.denoised(torch.randn(BATCH, 16, ROWS, ROWS), torch.tensor(0.7))
     mesh.ledger.reset()
+    strategy.begin_step(layout.warmup_steps)
     guidance.denoised(torch.randn(BATCH, 16, ROWS, ROWS), torch.tensor(0.5))
+    strategy.finish()
     return {axis: mesh.ledger.bytes_on(axis) for axis in AXES}
 
 
@@ -109,6 +111,9 @@ def model(request, tmp_path_factory):
         Layout(ring_degree=4),
         Layout(ulysses_degree=2, ring_degree=2),
         Layout(ulysses_degree=2, ring_degree=2, cfg_degree=2),
+        Layout(distrifusion_degree=2),
+        Layout(distrifusion_degree=2, ulysses_degree=2, ring_degree=2),
+        Layout(distrifusion_degree=2, refresh="in_turn"),
         Layout(tensor_degree=2),
         Layout(tensor_degree=4, cfg_degree=2),
         Layout(tensor_degree=2, ulysses_degree=2, ring_degree=2),
@@ -120,14 +125,17 @@ def model(request, tmp_path_factory):
 def test_bytes_sent_match_theory(ranks, model, layout):
     theory, path, block_bytes = model
     ulysses, ring, tensor, replicas = layout.ulysses_degree, layout.ring_degree, layout.tensor_degree, layout.replicas
-    cfg = layout.cfg_degree
+    cfg, late = layout.cfg_degree, layout.distrifusion_degree
     evaluations = 2 // cfg
     token_bytes = BATCH * HEADS * HEAD_DIM * BYTES * evaluations
-    sequence = ulysses * ring
+    sequence = ulysses * ring * late
+    turns = late * (late if layout.refresh == "in_turn" else 1)
     expected = {
         # USP (arXiv 2405.07719): four all-to-alls of this rank's tokens; keys and values of R - 1 other ranks' hops.
-        "ulysses": 4 * (ulysses - 1) / ulysses**2 * theory.attended / ring * token_bytes / tensor,
+        "ulysses": 4 * (ulysses - 1) / ulysses**2 * theory.attended / ring / late * token_bytes / tensor,
         "ring": 2 * (ring - 1) * theory.attended / ring / ulysses * token_bytes / tensor,
+        # DistriFusion (arXiv 2402.19481): this rank's keys and values to every other; in turn, every N-th time.
+        "distrifusion": 2 * (late - 1) / turns * theory.attended / ring / ulysses * token_bytes / tensor,
         # Megatron-LM (arXiv 1909.08053): all-reduces of this rank's tokens. The modulation of a block is gathered.
         "tensor": (tensor - 1) / tensor * token_bytes * (2 * theory.reduced / sequence + theory.gathered),
         # FSDP: every evaluation gathers every block once.

@@ -8,6 +8,7 @@ from paralleldit.parallel_backend.layout import (
     Layout,
     check_pipefusion,
     check_ranks,
+    check_stale,
     check_weights,
     largest_exact_layout,
     layouts_of,
@@ -16,20 +17,22 @@ from paralleldit.parallel_backend.layout import (
 from paralleldit.parallel_backend.stages import Stage, stage_parameters
 
 
-@pytest.mark.parametrize(("stages", "tensor"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("stages", "tensor", "late"), [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)]
+)
 @pytest.mark.parametrize("ranks", [1, 2, 6, 8])
-def test_layouts_of_ranks_fit_them(ranks, stages, tensor):
-    found = layouts_of(ranks, stages, tensor)
-    assert bool(found) == (ranks % (stages * tensor) == 0)
+def test_layouts_of_ranks_fit_them(ranks, stages, tensor, late):
+    found = layouts_of(ranks, pipefusion_degree=stages, tensor_degree=tensor, distrifusion_degree=late)
+    assert bool(found) == (ranks % (stages * tensor * late) == 0)
     for layout in found:
         check_ranks(layout, ranks)
-        assert (layout.pipefusion_degree, layout.tensor_degree) == (stages, tensor)
+        assert (layout.pipefusion_degree, layout.tensor_degree, layout.distrifusion_degree) == (stages, tensor, late)
 
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_what_is_chosen_is_exact(ranks, guided):
-    assert largest_exact_layout(ranks, batch=1, guided=guided).pipefusion_degree == 1
+    assert largest_exact_layout(ranks, batch=1, guided=guided).is_exact
 
 
 @pytest.mark.parametrize(
@@ -54,15 +57,35 @@ FITTING = {"blocks": 4, "token_rows": 8, "sampler": "euler", "elementwise": ("eu
         ({"pipefusion_degree": 5}, {}, ("pipefusion_degree=5", "4 blocks")),
         ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
         ({"pipefusion_degree": 2}, {"sampler": "adaptive"}, ("adaptive", "pipefusion_degree=2", "euler, heun")),
-        ({"pipefusion_degree": 2, "attention": "yunchang"}, {}, ("yunchang", "pipefusion_degree=2")),
+        ({"pipefusion_degree": 2, "stage_blocks": (1, 2)}, {}, ("stage_blocks=1,2", "2 stages", "4 blocks")),
+        ({"pipefusion_degree": 3, "stage_blocks": (2, 2)}, {}, ("stage_blocks=2,2", "pipefusion_degree=3")),
+        ({"pipefusion_degree": 2, "stage_blocks": (4, 0)}, {}, ("stage_blocks=4,0", "from 1 on")),
     ],
     ids=str,
 )
 def test_what_pipefusion_cannot_cut_is_refused_with_its_numbers(layout, run, words):
     check_pipefusion(Layout(**layout | {"pipefusion_degree": 1}), **FITTING | run)
     check_pipefusion(Layout(pipefusion_degree=4, num_patches=8), **FITTING)
+    check_pipefusion(Layout(pipefusion_degree=2, stage_blocks=(1, 3)), **FITTING)
     with pytest.raises(UserError) as refused:
         check_pipefusion(Layout(**layout), **FITTING | run)
+    assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"pipefusion_degree": 2, "attention": "yunchang"}, ("yunchang", "pipefusion_degree=2")),
+        ({"distrifusion_degree": 3, "attention": "yunchang"}, ("yunchang", "distrifusion_degree=3")),
+        ({"pipefusion_degree": 2, "distrifusion_degree": 4}, ("pipefusion_degree=2", "distrifusion_degree=4")),
+    ],
+    ids=str,
+)
+def test_what_cannot_use_old_keys_is_refused(layout, words):
+    check_stale(Layout(attention="yunchang"))
+    check_stale(Layout(distrifusion_degree=2))
+    with pytest.raises(UserError) as refused:
+        check_stale(Layout(**layout))
     assert all(word in str(refused.value) for word in words)
 
 

@@ -18,7 +18,11 @@ PRESETS: dict[str, tuple[Layout, ...]] = {
     ),
     "pipefusion": tuple(
         Layout(pipefusion_degree=2, num_patches=patches, warmup_steps=warmup)
-        for patches, warmup in product((2, 4, 8), (1, 2, 4))
+        for patches, warmup in product((2, 4, 8), (0, 1, 2, 4))
+    ),
+    "distrifusion": tuple(
+        Layout(distrifusion_degree=2, warmup_steps=warmup, refresh=refresh)
+        for refresh, warmup in product(("all", "in_turn"), (1, 2, 4))
     ),
 }
 
@@ -46,4 +50,6 @@ def name_of(layout: Layout) -> str:
     name = str(layout)
     if layout.pipefusion_degree > 1:
         name += f", M={layout.num_patches or 'auto'}, W={layout.warmup_steps}"
+    if layout.distrifusion_degree > 1:
+        name += f", refresh {layout.refresh}, W={layout.warmup_steps}"
     return name if layout.attention == "auto" else f"{name}, {layout.attention}"

@@ -1,0 +1,44 @@
+"""DistriFusion (arXiv 2402.19481) for transformers: other ranks' keys and values are one step old. Approximate.
+
+As sequence parallelism, but what a site gathers it uses only in the next step, so that nothing waits for it. The
+warm-up steps gather at once: they are exact. The variant `in_turn` refreshes the keys and values of one rank a step,
+and sends 1/N as much.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor
+
+from ..attention.core import AttentionCore
+from ..attention.stale import StaleAttention
+from ..families.base import Condition, Family
+from ..mesh import Mesh
+from .sequence import SequenceParallel
+
+
+class DistriFusion(SequenceParallel):
+    """Predicts for whole pictures, during one run."""
+
+    def __init__(self, family: Family, mesh: Mesh, core: AttentionCore, *, warmup_steps: int, in_turn: bool) -> None:
+        self._stale = StaleAttention(core, mesh.distrifusion, in_turn=in_turn)
+        super().__init__(family, mesh.sequence, self._stale)
+        self._warmup_steps = warmup_steps
+        self._step = 0
+        self._evaluations: Counter[int] = Counter()
+
+    def begin_step(self, step: int) -> None:
+        self._step = step
+
+    def finish(self) -> None:
+        # Every rank has sent what the others wait for here.
+        self._stale.finish()
+
+    def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """As `SequenceParallel.predict`."""
+        evaluation = self._evaluations[id(condition)]
+        self._evaluations[id(condition)] += 1
+        synchronous = evaluation == 0 or self._step < self._warmup_steps
+        self._stale.begin(id(condition), evaluation, synchronous=synchronous)
+        return super().predict(latent, timestep, condition)
