@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.fitting import Work, check_layout
 from ..parallel_backend.layout import (
     AXES,
     AttentionKernel,
     Layout,
     Refresh,
     Weights,
-    check_ranks,
-    check_stale,
-    check_weights,
     largest_exact_layout,
     layouts_of,
 )
@@ -63,16 +61,13 @@ class LayoutChoice:
         settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh")
         layout = best.model_copy(update={name: getattr(self, name) for name in settings})
         layout = layout.model_copy(update={"stage_blocks": self.blocks_by_stage()})
-        check_weights(layout)
-        check_stale(layout)
+        check_layout(layout, Work(ranks=ranks))
         return layout
 
     def check(self, ranks: int) -> None:
         """Raise `UserError` when no layout of `ranks` ranks has the chosen degrees."""
         settings = {"weights": self.weights, "attention": self.attention}
-        layout = self._candidates(ranks)[0].model_copy(update=settings)
-        check_weights(layout)
-        check_stale(layout)
+        check_layout(self._candidates(ranks)[0].model_copy(update=settings), Work(ranks=ranks))
 
     def blocks_by_stage(self) -> tuple[int, ...]:
         """Raises `UserError` for text that is no list of numbers."""
@@ -85,13 +80,8 @@ class LayoutChoice:
             ) from error
 
     def _candidates(self, ranks: int) -> list[Layout]:
-        if self.cfg_degree > 2:
-            raise UserError(
-                f"cfg_degree={self.cfg_degree}, but there are only 2 halves to spread: positive and negative.",
-                "Use cfg_degree 1 or 2.",
-            )
-        if len(self.chosen) == len(AXES):
-            check_ranks(Layout(**self.chosen), ranks)
+        if self.cfg_degree > 2 or len(self.chosen) == len(AXES):
+            check_layout(Layout().model_copy(update=self.chosen), Work(ranks=ranks))
         fitting = [
             layout
             for layout in layouts_of(ranks, **{name: getattr(self, name) for name in GIVEN})

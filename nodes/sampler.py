@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout import check_run
+from ..parallel_backend.fitting import Work, check_layout
 from ..parallel_backend.protocol.messages import Sample
 from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
 from . import conditioning, host, latent, session
@@ -109,7 +109,7 @@ class ParallelDiTSampler:
         choice = handle.layout or LayoutChoice()
         client = session.client_for(handle.layout.ranks if handle.layout else None)
         layout = choice.resolve(client.welcome.ranks, batch=batch, guided=bool(negatives))
-        check_run(layout, batch=batch, cfg=cfg, has_negative=negative is not None)
+        check_layout(layout, Work(batch=batch, cfg=cfg, has_negative=negative is not None))
         message = Sample(
             id=0,
             model=handle.ref,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .comm import Axis, Ledger
 from .errors import UserError
-from .layout import Layout, check_weights
+from .fitting import Work, check_layout
+from .layout import Layout
 from .mesh import Mesh
 from .models import ModelStore
 from .parts import WHOLE, Part
@@ -116,7 +117,7 @@ class Engine:
 
     def _part(self, layout: Layout) -> Part:
         """What this rank needs of a transformer. Raises `UserError` for a layout that does not fit the ranks."""
-        check_weights(layout)
+        check_layout(layout, Work(ranks=self.world.size))
         return Part.of(layout, self._mesh(layout))
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:

@@ -8,8 +8,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import UserError
-
 AXES = ("tensor", "ulysses", "ring", "distrifusion", "pipefusion", "cfg", "data")
 """Mesh axes from innermost (neighbouring ranks, fastest links) to outermost."""
 
@@ -62,6 +60,10 @@ class Layout(BaseModel):
         """The same degrees with every other setting at its default: layouts of equal degrees share one mesh."""
         return Layout.model_validate({f"{axis}_degree": self.degree(axis) for axis in AXES})
 
+    def with_degrees(self, degrees: Sequence[int]) -> Layout:
+        """The same settings with other degrees, in the order of `AXES`."""
+        return self.model_copy(update=dict(zip((f"{axis}_degree" for axis in AXES), degrees, strict=True)))
+
     @property
     def sequence_degree(self) -> int:
         return self.ulysses_degree * self.ring_degree * self.distrifusion_degree
@@ -82,68 +84,6 @@ class Layout(BaseModel):
         return (" x ".join(named) or "one rank") + weights
 
 
-def check_ranks(layout: Layout, ranks: int) -> None:
-    """Raise `UserError` when the product of the degrees is not the number of ranks."""
-    if layout.ranks == ranks:
-        return
-    degrees = " x ".join(f"{axis}_degree={layout.degree(axis)}" for axis in AXES)
-    nearest = ", ".join(str(near) for near in layouts_of(ranks)[:3])
-    raise UserError(
-        f"The layout's degrees {degrees} multiply to {layout.ranks}, but there are {ranks} ranks.",
-        f"Make the product {ranks} (for example: {nearest}) or start {layout.ranks} ranks.",
-    )
-
-
-def check_weights(layout: Layout) -> None:
-    """Raise `UserError` when the weights are to be shared, but no two ranks compute with the same."""
-    if layout.weights != "sharded" or layout.replicas > 1:
-        return
-    parts = layout.tensor_degree * layout.pipefusion_degree
-    raise UserError(
-        f"weights=sharded shares each block among the ranks that compute with it, but in a layout of {layout.ranks} "
-        f"ranks with tensor_degree={layout.tensor_degree} and pipefusion_degree={layout.pipefusion_degree} "
-        f"every rank has blocks of its own.",
-        f"Choose weights=whole, weights=offloaded, or {2 * parts} ranks with ulysses_degree=2.",
-    )
-
-
-def check_run(layout: Layout, *, batch: int, cfg: float, has_negative: bool) -> None:
-    """Raise `UserError` when a run would leave whole ranks without work.
-
-    `batch` is the number of pictures, `cfg` the guidance scale; at 1 the negative prompt is not evaluated.
-    """
-    if layout.data_degree > batch:
-        raise UserError(
-            f"data_degree={layout.data_degree} cuts the batch over as many replicas, but the latent holds {batch}.",
-            f"Use a batch of at least {layout.data_degree}, or ulysses_degree instead of data_degree.",
-        )
-    guided = has_negative and cfg != 1.0
-    if layout.cfg_degree == 2 and not guided:
-        reason = f"cfg={cfg}" if has_negative else "no negative conditioning"
-        raise UserError(
-            f"cfg_degree=2 evaluates the positive and the negative prompt on different ranks, but with {reason} "
-            "half of the ranks would have nothing to do.",
-            "Set cfg above 1 with a negative prompt, or cfg_degree=1 and twice the ulysses_degree.",
-        )
-
-
-def check_stale(layout: Layout) -> None:
-    """Raise `UserError` for two ways at once, or a kernel of its own, of using what is one step old."""
-    approximate = {name: layout.degree(name) for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1}
-    if len(approximate) == 2:
-        raise UserError(
-            f"pipefusion_degree={layout.pipefusion_degree} and distrifusion_degree={layout.distrifusion_degree}: both "
-            "keep keys and values of the step before, each in its own way.",
-            "Set one of them to 1.",
-        )
-    if approximate and layout.attention == "yunchang":
-        name, degree = approximate.popitem()
-        raise UserError(
-            f"attention=yunchang keeps no keys and values between steps, as {name}_degree={degree} needs.",
-            "Choose attention=auto or another kernel.",
-        )
-
-
 def patches_of(layout: Layout, token_rows: int) -> int:
     """Into how many strips PipeFusion cuts a picture of `token_rows`.
 
@@ -151,38 +91,6 @@ def patches_of(layout: Layout, token_rows: int) -> int:
     leaves no time to hide the sends in.
     """
     return layout.num_patches or min(2 * layout.pipefusion_degree, token_rows)
-
-
-def check_pipefusion(layout: Layout, *, blocks: int, token_rows: int, sampler: str, elementwise: Sequence[str]) -> None:
-    """Raise `UserError` for a model, a picture or a sampler that PipeFusion cannot cut.
-
-    `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a strip alone.
-    """
-    stages, patches = layout.pipefusion_degree, layout.num_patches
-    if stages == 1:
-        return
-    if stages > blocks:
-        raise UserError(
-            f"pipefusion_degree={stages} cuts the model into as many stages, but it has {blocks} blocks.",
-            f"Use a pipefusion_degree of at most {blocks}.",
-        )
-    chosen = layout.stage_blocks
-    if chosen and (len(chosen) != stages or sum(chosen) != blocks or min(chosen) < 1):
-        raise UserError(
-            f"stage_blocks={','.join(map(str, chosen))} gives {len(chosen)} stages {sum(chosen)} blocks in all; "
-            f"pipefusion_degree={stages} makes {stages} stages, and the model has {blocks} blocks.",
-            f"Name {stages} numbers from 1 on that add up to {blocks}, or none for equal shares.",
-        )
-    if patches > token_rows:
-        raise UserError(
-            f"num_patches={patches} cuts the picture into as many strips, but it has {token_rows} rows of tokens.",
-            f"Use at most {token_rows} patches, or 0 to have their number chosen.",
-        )
-    if sampler not in elementwise:
-        raise UserError(
-            f"The sampler {sampler} looks at the whole latent; with pipefusion_degree={stages} it would see strips.",
-            f"Use one of {', '.join(elementwise)}, or pipefusion_degree=1.",
-        )
 
 
 def layouts_of(ranks: int, **degrees: int) -> list[Layout]:

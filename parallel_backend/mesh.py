@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from .comm import Axis, Ledger, new_group
-from .layout import AXES, REPLICAS, Layout, check_ranks
+from .fitting import Work, check_layout
+from .layout import AXES, REPLICAS, Layout
 
 _COMBINED = {"sequence": ("ulysses", "ring", "distrifusion"), "replicas": REPLICAS}
 """Axes over several mesh axes at once: ranks that share one picture's tokens; those that compute with one part."""
@@ -19,7 +20,7 @@ class Mesh:
     """
 
     def __init__(self, layout: Layout) -> None:
-        check_ranks(layout, dist.get_world_size())
+        check_layout(layout, Work(ranks=dist.get_world_size()))
         self.layout = layout
         self.ledger = Ledger()
         self.tensor, self.ulysses, self.ring, self.distrifusion, self.pipefusion, self.cfg, self.data = (

@@ -12,7 +12,8 @@ from .attention.site import Attention
 from .comm import Axis, split_sizes
 from .errors import UserError
 from .families.base import CONDITION_TENSORS, Condition, Family
-from .layout import Layout, check_pipefusion, check_run, check_stale, patches_of
+from .fitting import Work, check_layout
+from .layout import Layout, patches_of
 from .mesh import Mesh
 from .protocol.messages import Conditioning, Sample
 from .sampling.driver import SamplingJob, StepContext, latent_mask
@@ -41,16 +42,17 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     batch = latent.shape[0]
     positive = condition_from(request.positive, "positive", tensors, family, batch)
     negative = condition_from(request.negative, "negative", tensors, family, batch) if request.negative else None
-    check_stale(request.layout)
-    check_run(request.layout, batch=batch, cfg=request.cfg, has_negative=negative is not None)
     token_rows = -(-latent.shape[2] // family.patch_size)
-    check_pipefusion(
-        request.layout,
+    work = Work(
+        batch=batch,
+        cfg=request.cfg,
+        has_negative=negative is not None,
         blocks=len(family.blocks),
         token_rows=token_rows,
         sampler=find_sampler(request.sampler).name,
-        elementwise=[sampler.name for sampler in SAMPLERS.values() if sampler.elementwise],
+        elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
     )
+    check_layout(request.layout, work)
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
 
     counts = split_sizes(batch, mesh.data.size)

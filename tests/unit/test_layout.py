@@ -4,12 +4,9 @@ import pytest
 from diffusers import FluxTransformer2DModel
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.registry import BLOCK_LISTS
+from paralleldit.parallel_backend.fitting import Work, check_layout, nearest_layouts
 from paralleldit.parallel_backend.layout import (
     Layout,
-    check_pipefusion,
-    check_ranks,
-    check_stale,
-    check_weights,
     largest_exact_layout,
     layouts_of,
     patches_of,
@@ -25,7 +22,7 @@ def test_layouts_of_ranks_fit_them(ranks, stages, tensor, late):
     found = layouts_of(ranks, pipefusion_degree=stages, tensor_degree=tensor, distrifusion_degree=late)
     assert bool(found) == (ranks % (stages * tensor * late) == 0)
     for layout in found:
-        check_ranks(layout, ranks)
+        check_layout(layout, Work(ranks=ranks))
         assert (layout.pipefusion_degree, layout.tensor_degree, layout.distrifusion_degree) == (stages, tensor, late)
 
 
@@ -48,53 +45,67 @@ def test_number_of_patches(layout, patches):
     assert patches_of(layout, token_rows=7) == patches
 
 
-FITTING = {"blocks": 4, "token_rows": 8, "sampler": "euler", "elementwise": ("euler", "heun")}
+KNOWN = {"batch": 4, "cfg": 3.0, "has_negative": True, "blocks": 4, "token_rows": 8, "sampler": "euler"}
+ELEMENTWISE = ("euler", "heun")
 
 
 @pytest.mark.parametrize(
-    ("layout", "run", "words"),
+    ("layout", "work", "words"),
     [
+        ({"ulysses_degree": 3}, {"ranks": 4}, ("ulysses_degree=3", "multiply to 3", "4 ranks", "start 3 ranks")),
+        ({"ulysses_degree": 3}, {"ranks": 4}, ("Nearest that fits: ulysses4",)),
+        ({"tensor_degree": 2, "ring_degree": 2}, {"ranks": 8}, ("tensor2", "ring2", "tensor2 x ring4")),
+        ({"data_degree": 5}, {}, ("data_degree=5", "holds 4")),
+        ({"data_degree": 8}, {}, ("data_degree=8", "data4")),
+        ({"cfg_degree": 2}, {"has_negative": False}, ("cfg_degree=2", "no negative")),
+        ({"cfg_degree": 2}, {"cfg": 1.0}, ("cfg_degree=2", "cfg=1.0", "Nearest that fits: ulysses2; ring2")),
         ({"pipefusion_degree": 5}, {}, ("pipefusion_degree=5", "4 blocks")),
-        ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
-        ({"pipefusion_degree": 2}, {"sampler": "adaptive"}, ("adaptive", "pipefusion_degree=2", "euler, heun")),
         ({"pipefusion_degree": 2, "stage_blocks": (1, 2)}, {}, ("stage_blocks=1,2", "2 stages", "4 blocks")),
         ({"pipefusion_degree": 3, "stage_blocks": (2, 2)}, {}, ("stage_blocks=2,2", "pipefusion_degree=3")),
         ({"pipefusion_degree": 2, "stage_blocks": (4, 0)}, {}, ("stage_blocks=4,0", "from 1 on")),
+        ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
+        ({"pipefusion_degree": 2}, {"sampler": "adaptive"}, ("adaptive", "pipefusion_degree=2", "euler, heun")),
+        ({"pipefusion_degree": 2, "attention": "yunchang"}, {}, ("yunchang", "pipefusion_degree=2")),
+        ({"distrifusion_degree": 3, "attention": "yunchang"}, {}, ("yunchang", "distrifusion_degree=3")),
+        ({"pipefusion_degree": 2, "distrifusion_degree": 4}, {}, ("pipefusion_degree=2", "distrifusion_degree=4")),
+        (
+            {"tensor_degree": 2, "pipefusion_degree": 2, "weights": "sharded"},
+            {},
+            ("4 ranks", "tensor_degree=2", "pipefusion_degree=2", "8 ranks"),
+        ),
     ],
     ids=str,
 )
-def test_what_pipefusion_cannot_cut_is_refused_with_its_numbers(layout, run, words):
-    check_pipefusion(Layout(**layout | {"pipefusion_degree": 1}), **FITTING | run)
-    check_pipefusion(Layout(pipefusion_degree=4, num_patches=8), **FITTING)
-    check_pipefusion(Layout(pipefusion_degree=2, stage_blocks=(1, 3)), **FITTING)
+def test_a_layout_that_does_not_fit_is_refused_with_its_numbers_and_what_fits(layout, work, words):
+    layout, work = Layout(**layout), Work(**KNOWN | work, elementwise=ELEMENTWISE)
     with pytest.raises(UserError) as refused:
-        check_pipefusion(Layout(**layout), **FITTING | run)
-    assert all(word in str(refused.value) for word in words)
+        check_layout(layout, work)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    for near in nearest_layouts(layout, work):
+        check_layout(near, work)
+        assert near.is_exact >= layout.is_exact
 
 
 @pytest.mark.parametrize(
-    ("layout", "words"),
+    "layout",
     [
-        ({"pipefusion_degree": 2, "attention": "yunchang"}, ("yunchang", "pipefusion_degree=2")),
-        ({"distrifusion_degree": 3, "attention": "yunchang"}, ("yunchang", "distrifusion_degree=3")),
-        ({"pipefusion_degree": 2, "distrifusion_degree": 4}, ("pipefusion_degree=2", "distrifusion_degree=4")),
+        {},
+        {"attention": "yunchang"},
+        {"distrifusion_degree": 2},
+        {"data_degree": 4, "cfg_degree": 2},
+        {"pipefusion_degree": 4, "num_patches": 8},
+        {"pipefusion_degree": 2, "stage_blocks": (1, 3)},
+        {"tensor_degree": 2, "ulysses_degree": 2, "weights": "sharded"},
+        {"tensor_degree": 2, "weights": "offloaded"},
     ],
     ids=str,
 )
-def test_what_cannot_use_old_keys_is_refused(layout, words):
-    check_stale(Layout(attention="yunchang"))
-    check_stale(Layout(distrifusion_degree=2))
-    with pytest.raises(UserError) as refused:
-        check_stale(Layout(**layout))
-    assert all(word in str(refused.value) for word in words)
+def test_a_layout_that_fits_is_let_through(layout):
+    check_layout(Layout(**layout), Work(**KNOWN, elementwise=ELEMENTWISE, ranks=Layout(**layout).ranks))
 
 
-def test_weights_that_no_two_ranks_share_are_not_sharded():
-    check_weights(Layout(tensor_degree=2, ulysses_degree=2, weights="sharded"))
-    check_weights(Layout(tensor_degree=2, weights="offloaded"))
-    with pytest.raises(UserError) as refused:
-        check_weights(Layout(tensor_degree=2, pipefusion_degree=2, weights="sharded"))
-    assert all(word in str(refused.value) for word in ("4 ranks", "tensor_degree=2", "pipefusion_degree=2", "8 ranks"))
+def test_what_is_not_known_yet_is_not_judged():
+    check_layout(Layout(cfg_degree=2, data_degree=9, pipefusion_degree=99, num_patches=99), Work())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
