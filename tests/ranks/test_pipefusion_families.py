@@ -94,6 +94,12 @@ class StaleModel:
         self.attention = StaleAttention()
         self.evaluations = {}
 
+    def begin_step(self, step):
+        pass
+
+    def finish(self):
+        pass
+
     def predict(self, latent, timestep, condition):
         length, prompt = self.family.text_length(condition), id(condition)
         evaluation = self.evaluations[prompt] = self.evaluations.get(prompt, -1) + 1
