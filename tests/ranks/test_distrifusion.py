@@ -7,7 +7,7 @@ import torch
 from paralleldit.parallel_backend import sample_request
 from paralleldit.parallel_backend.comm import split_sizes
 from paralleldit.parallel_backend.layout import Layout
-from paralleldit.tests.ranks.test_pipefusion import StaleModel, relative_error, sampled
+from paralleldit.tests.ranks.stale_flux import StaleModel, relative_error, sampled
 
 EXACT = [
     # degrees; warm-up, steps; latent height and width; sampler
