@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, T5EncoderModel
 
+from .checkpoint import TARGET
 from .scenes import COLOURS, SHAPES
-from .text import CLIP_LENGTH, T5_LENGTH, WIDTH, clip_tokenizer, new_clip, new_t5, t5_tokenizer, token_ids
+from .text import CLIP_LENGTH, T5_LENGTH, WIDTH, kept_clip_tokenizer, new_clip, new_t5, t5_tokenizer, token_ids
 
 LABELS = (1 + len(SHAPES), 1 + len(COLOURS))
 TAP_BLOCK = 3
@@ -63,7 +64,7 @@ class DemoModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer(), t5_tokenizer()
+        self.clip_tokenizer, self.t5_tokenizer = kept_clip_tokenizer(TARGET), t5_tokenizer()
         self.transformer = new_transformer()
         self.clip = new_clip(self.clip_tokenizer)
         self.t5 = new_t5(self.t5_tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, trainers
@@ -26,7 +27,11 @@ def words() -> list[str]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE whose merges make one token of each caption word; other text falls into pieces."""
+    """Byte-level BPE whose merges make one token of each caption word; other text falls into pieces.
+
+    The trainer numbers equally frequent pieces in another order in every process: weights go with the tokenizer that is
+    saved beside them (`kept_clip_tokenizer`).
+    """
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = Sequence([Whitespace(), ByteLevel(add_prefix_space=False)])
     alphabet = ByteLevel.alphabet()
@@ -44,6 +49,12 @@ def clip_tokenizer() -> CLIPTokenizer:
         vocabulary.setdefault(letter + "</w>", len(vocabulary))
     merges = [tuple(merge) for merge in model["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
+
+
+def kept_clip_tokenizer(model: Path) -> CLIPTokenizer:
+    """The tokenizer of the diffusers folder `model`; a new one where there is none yet."""
+    folder = model / "tokenizer"
+    return CLIPTokenizer.from_pretrained(folder) if folder.is_dir() else clip_tokenizer()
 
 
 def t5_tokenizer() -> T5Tokenizer:
