@@ -37,9 +37,9 @@ PLAIN = scenes.Scene(
     background="gray",
     pattern="plain",
     objects=(
-        scenes.Placed(0, 0.25, 0.25, 0.15, 0.0),
-        scenes.Placed(0, 0.25, 0.75, 0.15, 0.0),
-        scenes.Placed(1, 0.75, 0.5, 0.22, 0.0),
+        scenes.Placed(0, 0.25, 0.25, 0.15),
+        scenes.Placed(0, 0.25, 0.75, 0.15),
+        scenes.Placed(1, 0.75, 0.5, 0.22),
     ),
     light=0.8,
 )

@@ -71,7 +71,7 @@ def test_an_object_has_its_colour_inside_and_the_background_outside(shape):
         position="in the center",
         background="gray",
         pattern="plain",
-        objects=(scenes.Placed(0, 0.5, 0.5, 0.22, 0.0),),
+        objects=(scenes.Placed(0, 0.5, 0.5, 0.22),),
         light=0.8,
     )
     drawn = scenes.draw(scene, 128).astype(int)

@@ -57,8 +57,7 @@ def check(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
         verdicts.setdefault("colour", []).append(bool(found))
         verdicts.setdefault("shape", []).append(bool(found) and len(right_shape) == len(found))
         verdicts.setdefault("count", []).append(len(found) == group.count)
-        low, high = SIZES[group.size]
-        fits = [0.86 * low < s.radius < 1.14 * high for s in found]
+        fits = [0.8 < s.radius / SIZES[group.size] < 1.22 for s in found]
         verdicts.setdefault("size", []).append(bool(found) and all(fits))
     if scene.relation is not None:
         verdicts["relation"] = [_related(scene.relation, *members)]
