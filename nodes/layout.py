@@ -192,7 +192,8 @@ class ParallelDiTLayout:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. Empty: equal shares.",
+                        "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. Empty: so many that "
+                        "the fullest stage has as few parameters as possible.",
                     },
                 ),
             },

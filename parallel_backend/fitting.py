@@ -161,7 +161,7 @@ def _stages(layout: Layout, work: Work) -> Misfit | None:
         return (
             f"stage_blocks={','.join(map(str, chosen))} gives {len(chosen)} stages {sum(chosen)} blocks in all; "
             f"pipefusion_degree={stages} makes {stages} stages, and the model has {blocks} blocks.",
-            f"Name {stages} numbers from 1 on that add up to {blocks}, or none for equal shares.",
+            f"Name {stages} numbers from 1 on that add up to {blocks}, or none to have them chosen.",
         )
     return None
 

@@ -23,7 +23,8 @@ class Layout(BaseModel):
     """Degrees of the mesh axes and the attention kernel. The product of the degrees is the number of ranks.
 
     With PipeFusion (`pipefusion_degree` stages), `num_patches` strips of the picture are under way at once (0 chooses),
-    after `warmup_steps` exact steps. `stage_blocks`: how many blocks each stage has; by default as evenly as possible.
+    after `warmup_steps` exact steps. `stage_blocks`: how many blocks each stage has; by default so many that the
+    fullest stage has as few parameters as possible.
 
     With DistriFusion, ranks use each other's keys and values of the step before, after `warmup_steps` exact steps (the
     first one always is). `refresh`: every rank sends its own each step ("all"), or one rank a step ("in_turn").
@@ -81,7 +82,8 @@ class Layout(BaseModel):
     def __str__(self) -> str:
         named = [f"{axis}{self.degree(axis)}" for axis in AXES if self.degree(axis) > 1]
         weights = "" if self.weights == "whole" else f", weights {self.weights}"
-        return (" x ".join(named) or "one rank") + weights
+        stages = f", stage_blocks {','.join(map(str, self.stage_blocks))}" if self.stage_blocks else ""
+        return (" x ".join(named) or "one rank") + stages + weights
 
 
 def patches_of(layout: Layout, token_rows: int) -> int:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from math import prod
 
-from .comm import split_sizes
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+"""The module lists that hold the blocks of every family, in the order of computation."""
+IN_BLOCK = re.compile(rf"({'|'.join(BLOCK_LISTS)})\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `count`, each of so many blocks as `sizes` says: by default as evenly as possible."""
+    """Stage `index` of `count`, each of so many blocks as `sizes` says: by default as `balanced_sizes` does.
+
+    `parameters`: how many each of the model's blocks has.
+    """
 
     index: int = 0
     count: int = 1
@@ -25,29 +33,60 @@ class Stage:
     def is_last(self) -> bool:
         return self.index == self.count - 1
 
-    def blocks(self, total: int) -> slice:
-        """This stage's part of a model's `total` blocks."""
-        sizes = self.sizes or split_sizes(total, self.count)
+    def blocks(self, parameters: Sequence[int]) -> slice:
+        """This stage's part of a model's blocks."""
+        sizes = self._sizes(parameters)
         start = sum(sizes[: self.index])
         return slice(start, start + sizes[self.index])
 
-    def owners(self, total: int) -> list[int]:
-        """The index of the stage that holds each of a model's `total` blocks."""
-        return [index for index, size in enumerate(self.sizes or split_sizes(total, self.count)) for _ in range(size)]
+    def owners(self, parameters: Sequence[int]) -> list[int]:
+        """The index of the stage that holds each of a model's blocks."""
+        return [index for index, size in enumerate(self._sizes(parameters)) for _ in range(size)]
+
+    def _sizes(self, parameters: Sequence[int]) -> tuple[int, ...]:
+        return self.sizes or balanced_sizes(tuple(parameters), self.count)
 
 
-def block_of(name: str, block_lists: Sequence[str]) -> tuple[int, int] | None:
-    """The list and the number of the block that the parameter `name` belongs to; such pairs sort as they compute.
+@lru_cache(maxsize=32)
+def balanced_sizes(parameters: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """How many blocks each stage has, so that the fullest stage has as few parameters as possible.
 
-    `block_lists`: the module lists that hold the blocks, in the order of computation.
+    Of several such splits, one whose second fullest has as few as possible, and so on.
     """
-    found = re.match(rf"({'|'.join(block_lists)})\.(\d+)\.", name)
-    return (block_lists.index(found[1]), int(found[2])) if found else None
+    ends = list(accumulate(parameters, initial=0))
+    # By the number of blocks that they hold, the best split into the stages so far: their parameters in falling order,
+    # and their sizes. Two such lists compare as before when both get one number more, so no other split can catch up.
+    best: dict[int, tuple[list[int], tuple[int, ...]]] = {0: ([], ())}
+    for _ in range(stages):
+        best = {
+            stop: min(
+                (sorted([*held, ends[stop] - ends[start]], reverse=True), (*sizes, stop - start))
+                for start, (held, sizes) in best.items()
+                if start <= stop
+            )
+            for stop in range(len(ends))
+        }
+    return best[len(parameters)][1]
 
 
-def stage_parameters(names: Iterable[str], block_lists: Sequence[str], stage: Stage) -> set[str]:
-    """Those of a model's parameter `names` that `stage` needs: its blocks', and all that belong to no block."""
-    owners = {name: owner for name in names if (owner := block_of(name, block_lists))}
-    order = sorted(set(owners.values()))
-    own = set(order[stage.blocks(len(order))])
-    return {name for name in names if name not in owners or owners[name] in own}
+def block_of(name: str) -> tuple[int, int] | None:
+    """The list and the number of the block that the parameter `name` belongs to; such pairs sort as they compute."""
+    found = IN_BLOCK.match(name)
+    return (BLOCK_LISTS.index(found[1]), int(found[2])) if found else None
+
+
+def block_parameters(shapes: Mapping[str, Sequence[int]]) -> dict[tuple[int, int], int]:
+    """How many parameters each block of a whole model has, in the order of computation; `shapes` by their names."""
+    counts: dict[tuple[int, int], int] = {}
+    for name, shape in shapes.items():
+        if block := block_of(name):
+            counts[block] = counts.get(block, 0) + prod(shape)
+    return dict(sorted(counts.items()))
+
+
+def stage_parameters(shapes: Mapping[str, Sequence[int]], stage: Stage) -> set[str]:
+    """Those of a whole model's parameters that `stage` needs: its blocks', and all that belong to no block."""
+    counts = block_parameters(shapes)
+    own = set(list(counts)[stage.blocks(list(counts.values()))])
+    owners = {name: block_of(name) for name in shapes}
+    return {name for name, block in owners.items() if block is None or block in own}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .families.base import Family
-from .families.registry import BLOCK_LISTS, build_family
+from .families.registry import build_family
 from .mesh import Mesh
 from .parts import WHOLE, Part
 from .strategies.sharded import ShardedWeights
@@ -20,14 +20,14 @@ class Transformer:
 
     def __init__(self, path: Path, device: torch.device, weight_dtype: str = "auto", part: Part = WHOLE) -> None:
         """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
-        loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part, block_lists=BLOCK_LISTS)
+        loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part)
         self.bytes = loaded.bytes
         self._family = build_family(loaded, path)
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
         self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None
         if self._sharded:
             blocks = list(self._family.blocks)
-            own = part.stage.blocks(len(blocks))
+            own = part.stage.blocks(self._family.block_parameters)
             blocks[own] = self._sharded.around(blocks[own])
             self._family.blocks = blocks
 

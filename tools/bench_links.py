@@ -42,7 +42,7 @@ LAYOUTS = {
     "ring2": Layout(ring_degree=2),
     "distrifusion2": Layout(distrifusion_degree=2),
     "distrifusion2, in turn": Layout(distrifusion_degree=2, refresh="in_turn"),
-    "pipefusion2, 4 patches": Layout(pipefusion_degree=2, num_patches=4),
+    "pipefusion2, 4 patches": Layout(pipefusion_degree=2, num_patches=4, stage_blocks=(5, 4)),
 }
 STEPS = 6
 HOSTS = ("paralleldit0", "paralleldit1")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..attention.site import Attention
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling
+from ..stages import block_parameters
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,9 @@ class Family(ABC):
         self.blocks: Sequence[Block] = ()
         self.skips: Mapping[int, int] = {}
         """From each block that leaves a skip in the state to the later one that takes it."""
+        shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
+        self.block_parameters: Sequence[int] = list(block_parameters(shapes).values())
+        """How many parameters each block has, in the whole model where `transformer` is a part of one."""
         if latent_scale is not None:
             self.latent_scale = latent_scale
         if latent_shift is not None:

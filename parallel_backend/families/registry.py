@@ -16,9 +16,6 @@ FAMILIES: dict[str, type[Family]] = {
     family.name: family for family in (Flux, SD3, PixArtAlpha, PixArtSigma, HunyuanDiT)
 }
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
-"""The module lists that hold the blocks of every family, in the order of computation."""
-
 
 def build_family(loaded: LoadedTransformer, path: Path) -> Family:
     """The block view of a loaded transformer.
@@ -31,4 +28,6 @@ def build_family(loaded: LoadedTransformer, path: Path) -> Family:
         config = json.loads(vae_config.read_text())
         scale = {"latent_scale": config["scaling_factor"], "latent_shift": config.get("shift_factor") or 0.0}
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
-    return FAMILIES[loaded.family](loaded.module, loaded.compute_dtype, device, **scale)
+    family = FAMILIES[loaded.family](loaded.module, loaded.compute_dtype, device, **scale)
+    family.block_parameters = loaded.block_parameters
+    return family

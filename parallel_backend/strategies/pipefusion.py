@@ -74,7 +74,7 @@ class PipeFusion:
     ) -> None:
         self.family, self.mesh, self.guidance = family, mesh, guidance
         self.stage = stage
-        self.blocks = family.blocks[self.stage.blocks(len(family.blocks))]
+        self.blocks = family.blocks[self.stage.blocks(family.block_parameters)]
         self.start = prepare(job)
         self.questions = questions_of(self.start, job)
         self.units = units_of(self.questions, patches, warmup_steps)
@@ -173,7 +173,7 @@ class PipeFusion:
 
         All ranks have them in the same order, so that they can meet one after the other.
         """
-        owners = self.stage.owners(len(self.family.blocks))
+        owners = self.stage.owners(self.family.block_parameters)
         givers: dict[tuple[int, int], list[int]] = {}
         for giver, taker in self.family.skips.items():
             ends = owners[giver], owners[taker]

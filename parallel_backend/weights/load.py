@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..parts import WHOLE, Part
-from ..stages import block_of, stage_parameters
+from ..stages import block_of, block_parameters, stage_parameters
 from .checkpoint import Checkpoint, open_checkpoint
 from .cuts import TensorCuts
 from .detect import Detected, detect
@@ -42,6 +42,7 @@ class LoadedTransformer:
     `bytes`: its tensors in memory; `shared_bytes`: those of them that are the file's pages, shared by all ranks of the
     host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
     its linear layers hold; `shards`: its blocks, where they are put together only while they are computed.
+    `block_parameters`: how many parameters each block of the whole model has.
     """
 
     module: nn.Module
@@ -55,6 +56,7 @@ class LoadedTransformer:
     shared_bytes: int
     cuts: TensorCuts
     shards: BlockShards | None
+    block_parameters: tuple[int, ...]
 
 
 def load_transformer(
@@ -63,15 +65,14 @@ def load_transformer(
     device: torch.device | str,
     weight_dtype: str = "auto",
     part: Part = WHOLE,
-    block_lists: Sequence[str] = (),
 ) -> LoadedTransformer:
     """Loads the transformer in `path` (see `open_checkpoint`), of its parameters only those of `part`.
 
     On the CPU, weights already of the wanted dtype alias the mapped file; others are cast into memory of their own. On
     a GPU tensors are copied one at a time. Parameters of other parts stay on the meta device. `weight_dtype`: "auto"
     (the file's own), "bf16", "fp16", "fp32" or "fp8_e4m3fn". The module computes in the weights' dtype; with fp8
-    weights in bf16 on a GPU that has it, else in fp16, and in fp32 on the CPU. `block_lists`: the module lists that
-    hold the blocks, in the order of computation. Raises UserError if the file cannot serve.
+    weights in bf16 on a GPU that has it, else in fp16, and in fp32 on the CPU. Raises UserError if the file cannot
+    serve.
     """
     device = torch.device(device)
     checkpoint = open_checkpoint(path)
@@ -92,12 +93,12 @@ def load_transformer(
         )
     cuts = TensorCuts(found.row.cuts, found.config, part.tensor)
     entries = []
-    for name in sorted(stage_parameters(pieces, block_lists, part.stage)):
+    for name in sorted(stage_parameters(expected, part.stage)):
         if cuts.holds(name):
             entries.append(reader.entry(module, name, pieces[name], cuts.slices(name, expected[name])))
         else:
             _drop(module, name)
-    blocks = _by_block(entries, block_lists) if part.shard else []
+    blocks = _by_block(entries) if part.shard else []
     in_blocks = {entry.name for block in blocks for entry in block}
     shared = sum(_load(entry, module, reader) for entry in entries if entry.name not in in_blocks)
     shards = load_shards(blocks, module, reader, part.shard, in_host_memory=part.offload) if part.shard else None
@@ -122,6 +123,7 @@ def load_transformer(
         shared,
         cuts,
         shards,
+        tuple(block_parameters(expected).values()),
     )
 
 
@@ -136,11 +138,11 @@ def _empty_module(found: Detected) -> nn.Module:
         return build(**found.config)
 
 
-def _by_block(entries: Sequence[Entry], block_lists: Sequence[str]) -> list[list[Entry]]:
+def _by_block(entries: Sequence[Entry]) -> list[list[Entry]]:
     """The entries of each block, in the order of computation."""
     blocks: dict[tuple[int, int], list[Entry]] = {}
     for entry in entries:
-        if place := block_of(entry.name, block_lists):
+        if place := block_of(entry.name):
             blocks.setdefault(place, []).append(entry)
     return [blocks[place] for place in sorted(blocks)]
 

@@ -1,9 +1,11 @@
 """What fits a layout, and which part of a model a stage is."""
 
+from itertools import combinations, pairwise
+
 import pytest
-from diffusers import FluxTransformer2DModel
+import torch
+from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.registry import BLOCK_LISTS
 from paralleldit.parallel_backend.fitting import Work, check_layout, nearest_layouts
 from paralleldit.parallel_backend.layout import (
     Layout,
@@ -11,7 +13,13 @@ from paralleldit.parallel_backend.layout import (
     layouts_of,
     patches_of,
 )
-from paralleldit.parallel_backend.stages import Stage, stage_parameters
+from paralleldit.parallel_backend.stages import (
+    BLOCK_LISTS,
+    Stage,
+    balanced_sizes,
+    block_parameters,
+    stage_parameters,
+)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +127,62 @@ def test_stages_share_the_blocks_of_a_model(count):
         pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
     )
-    names = list(model.state_dict())
-    stages = [stage_parameters(names, BLOCK_LISTS, Stage(index, count)) for index in range(count)]
-    assert set.union(*stages) == set(names)
-    everywhere = {name for name in names if not name.startswith(BLOCK_LISTS)}
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    stages = [stage_parameters(shapes, Stage(index, count)) for index in range(count)]
+    assert set.union(*stages) == set(shapes)
+    everywhere = {name for name in shapes if not name.startswith(BLOCK_LISTS)}
     blocks = [{name.rsplit("blocks.")[1].split(".")[0] + name[:6] for name in stage - everywhere} for stage in stages]
     assert sum(map(len, blocks)) == len(set.union(*blocks)) == 7
-    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     assert all(everywhere <= stage for stage in stages)
     # Computation runs through the double blocks first.
     assert "transformer_blocks.0.attn.to_q.weight" in stages[0]
     assert "single_transformer_blocks.3.attn.to_q.weight" in stages[-1]
+
+
+def stage_weights(parameters, sizes):
+    starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
+    return [sum(parameters[start:stop]) for start, stop in pairwise(starts)]
+
+
+@pytest.mark.parametrize("stages", range(1, 8))
+@pytest.mark.parametrize(
+    "parameters", [(1,) * 7, (5, 5, 5, 2, 2, 2, 2, 2), (1, 9, 1, 1, 4, 4, 1), (3, 1, 4, 1, 5, 9, 2)]
+)
+def test_no_split_has_a_fullest_stage_with_fewer_parameters(parameters, stages):
+    sizes = balanced_sizes(parameters, stages)
+    assert (len(sizes), sum(sizes), min(sizes) > 0) == (stages, len(parameters), True)
+    cuts = combinations(range(1, len(parameters)), stages - 1)
+    splits = [[stop - start for start, stop in pairwise((0, *cut, len(parameters)))] for cut in cuts]
+    ordered = [sorted(stage_weights(parameters, split), reverse=True) for split in splits]
+    assert sorted(stage_weights(parameters, sizes), reverse=True) == min(ordered)
+
+
+PUBLISHED = {
+    "Flux.1": lambda: FluxTransformer2DModel(),
+    "SD3.5 large": lambda: SD3Transformer2DModel(
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm"
+    ),
+    "SD3.5 medium": lambda: SD3Transformer2DModel(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, dual_attention_layers=tuple(range(13))
+    ),
+    "PixArt": lambda: PixArtTransformer2DModel(),
+    "HunyuanDiT": lambda: HunyuanDiT2DModel(
+        num_layers=40,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=1408,
+        attention_head_dim=88,
+        num_attention_heads=16,
+        mlp_ratio=4.3637,
+    ),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_stage_of_a_published_model_holds_little_more_than_its_share(model):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in PUBLISHED[model]().state_dict().items()}
+    parameters = tuple(block_parameters(shapes).values())
+    for stages in (2, 3, 4):
+        share = max(stage_weights(parameters, balanced_sizes(parameters, stages))) / sum(parameters)
+        assert share <= 1.1 / stages

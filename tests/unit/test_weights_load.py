@@ -8,9 +8,8 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.registry import BLOCK_LISTS
 from paralleldit.parallel_backend.parts import Part
-from paralleldit.parallel_backend.stages import Stage
+from paralleldit.parallel_backend.stages import BLOCK_LISTS, Stage
 from paralleldit.parallel_backend.weights import fingerprint, open_checkpoint
 from paralleldit.parallel_backend.weights.cast_linear import CastLinear
 from paralleldit.parallel_backend.weights.flux_keys import RULES
@@ -259,7 +258,7 @@ def test_unaligned_tensors_are_read_right(tmp_path: Path) -> None:
 
 def test_a_stage_loads_only_its_blocks(tmp_path: Path) -> None:
     path = write(Case("original", "fp8"), {k: v.to(FP8) for k, v in tiny_flux().state_dict().items()}, tmp_path)
-    loaded = load_transformer(path, device="cpu", part=Part(Stage(1, 5)), block_lists=BLOCK_LISTS)
+    loaded = load_transformer(path, device="cpu", part=Part(Stage(1, 5)))
     real = {name for name, parameter in loaded.module.named_parameters() if not parameter.is_meta}
     blocks = {name for name in real if name.startswith(BLOCK_LISTS)}
     assert blocks == {name for name in real if name.startswith("transformer_blocks.1.")}
