@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import check_agreement
 from .comm import Axis, Ledger
 from .errors import UserError
 from .fitting import Work, check_layout
@@ -44,6 +45,7 @@ class Engine:
 
     @torch.inference_mode()
     def handle(self, request: messages.AnyRequest, tensors: dict[str, Tensor], run: Run) -> Answer:
+        check_agreement(request, tensors, run)
         return self._serve[type(request)](request, tensors, run)
 
     def status(self) -> dict[str, object]:

@@ -1,0 +1,84 @@
+"""Ranks that would do different work find out before they start, all with the same error."""
+
+import contextlib
+
+import pytest
+import torch
+from paralleldit.parallel_backend.agreement import file_key
+from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.protocol.messages import ModelRef, VaeRef
+from paralleldit.tests.ranks.stale_flux import CPU, request_of, run_of
+
+SEED = {"seed": 43}
+LAYOUT = {"layout": Layout(ring_degree=3)}
+LATENT = {"latent": torch.zeros(1, 16, 8, 8)}
+
+
+def refusal(world, folders, odd_rank, fields, odd_tensors):
+    """The error of a rank whose working folder is `folders[rank]`; that of `odd_rank` has another request or tensors."""
+    request, tensors = request_of(Layout(ulysses_degree=3), 2, (8, 8), "euler")
+    request = request.model_copy(update={"model": ModelRef(path="model.safetensors")})
+    run, _ = run_of(request)
+    if world.rank == odd_rank:
+        request, tensors = request.model_copy(update=fields), {**tensors, **odd_tensors}
+    engine = Engine(CPU)
+    with contextlib.chdir(folders[world.rank]):
+        try:
+            engine.handle(request, tensors, run)
+        except UserError as error:
+            return error.message
+        return None
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """One for each rank; in all of them the same file, broken in the same way."""
+    folders = [tmp_path / str(rank) for rank in range(3)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(100_000))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("odd_rank", "fields", "tensors", "what"),
+    [
+        (2, SEED, {}, "the request: rank 0 has another than rank 2."),
+        (1, LAYOUT, {}, "the request: rank 0 has another than rank 1."),
+        (0, {}, LATENT, "the request: rank 0 has another than rank 1, 2."),
+    ],
+    ids=["seed", "layout", "tensors"],
+)
+def test_another_request_is_refused_with_the_ranks_that_have_it(ranks, folders, odd_rank, fields, tensors, what):
+    (message,) = set(ranks.run(3, refusal, folders, odd_rank, fields, tensors))
+    assert f"disagree on {what}" in message
+
+
+@pytest.mark.parametrize("change", ["another", "shorter", "missing"])
+def test_another_file_is_refused_with_the_ranks_that_have_it(ranks, folders, change):
+    file = folders[1] / "model.safetensors"
+    if change == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(60_000) + b"\1" * 40_000 if change == "another" else bytes(99_999))
+    (message,) = set(ranks.run(3, refusal, folders, None, {}, {}))
+    assert "disagree on the file model.safetensors: rank 0 has another than rank 1." in message
+
+
+def test_ranks_that_agree_meet_the_fault_of_their_file_together(ranks, folders):
+    (message,) = set(ranks.run(3, refusal, folders, None, {}, {}))
+    assert "model.safetensors is not a safetensors file" in message
+
+
+def test_of_a_pipeline_folder_the_own_component_counts(tmp_path):
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    refs = [ModelRef(path=str(tmp_path)), VaeRef(path=str(tmp_path))]
+    before = [file_key(ref) for ref in refs]
+    (tmp_path / "text_encoder" / "config.json").write_text("{ }")
+    assert [file_key(ref) for ref in refs] == before
+    (tmp_path / "vae" / "config.json").write_text("{ }")
+    assert [file_key(ref) == key for ref, key in zip(refs, before, strict=True)] == [True, False]
