@@ -17,7 +17,7 @@ LATENT = {"latent": torch.zeros(1, 16, 8, 8)}
 
 
 def refusal(world, folders, odd_rank, fields, odd_tensors):
-    """The error of a rank whose working folder is `folders[rank]`; that of `odd_rank` has another request or tensors."""
+    """The error of a rank that works in `folders[rank]`; the `odd_rank` has another request or tensors."""
     request, tensors = request_of(Layout(ulysses_degree=3), 2, (8, 8), "euler")
     request = request.model_copy(update={"model": ModelRef(path="model.safetensors")})
     run, _ = run_of(request)
@@ -45,9 +45,9 @@ def folders(tmp_path):
 @pytest.mark.parametrize(
     ("odd_rank", "fields", "tensors", "what"),
     [
-        (2, SEED, {}, "the request: rank 0 has another than rank 2."),
-        (1, LAYOUT, {}, "the request: rank 0 has another than rank 1."),
-        (0, {}, LATENT, "the request: rank 0 has another than rank 1, 2."),
+        (2, SEED, {}, "the request: rank 0 has another than rank 2;"),
+        (1, LAYOUT, {}, "the request: rank 0 has another than rank 1;"),
+        (0, {}, LATENT, "the request: rank 0 has another than rank 1, 2;"),
     ],
     ids=["seed", "layout", "tensors"],
 )
@@ -64,12 +64,12 @@ def test_another_file_is_refused_with_the_ranks_that_have_it(ranks, folders, cha
     else:
         file.write_bytes(bytes(60_000) + b"\1" * 40_000 if change == "another" else bytes(99_999))
     (message,) = set(ranks.run(3, refusal, folders, None, {}, {}))
-    assert "disagree on the file model.safetensors: rank 0 has another than rank 1." in message
+    assert "disagree on the file model.safetensors: rank 0 has another than rank 1;" in message
 
 
 def test_ranks_that_agree_meet_the_fault_of_their_file_together(ranks, folders):
     (message,) = set(ranks.run(3, refusal, folders, None, {}, {}))
-    assert "model.safetensors is not a safetensors file" in message
+    assert "model.safetensors is not a valid safetensors file" in message
 
 
 def test_of_a_pipeline_folder_the_own_component_counts(tmp_path):
