@@ -68,6 +68,10 @@ class Channel:
         if x.numel():
             self._sends.append(self._axis.start_send(x.contiguous(), self._target))
 
+    def send_nothing(self) -> None:
+        """The next message, as zeros."""
+        self.send(torch.zeros(self._shapes[self._sent], **self._kind))
+
     def receive(self) -> Tensor:
         """The next message, as soon as it is there."""
         self._post(self._received + 1)
@@ -85,7 +89,7 @@ class Channel:
         if not self.is_sender:
             self._post(until)
         while self.is_sender and self._sent < until:
-            self.send(torch.zeros(self._shapes[self._sent], **self._kind))
+            self.send_nothing()
 
     def wait(self) -> None:
         """Until nothing is on its way."""

@@ -75,6 +75,11 @@ class Layout(BaseModel):
         return self.pipefusion_degree == self.distrifusion_degree == 1
 
     @property
+    def has_lone_stages(self) -> bool:
+        """Whether every stage of a pipeline is computed by one rank that needs no other for it."""
+        return self.tensor_degree == self.sequence_degree == 1 and (self.weights == "whole" or self.replicas == 1)
+
+    @property
     def replicas(self) -> int:
         """How many ranks compute with the same weights."""
         return prod(self.degree(axis) for axis in REPLICAS)

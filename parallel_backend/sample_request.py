@@ -111,8 +111,9 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
             patches=patches_of(request.layout, token_rows),
             warmup_steps=request.layout.warmup_steps,
             preview=request.preview,
+            has_lone_stages=request.layout.has_lone_stages,
         )
-        sampled = pipeline.run(run.start_check, on_piped_step)
+        sampled = pipeline.run(run, on_piped_step)
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     return family.process_out(whole).cpu()
 

@@ -7,11 +7,14 @@ patch m of the first step attends to the patches up to its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.core import AttentionCore
@@ -21,14 +24,17 @@ from ..comm import split_sizes
 from ..errors import Cancelled, UserError
 from ..families.base import Family
 from ..mesh import Mesh
+from ..outcomes import describe
 from ..sampling.driver import SamplingJob, check_result, not_finite, prepare
 from ..sampling.solver import Denoise
 from ..sampling.strips import StripSamplers, questions_of
 from ..stages import Stage
 from .guidance import Guidance
 
-StartCheck = Callable[[Sequence[int]], Callable[[], list[int]]]
-"""As `Run.start_check`."""
+if TYPE_CHECKING:
+    from ..control import Run
+
+log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Tensor], None]
 """`on_step(steps done, total, picture [1, C, H, W])`, where the first stage hears of it."""
@@ -42,8 +48,9 @@ class Unit:
     patches: tuple[int, ...]
 
 
-LATENT, PREDICTION, LAST_STEP = range(3)
-"""What is not finite. Failures are counted from the end of the run, so that the largest number is the first failure."""
+LATENT, PREDICTION, LAST_STEP, STAGE = range(4)
+"""What is not finite, or a stage whose computation failed. Failures are counted from the end of the run, so that the
+largest number is the first failure."""
 
 
 def units_of(questions: Sequence[Denoise], patches: int, warmup_steps: int) -> list[Unit]:
@@ -71,7 +78,9 @@ class PipeFusion:
         patches: int,
         warmup_steps: int,
         preview: bool,
+        has_lone_stages: bool,
     ) -> None:
+        """`has_lone_stages`: as `Layout.has_lone_stages`. One that fails then takes no other rank along."""
         self.family, self.mesh, self.guidance = family, mesh, guidance
         self.stage = stage
         self.blocks = family.blocks[self.stage.blocks(family.block_parameters)]
@@ -97,43 +106,46 @@ class PipeFusion:
         hops = [channel for channel in (self.incoming, self.outgoing, self.feedback) if channel]
         self.channels = [*hops, *self.skips.values()]
         self.announced = 0
-        self.failures = torch.zeros(3, dtype=torch.int64, device=family.device)
+        self.failures = torch.zeros(4, dtype=torch.int64, device=family.device)
+        self.has_lone_stages = has_lone_stages
+        self.fault: tuple[str, str] | None = None
+        """Why this stage computes no more: what to tell, and a hint."""
 
-    def run(self, start_check: StartCheck, on_step: OnStep) -> Tensor:
+    def run(self, run: Run, on_step: OnStep) -> Tensor:
         """The sampled latent of the job's part, fp32, in the model's space, whole and equal on every rank.
 
-        Raises on all ranks, at the start of the same step: `Cancelled`, `UserError` for a value that is not finite. No
-        stage waits for another to agree on that, so what happens in one step is acted upon after the next at the
-        latest.
+        Raises on all ranks, at the start of the same step: `Cancelled`, `UserError` for a value that is not finite or a
+        lone stage that failed. No stage waits for another to agree on that, so what happens in one step is acted upon
+        after the next at the latest.
         """
         self.family.use_attention(self.attention)
         try:
-            return self._run(start_check, on_step)
+            return self._run(run, on_step)
         finally:
             self.attention.forget()
 
-    def _run(self, start_check: StartCheck, on_step: OnStep) -> Tensor:
+    def _run(self, run: Run, on_step: OnStep) -> Tensor:
         for channel in self.channels:
             channel.connect()
         for channel in self.channels:
             channel.open()
         if self.samplers:
             self._announce(0, len(self.strips) - 1)
-        check = start_check(self.failures.tolist())
+        check = run.start_check(self.failures.tolist())
         for number, unit in enumerate(self.units):
             if number and unit.patches[0] == 0 and self.questions[unit.question].evaluation == 0:
-                self._finish(check, number)
-                check = start_check(self.failures.tolist())
+                self._finish(run, check, number)
+                check = run.start_check(self.failures.tolist())
             if self.feedback and self.stage.is_first:
                 self._receive_latent(unit, self.feedback, on_step)
             outputs = [self._through_stage(unit, index) for index in range(len(self.plans))]
             if self.samplers:
                 self._answer(unit, outputs, self.samplers)
-        self._finish(check, len(self.units))
+        self._finish(run, check, len(self.units))
         if self.samplers:
             self.latent.copy_(self.samplers.result())
             self.failures[LAST_STEP] = ~torch.isfinite(self.latent).all()
-        self._finish(start_check(self.failures.tolist()), len(self.units))
+        self._finish(run, run.start_check(self.failures.tolist()), len(self.units))
         self._settle(len(self.units))
         self.mesh.pipefusion.broadcast(self.latent, self.stage.count - 1)
         on_step(self.start.total, self.start.total, self.latent[: len(self.shown)])
@@ -214,14 +226,58 @@ class PipeFusion:
                 on_step(answered.step + 1, self.start.total, self.shown)
 
     def _through_stage(self, unit: Unit, index: int) -> Tensor:
-        """This stage's blocks for one condition; what the last stage predicts for the unit's strips."""
+        """Take the unit through this stage for one condition; what the last stage predicts for the unit's strips."""
+        received = self.incoming.receive() if self.incoming else None
+        skips = {
+            giver: skip
+            for givers, channel in self.skips.items()
+            if not channel.is_sender
+            for giver, skip in zip(givers, channel.receive(), strict=True)
+        }
+        results = self._computed(unit, index, received, skips)
+        rows, plan = self._rows(unit.patches), self.plans[index]
+        if self.outgoing:
+            senders = (self.outgoing, *(channel for channel in self.skips.values() if channel.is_sender))
+            for number, channel in enumerate(senders):
+                channel.send(results[number]) if results else channel.send_nothing()
+            return self.latent
+        if results is None:
+            return torch.zeros_like(self.latent[:, :, rows])
+        sizes = [plan.image_size(rank, unit.patches) for rank in range(self.mesh.sequence.size)]
+        tokens = plan.in_order(self.mesh.sequence.all_gather(results[0], sizes, dim=1), unit.patches)
+        return self.family.untokenize(tokens, len_of(rows), self.latent.shape[3])
+
+    def _computed(
+        self, unit: Unit, index: int, received: Tensor | None, skips: Mapping[int, Tensor]
+    ) -> list[Tensor] | None:
+        """What this stage makes of the unit's tokens.
+
+        None once a lone stage has failed: it hands on zeros, so that nobody waits for it, until all leave the run.
+        """
+        if self.fault:
+            return None
+        try:
+            return self._through_blocks(unit, index, received, skips)
+        except Exception as error:
+            if not self.has_lone_stages:
+                raise
+            log.exception("stage %d of %d failed", self.stage.index + 1, self.stage.count)
+            outcome = describe(error, dist.get_rank(), self.latent.device)
+            self.fault = (outcome.message, outcome.hint)
+            self.failures[STAGE] = 1
+            return None
+
+    def _through_blocks(
+        self, unit: Unit, index: int, received: Tensor | None, skips: Mapping[int, Tensor]
+    ) -> list[Tensor]:
+        """The tokens to send to the next stage and the skips to send to others; on the last stage, its prediction."""
         plan, condition, rank = self.plans[index], self.guidance.own_conditions[index], self.mesh.sequence.rank
         sigma = self.questions[unit.question].sigma
         timestep = self.guidance.timestep(sigma, self.latent)
         at = (timestep, condition, plan.shard(rank, unit.patches), self.grid)
-        if self.incoming:
-            hidden, text_size = self.incoming.receive(), plan.text_size(rank, unit.patches)
-            state = self.family.resume(hidden[:, text_size:], hidden[:, :text_size], *at)
+        if received is not None:
+            text_size = plan.text_size(rank, unit.patches)
+            state = self.family.resume(received[:, text_size:], received[:, :text_size], *at)
         else:
             # The whole latent, as of now: a half token at its lower border takes its other half from the first row.
             latent = self.guidance.model_sampling.calculate_input(sigma.to(self.latent.device), self.latent)
@@ -229,20 +285,14 @@ class PipeFusion:
         # Without a warm-up, the first question finds no keys and values of the patches that are still to come.
         seen = len(self.strips) if unit.question else unit.patches[-1] + 1
         self.attention.begin(index, unit.patches, seen=seen)
-        for givers, channel in self.skips.items():
-            if not channel.is_sender:
-                state = replace(state, skips={**state.skips, **dict(zip(givers, channel.receive(), strict=True))})
+        state = replace(state, skips=skips)
         for block in self.blocks:
             state = block(state)
-        if self.outgoing:
-            self.outgoing.send(torch.cat((state.text, state.image), dim=1))
-            for givers, channel in self.skips.items():
-                if channel.is_sender:
-                    channel.send(torch.stack([state.skips[giver] for giver in givers]))
-            return state.image
-        sizes = [plan.image_size(rank, unit.patches) for rank in range(self.mesh.sequence.size)]
-        tokens = plan.in_order(self.mesh.sequence.all_gather(self.family.head(state), sizes, dim=1), unit.patches)
-        return self.family.untokenize(tokens, len_of(self._rows(unit.patches)), self.latent.shape[3])
+        if self.outgoing is None:
+            return [self.family.head(state)]
+        given = [givers for givers, channel in self.skips.items() if channel.is_sender]
+        leaving = [torch.stack([state.skips[giver] for giver in givers]) for givers in given]
+        return [torch.cat((state.text, state.image), dim=1), *leaving]
 
     def _answer(self, unit: Unit, outputs: Sequence[Tensor], samplers: StripSamplers) -> None:
         """The last stage's work: guidance, the sampler's step, and the new latent on its way to the first stage."""
@@ -269,10 +319,13 @@ class PipeFusion:
             self.feedback.send(torch.cat((self.samplers.asked(unit.patches), shown)))
             self.announced += 1
 
-    def _finish(self, check: Callable[[], list[int]], unit: int) -> None:
+    def _finish(self, run: Run, check: Callable[[], list[int]], unit: int) -> None:
         """Leave the run before `unit`, with nothing on its way, when the check found a reason to."""
         try:
-            self._raise_failure(check())
+            failures = check()
+            if failures[STAGE]:
+                raise UserError(*next(fault for fault in run.gather(self.fault) if isinstance(fault, list)))
+            self._raise_failure(failures)
         except (Cancelled, UserError):
             self._settle(unit)
             raise

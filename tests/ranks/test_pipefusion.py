@@ -207,6 +207,51 @@ def test_run_is_left_by_all_ranks_and_the_next_one_is_right(ranks, layout, cance
         assert torch.equal(latent, expected)
 
 
+def failed_and_again(world, layout, failing_rank):
+    """As `left_and_again`, where a block of one rank fails after the first step."""
+    family, mesh = make_family(), Mesh(layout)
+    request, tensors = request_of(layout, 9, (8, 8), "euler")
+    run, events = run_of(request)
+    parts = layout.num_patches * (2 if layout.cfg_degree == 1 else 1)
+    calls, blocks = iter(range(1000)), family.blocks
+
+    def failing(state):
+        if next(calls) == parts:
+            raise ValueError("a block fails")
+        return blocks[-1](state)
+
+    if world.rank == failing_rank:
+        own = Stage(mesh.pipefusion.rank, mesh.pipefusion.size).blocks(family.block_parameters)
+        family.blocks = [*blocks[: own.stop - 1], failing, *blocks[own.stop :]]
+    reason = None
+    try:
+        sample_request.sample(request, tensors, family, mesh, run)
+    except UserError as error:
+        reason = str(error)
+    last = max((event.step for event, _ in events), default=0)
+    return reason, last, sample_request.sample(request, tensors, make_family(), mesh, run_of(request)[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "failing_rank"),
+    [
+        (layout_of((2, 1, 1, 1, 1), 3, 1), 0),
+        (layout_of((3, 1, 1, 1, 1), 3, 1), 1),
+        (layout_of((2, 1, 1, 2, 1), 2, 1), 3),
+        (layout_of((2, 1, 1, 1, 2), 2, 1), 2),
+    ],
+    ids=str,
+)
+def test_stage_that_fails_alone_is_named_by_all_ranks_and_the_next_run_is_right(ranks, layout, failing_rank):
+    expected = ranks.run(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
+    answers = ranks.run(layout.ranks, failed_and_again, layout, failing_rank)
+    (reason,) = {reason for reason, _, _ in answers}
+    assert f"Rank {failing_rank} failed: ValueError: a block fails Raised in test_pipefusion.py" in reason
+    assert answers[0][1] <= 4
+    for *_, latent in answers:
+        assert torch.equal(latent, expected)
+
+
 def traffic_of(world, layout, steps):
     request, tensors = request_of(layout, steps, (8, 8), "euler")
     mesh = Mesh(layout)
