@@ -1,4 +1,4 @@
-"""What ComfyUI imports: the node mappings and the folder of the front end's files."""
+"""What ComfyUI imports: node mappings and the folder of the front end's files. Its server gets the panel's routes."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,12 @@ except ModuleNotFoundError as error:
         f"Install the pack's requirements: {sys.executable} -m pip install -r {requirements}",
         name=error.name,
     ) from error
+
+_server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+if _server is not None:
+    from .nodes import panel_routes
+
+    panel_routes.register(_server.routes, _server.send_sync)
 
 WEB_DIRECTORY = "./web"
 

@@ -129,6 +129,21 @@ def connect(life: Life) -> Client:
     )
 
 
+def visit(spec: SidecarSpec) -> Client | None:
+    """A connection of one's own to the sidecar that runs: no other request is waited for, and nothing is ended with it.
+
+    None when there is no sidecar. Raises `OSError`, `ProtocolError` or `UserError` when it takes no connection.
+    """
+    if spec.remote:
+        return _connect_remote(spec)
+    life = current(spec.slot)
+    if life is None or not life.is_alive or not life.is_ready:
+        return None
+    client = connect(life)
+    client.life = None
+    return client
+
+
 # -- adopt -------------------------------------------------------------------------------------------------------
 
 

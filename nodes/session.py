@@ -12,8 +12,9 @@ from ..launcher import devices, sidecar
 from ..launcher.client import Client, Event
 from ..launcher.sidecar import SidecarSpec
 from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result
+from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Result
 from . import host
+from .activity import activity
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ def client_for(ranks: int | None) -> Client:
     def say(text: str) -> None:
         if here.cancelled():
             here.leave_cancelled(Cancelled("Cancelled while the sidecar started."))
+        activity.starting(text)
         here.say(text)
 
-    return sidecar.ensure_sidecar(spec, say, owned=here.owned)
+    with activity.during():
+        return sidecar.ensure_sidecar(spec, say, owned=here.owned)
 
 
 def running() -> SidecarSpec | None:
@@ -57,12 +60,13 @@ def running() -> SidecarSpec | None:
     return replace(spec, ranks=life.settings.ranks)
 
 
-def ask(client: Client, message: Request, tensors: Mapping[str, Tensor] | None = None, model: Any = None) -> Reply:
+def ask(client: Client, message: AnyRequest, tensors: Mapping[str, Tensor] | None = None, model: Any = None) -> Reply:
     """Sends `message` and waits; shows progress and previews of `model`, and leaves when the user cancels."""
     here = host.current()
     on_progress = here.progress(model)
 
     def on_event(event: Event, tensors: dict[str, Tensor]) -> None:
+        activity.event(event)
         match event:
             case Progress():
                 on_progress(event.phase, event.step, event.total, tensors.get("preview"))
@@ -74,7 +78,10 @@ def ask(client: Client, message: Request, tensors: Mapping[str, Tensor] | None =
 
     here.sending(message, client.welcome)
     try:
-        return Reply(*client.request(message, _sendable(tensors or {}), on_event, here.cancelled))
+        with activity.during(message.type.replace("_", " ")):
+            reply = Reply(*client.request(message, _sendable(tensors or {}), on_event, here.cancelled))
+            activity.done(message, reply.result)
+        return reply
     except Cancelled as error:
         here.leave_cancelled(error)
 

@@ -48,7 +48,12 @@ class FakeClient:
         self.welcome = self.welcome.model_copy(update={"ranks": spec.ranks})
         return self
 
-    def request(self, message: Any, tensors: Any = None, on_event: Any = None, cancelled: Any = None) -> Any:
+    def close(self) -> None:
+        """A stand-in has no connection."""
+
+    def request(
+        self, message: Any, tensors: Any = None, on_event: Any = None, cancelled: Any = None, timeout: Any = None
+    ) -> Any:
         self.sent.append((message, dict(tensors or {})))
         if self.fault:
             fault, self.fault = self.fault, None

@@ -1,0 +1,147 @@
+"""What the panel in ComfyUI's sidebar shows of the sidecar, and what its buttons do. Calls may block for a while."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+from ..launcher import sidecar
+from ..launcher.life import Life
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.protocol import records
+from ..parallel_backend.protocol.messages import Request, Status, Unload
+from . import host, session
+from .activity import KNOWN_ERRORS, activity
+
+ANSWER_S = 10.0
+"""How long the ranks may take to tell their state: they answer at once, unless they have just begun to work."""
+UNLOAD_S = 60.0
+LOG_LINES = 60
+
+_asked: tuple[object, dict[str, Any]] = (None, {})
+_asking = threading.Lock()
+
+
+def status() -> dict[str, Any]:
+    """The state of the sidecar, what the nodes have learnt of it, and what the ranks tell.
+
+    The ranks are asked only when something has changed: to be asked counts as work, and would put off their idle time.
+    """
+    spec = host.current().spec
+    life = None if spec.remote else sidecar.current(spec.slot)
+    settings = life.settings if life else None
+    now = activity.now
+    answer: dict[str, Any] = {
+        "state": _state(life),
+        "remote": spec.remote,
+        "rank_count": settings.ranks if settings else spec.ranks,
+        "default_ranks": _default_ranks(),
+        "activity": now.to_json(),
+        "log": "",
+        "details": {},
+    }
+    if answer["state"] in ("ready", "remote"):
+        answer["details"] = _details((life.path if life else None, now.version))
+    elif answer["state"] == "failed" and life and life.end:
+        answer["activity"]["error"] = answer["activity"]["error"] or _fault(life.end)
+    if life and (answer["state"] == "failed" or (now.error and now.error.sidecar_failed)):
+        answer["log"] = _log(life)
+    return answer
+
+
+def start(ranks: int) -> dict[str, Any]:
+    """Start a sidecar of `ranks` ranks (0: all GPUs, or two on CPU). Raises `UserError` while one runs."""
+    here = host.current()
+    running = session.running()
+    if running is not None:
+        raise UserError(
+            f"The sidecar is running already, with {running.ranks} ranks.", "Stop it first to start another one."
+        )
+    spec = replace(here.spec, ranks=session.ranks_for(ranks))
+    with activity.during("start"):
+        sidecar.ensure_sidecar(spec, activity.starting, owned=here.owned)
+    return status()
+
+
+def stop() -> dict[str, Any]:
+    """End the sidecar, whatever it does. Raises `UserError` when it is not ours to end."""
+    spec = host.current().spec
+    if spec.remote:
+        raise UserError(
+            f"The sidecar at {spec.address} was started elsewhere.", "Stop it there, with `python launcher stop`."
+        )
+    life = sidecar.current(spec.slot)
+    owner = life.owner if life else None
+    if owner and owner.alive and owner != records.this_process():
+        raise UserError(
+            f"The sidecar belongs to process {owner.pid}.", "Stop it there, or with `python launcher stop`."
+        )
+    with activity.during("stop"):
+        if not sidecar.stop(spec.slot):
+            raise UserError("No sidecar is running.")
+    return status()
+
+
+def unload() -> dict[str, Any]:
+    """Free what the ranks hold. Raises `UserError` during a run."""
+    if activity.now.phase is not None:
+        raise UserError("The ranks are at work.", "Unload the models when the run is over, or interrupt it.")
+    with activity.during("unload"):
+        _ask(Unload(id=0), UNLOAD_S)
+    return status()
+
+
+def _state(life: Life | None) -> str:
+    if host.current().spec.remote:
+        return "remote"
+    if life is None:
+        return "stopped"
+    if life.is_alive and life.settings is None:
+        return "other version"
+    if life.is_alive and life.end is None:
+        return "ready" if life.is_ready else "starting"
+    return "stopped" if life.end is None or life.end.clean else "failed"
+
+
+def _default_ranks() -> int:
+    """How many ranks a layout that names none would have; 0 when that cannot be told."""
+    try:
+        return session.ranks_for(0)
+    except UserError:
+        return 0
+
+
+def _details(change: object) -> dict[str, Any]:
+    """What the ranks have told of themselves since `change`; an answer given during a run is not kept."""
+    global _asked
+    with _asking:
+        if _asked[0] == change:
+            return _asked[1]
+        try:
+            details = _ask(Status(id=0), ANSWER_S)
+        except (*KNOWN_ERRORS, OSError) as error:
+            return {"unreachable": str(error)}
+        if not details.get("busy"):
+            _asked = (change, details)
+        return details
+
+
+def _ask(message: Request, timeout: float) -> dict[str, Any]:
+    client = sidecar.visit(host.current().spec)
+    if client is None:
+        raise UserError("No sidecar is running.", "Queue a prompt, or start one.")
+    try:
+        return client.request(message, timeout=timeout)[0].data
+    finally:
+        client.close()
+
+
+def _fault(end: records.End) -> dict[str, Any]:
+    return {"message": end.message, "hint": end.hint, "sidecar_failed": True}
+
+
+def _log(life: Life) -> str:
+    """The end of the log of the rank that failed, or of torchrun's."""
+    rank = life.end.rank if life.end else None
+    return "\n".join(life.tail(rank).splitlines()[-LOG_LINES:])

@@ -1,0 +1,175 @@
+"""The front end in Chromium against a real ComfyUI: needs COMFYUI_PATH, a Chromium, and requirements-browser.txt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install one, or name it in CHROMIUM_PATH"),
+]
+PACK = Path(__file__).resolve().parents[2]
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+READY_MS = 120_000
+RUN_MS = 180_000
+SETTLE_MS = 1500
+PACK_NAME = "ComfyUI-ParallelDiT"
+DROP = """(text) => {
+  const files = new DataTransfer();
+  files.items.add(new File([text], "workflow.json", {type: "application/json"}));
+  const target = document.querySelector("#graph-canvas");
+  for (const kind of ["dragenter", "dragover", "drop"])
+    target.dispatchEvent(new DragEvent(kind, {dataTransfer: files, bubbles: true, cancelable: true}));
+}"""
+NODES = """() => window.app.graph._nodes.map((node) => ({
+  type: node.type, id: node.id, isRed: Boolean(node.has_errors), isKnown: node.type in LiteGraph.registered_node_types,
+  pictures: (node.imgs ?? []).map((picture) => [picture.naturalWidth, picture.naturalHeight]),
+}))"""
+
+
+class Page:
+    """ComfyUI's page, and what has gone wrong on it."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page = page
+        self.faults: list[str] = []
+        page.on("pageerror", lambda error: self.faults.append(f"{error.message} {error.stack}"))
+        page.on("console", self._note)
+        page.goto(address, wait_until="domcontentloaded", timeout=READY_MS)
+        page.wait_for_function("() => window.app?.graph?._nodes && window.app.extensionManager", timeout=READY_MS)
+        page.locator(".side-bar-button").first.wait_for(timeout=READY_MS)
+        page.wait_for_timeout(SETTLE_MS)
+        page.keyboard.press("Escape")  # the dialog of templates, which greets a new user
+        self.faults = [fault for fault in self.faults if PACK_NAME in fault]  # ComfyUI alone has some while it starts
+
+    def _note(self, message: Any) -> None:
+        place = message.location["url"]
+        if message.type == "error" and "/api/userdata" not in place:  # files that a new user does not have
+            self.faults.append(f"{message.text} {place}")
+
+    def drop(self, workflow: Path) -> None:
+        self.page.evaluate(DROP, workflow.read_text())
+        count = workflow.read_text().count('"Node name for S&R"')
+        self.page.wait_for_function(f"() => window.app.graph._nodes.length === {count}", timeout=READY_MS)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self.page.evaluate(NODES)
+
+    def open_panel(self) -> Any:
+        panel = self.page.locator(".paralleldit-panel")
+        if not panel.count():
+            self.page.get_by_role("button", name="Parallel ranks").click()
+        panel.wait_for()
+        return panel
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> Iterator[Any]:
+    from paralleldit.tests.comfyui.host import Host, prepare
+
+    base = tmp_path_factory.mktemp("front-end") / "base"
+    prepare(base, {})
+    running = Host(base, base.parent / "runtime")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def page(host) -> Iterator[Page]:
+    api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-browser.txt")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield Page(browser.new_page(viewport={"width": 1600, "height": 900}), f"http://127.0.0.1:{host.port}/")
+        browser.close()
+
+
+def test_a_dropped_workflow_runs_and_shows_its_picture_without_an_error(page):
+    page.drop(PACK / "workflows" / "demo_txt2img.json")
+    assert all(node["isKnown"] and not node["isRed"] for node in page.nodes())
+    page.page.get_by_test_id("queue-button").click()
+    page.page.wait_for_function(
+        "() => window.app.graph._nodes.some((node) => node.imgs?.[0]?.naturalWidth === 128)", timeout=RUN_MS
+    )
+    assert not any(node["isRed"] for node in page.nodes())
+    assert page.faults == []
+
+
+def test_the_panel_shows_the_ranks_and_what_the_run_has_cost(page):
+    panel = page.open_panel()
+    panel.locator(".state[data-state=ready]").wait_for()
+    rows = panel.locator("tbody tr")
+    rows.nth(1).wait_for()
+    assert [row.split()[:2] for row in rows.all_inner_texts()] == [["0", "cpu"], ["1", "cpu"]]
+    assert "ulysses2" in panel.locator(".run").inner_text() or "cfg2" in panel.locator(".run").inner_text()
+    assert "flux-tiny" in panel.locator(".models").inner_text()
+    assert page.faults == []
+
+
+def test_the_layout_node_multiplies_degrees_as_they_are_typed(page):
+    line = page.page.locator(".paralleldit-fit")
+    told = {}
+    for degree in (2, 3):
+        page.page.evaluate(
+            """(degree) => {
+              const node = window.app.graph._nodes.find((node) => node.type === "ParallelDiTLayout");
+              const widget = node.widgets.find((widget) => widget.name === "ulysses_degree");
+              widget.value = degree;
+              widget.callback(degree);
+            }""",
+            degree,
+        )
+        told[degree] = (line.get_attribute("data-verdict"), line.inner_text())
+    assert told == {2: ("fits", "2 = 2 ranks"), 3: ("clashes", "3 = 3 does not make 2 ranks")}
+
+
+def test_the_line_on_the_layout_node_is_not_saved_and_not_sent(page):
+    saved = page.page.evaluate("() => window.app.graph.serialize()")
+    node = next(node for node in saved["nodes"] if node["type"] == "ParallelDiTLayout")
+    original = next(n for n in read("demo_txt2img")["nodes"] if n["type"] == "ParallelDiTLayout")
+    assert len(node["widgets_values"]) == len(original["widgets_values"])
+    prompt = page.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    layout = next(entry for entry in prompt.values() if entry["class_type"] == "ParallelDiTLayout")
+    assert "paralleldit_fit" not in layout["inputs"]
+
+
+def test_the_buttons_free_stop_and_start_the_ranks(page):
+    panel = page.open_panel()
+    panel.locator("button.unload").click()
+    panel.locator(".models .none").wait_for()
+    panel.locator("button.stop").click()
+    panel.locator(".state[data-state=stopped]").wait_for()
+    assert panel.locator("tbody tr").count() == 0
+    panel.locator("button.start").click()
+    panel.locator(".state[data-state=ready]").wait_for(timeout=READY_MS)
+    panel.locator("tbody tr").nth(1).wait_for()
+    assert page.faults == []
+
+
+def test_text_of_an_error_is_never_read_as_html(page):
+    panel = page.open_panel()
+    html = "<img src=x onerror='window.wasRun = true'><b>bold</b>"
+    page.page.evaluate(
+        """async (html) => {
+          const { api } = await import("/scripts/api.js");
+          const error = {message: html, hint: html, sidecar_failed: true};
+          const phase = {name: html, step: 0, total: 0, text: html};
+          api.dispatchEvent(new CustomEvent("paralleldit", {detail: {phase, error}}));
+        }""",
+        html,
+    )
+    panel.get_by_text("bold").first.wait_for()
+    assert panel.locator("img, b").count() == 0
+    assert page.page.evaluate("() => window.wasRun") is None
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((PACK / "workflows" / f"{name}.json").read_text())

@@ -1,0 +1,138 @@
+// The pack's front end: a panel in the sidebar, and a line on Parallel Layout. Texts are in locales/*/main.json.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { addFitLine } from "./layout_node.js";
+import { isNews, panelModel, withActivity } from "./panel_model.js";
+import { PanelView } from "./panel_view.js";
+import { translator, translatorFor } from "./texts.js";
+
+const EVENT = "paralleldit"; // of nodes/panel_routes.py
+const LOOK_MS = 5000;
+const IDLE_MS = 400; // a run of many requests is idle for moments only
+
+let t = translator();
+let status = null;
+let view = null;
+let isAsking = false;
+let isStale = false;
+let idle = 0;
+let looking = 0;
+const fitLines = new Set();
+
+async function loadTexts() {
+  const answer = await api.fetchApi("/i18n");
+  const locale = app.ui.settings.getSettingValue("Comfy.Locale") ?? "en";
+  t = translatorFor(answer.ok ? await answer.json() : {}, locale);
+}
+
+function show() {
+  view?.update(panelModel(status, t));
+  for (const update of fitLines) update();
+}
+
+async function look() {
+  if (isAsking) {
+    isStale = true;
+    return;
+  }
+  isAsking = true;
+  try {
+    const answer = await api.fetchApi("/paralleldit/status");
+    status = answer.ok ? await answer.json() : null;
+  } catch (error) {
+    status = null; // the server is away: the panel says that nothing is known
+    console.warn("ParallelDiT:", error);
+  } finally {
+    isAsking = false;
+  }
+  show();
+  if (isStale) {
+    isStale = false;
+    await look();
+  }
+}
+
+async function press(action, body = {}) {
+  const answer = await api.fetchApi(`/paralleldit/${action}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
+  const told = await answer.json();
+  if (!answer.ok) {
+    const { message, hint } = told.error;
+    app.extensionManager.toast.add({ severity: "error", summary: t("title"), detail: `${message} ${hint}`, life: 10000 });
+  }
+  await look();
+}
+
+async function stop() {
+  const { isBusy } = panelModel(status, t);
+  const isMeant =
+    !isBusy || (await app.extensionManager.dialog.confirm({ title: t("stop"), message: t("stop_busy"), type: "default" }));
+  if (isMeant) await press("stop");
+}
+
+function hear({ detail }) {
+  clearTimeout(idle);
+  const take = () => {
+    const news = isNews(status, detail);
+    status = withActivity(status, detail);
+    show();
+    if (news) look();
+  };
+  if (detail.phase === null) idle = setTimeout(take, IDLE_MS);
+  else take();
+}
+
+function open(root) {
+  view = new PanelView(root, t, { start: (ranks) => press("start", { ranks }), stop, unload: () => press("unload"), refresh: look });
+  show();
+  look();
+  clearInterval(looking);
+  looking = setInterval(() => document.hidden || look(), LOOK_MS);
+}
+
+function close() {
+  clearInterval(looking);
+  view = null;
+}
+
+app.registerExtension({
+  name: "ParallelDiT",
+
+  async init() {
+    const style = document.createElement("link");
+    style.rel = "stylesheet";
+    style.href = new URL("./paralleldit.css", import.meta.url).href;
+    document.head.append(style);
+  },
+
+  async setup() {
+    await loadTexts();
+    app.extensionManager.registerSidebarTab({
+      id: "paralleldit",
+      icon: "paralleldit-icon",
+      title: "paralleldit.title",
+      tooltip: "paralleldit.tooltip",
+      label: "paralleldit.label",
+      type: "custom",
+      render: open,
+      destroy: close,
+    });
+    api.addEventListener(EVENT, hear);
+    await look();
+  },
+
+  nodeCreated(node) {
+    if (node.comfyClass !== "ParallelDiTLayout") return;
+    const update = addFitLine(node, () => status?.default_ranks ?? 0, () => t);
+    fitLines.add(update);
+    const removed = node.onRemoved;
+    node.onRemoved = function (...args) {
+      fitLines.delete(update);
+      return removed?.apply(this, args);
+    };
+  },
+});
