@@ -36,6 +36,9 @@ class Ledger:
     def bytes_on(self, axis: str) -> int:
         return sum(traffic.bytes for (name, _), traffic in self.sent.items() if name == axis)
 
+    def messages_on(self, axis: str) -> int:
+        return sum(traffic.messages for (name, _), traffic in self.sent.items() if name == axis)
+
     def reset(self) -> None:
         self.sent.clear()
 

@@ -16,8 +16,6 @@ from paralleldit.parallel_backend.stages import Stage
 from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests.ranks.stale_flux import (
     CPU,
-    TEXT,
-    WIDTH,
     StaleModel,
     make_family,
     relative_error,
@@ -250,42 +248,6 @@ def test_stage_that_fails_alone_is_named_by_all_ranks_and_the_next_run_is_right(
     assert answers[0][1] <= 4
     for *_, latent in answers:
         assert torch.equal(latent, expected)
-
-
-def traffic_of(world, layout, steps):
-    request, tensors = request_of(layout, steps, (8, 8), "euler")
-    mesh = Mesh(layout)
-    sample_request.sample(request, tensors, make_family(), mesh, run_of(request)[0])
-    sent = {axis: mesh.ledger.bytes_on(axis) for axis in ("stages", "feedback", "cfg", "ulysses")}
-    return mesh.pipefusion.rank, mesh.cfg.rank, sent
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        layout_of(*each)
-        for each in [((2, 1, 1, 1, 1), 4), ((4, 1, 1, 1, 1), 4), ((2, 2, 1, 1, 1), 2), ((2, 1, 1, 2, 1), 2)]
-    ],
-    ids=str,
-)
-def test_bytes_sent_match_theory(ranks, layout):
-    """One boundary's hidden states of all tokens leave a stage per step, once for each condition (section 3 of the
-    paper), whatever the number of blocks and patches; with Ulysses inside also 4(U-1)/U^2 of them per block."""
-    short, long = (ranks.run(layout.ranks, traffic_of, layout, steps) for steps in (3, 5))
-    batch, image, latent_bytes = 2, 16, 2 * 16 * 8 * 8 * 4
-    lengths = [TEXT + image, TEXT + 3 + image]
-    for (stage, condition, fewer), (*_, more) in zip(short, long, strict=True):
-        per_step = {axis: (more[axis] - fewer[axis]) / 2 for axis in more}
-        is_last = stage == layout.pipefusion_degree - 1
-        tokens = lengths[condition] if layout.cfg_degree > 1 else sum(lengths)
-        hidden = batch * tokens * WIDTH * 4 / layout.sequence_degree
-        ulysses = layout.ulysses_degree
-        blocks = Stage(stage, layout.pipefusion_degree).blocks(make_family().block_parameters)
-        assert per_step["stages"] == pytest.approx(0 if is_last else hidden, rel=0.05)
-        assert per_step["feedback"] == (latent_bytes if is_last else 0)
-        assert per_step["cfg"] == (latent_bytes if is_last and layout.cfg_degree > 1 else 0)
-        theory = 4 * (ulysses - 1) / ulysses**2 * batch * tokens * WIDTH * 4 * (blocks.stop - blocks.start)
-        assert per_step["ulysses"] == pytest.approx(theory, rel=0.05)
 
 
 def engine_sampled(world, layout, folder, engine=None):
