@@ -2,6 +2,7 @@
 
 from .layout import ParallelDiTLayout
 from .loader import ParallelDiTLoader
+from .lora import ParallelDiTLora
 from .sampler import ParallelDiTSampler
 from .status import ParallelDiTStatus, ParallelDiTUnload
 from .text import ParallelDiTTextEncode
@@ -12,6 +13,7 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         ParallelDiTLoader,
         ParallelDiTLayout,
+        ParallelDiTLora,
         ParallelDiTTextEncode,
         ParallelDiTSampler,
         ParallelDiTVAELoader,
@@ -23,6 +25,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTLoader": "Parallel Loader",
     "ParallelDiTLayout": "Parallel Layout",
+    "ParallelDiTLora": "Parallel LoRA",
     "ParallelDiTTextEncode": "Parallel Text Encode",
     "ParallelDiTSampler": "Parallel Sampler",
     "ParallelDiTVAELoader": "Parallel VAE Loader",

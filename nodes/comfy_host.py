@@ -19,6 +19,7 @@ from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Decode, Request, Sample, Schedule, Welcome
 from . import comfy_model
 from .host import Host, OnProgress, logger
+from .patches import SentChange, changes_of
 
 PREVIEW_FORMAT = "JPEG"
 
@@ -72,6 +73,12 @@ class ComfyHost(Host):
 
     def new_model(self, handle: Any) -> Any:
         return comfy_model.new_model(handle)
+
+    def with_handle(self, model: Any, handle: Any) -> Any:
+        return comfy_model.with_handle(model, handle)
+
+    def changes(self, model: Any) -> list[SentChange]:
+        return changes_of(model.patches)
 
     def check_model(self, model: Any) -> None:
         comfy_model.check_patches(model)

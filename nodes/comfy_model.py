@@ -60,11 +60,17 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     return patcher
 
 
+def with_handle(patcher: RemotePatcher, handle: ModelHandle) -> RemotePatcher:
+    """A MODEL of the same network and patches that carries `handle`."""
+    clone = patcher.clone()
+    clone.set_attachments(ATTACHMENT, handle)
+    return clone
+
+
 def check_patches(patcher: Any) -> None:
     """Raises `UserError` naming what other nodes have put on the model and a run in the ranks cannot obey."""
     options = patcher.model_options
     found = [
-        *([f"{len(patcher.patches)} weight patches (LoRA)"] if patcher.patches else []),
         *(name for name in patcher.object_patches if name != "model_sampling"),
         *(name for name, value in options.items() if value and name not in HANDLED_OPTIONS),
         *_set_names(options["transformer_options"], "transformer_options"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import ModelRef
+from ..parallel_backend.protocol.messages import LoraRef, ModelRef
 from .layout import LayoutChoice
 
 ATTACHMENT = "paralleldit"
@@ -15,12 +15,16 @@ ATTACHMENT = "paralleldit"
 
 @dataclass(frozen=True)
 class ModelHandle:
-    """`family` and `config` (as diffusers names them) are what the checkpoint's header tells."""
+    """`family` and `config` (as diffusers names them) are what the checkpoint's header tells.
+
+    `loras`: the files that the ranks lay beside the weights.
+    """
 
     ref: ModelRef
     layout: LayoutChoice | None
     family: str
     config: dict[str, Any]
+    loras: tuple[LoraRef, ...] = ()
 
 
 def handle_of(model: Any) -> ModelHandle:

@@ -6,13 +6,16 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
 from ..launcher.sidecar import SidecarSpec
 from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
+
+if TYPE_CHECKING:
+    from .patches import SentChange
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,14 @@ class Host:
     def new_model(self, handle: Any) -> Any:
         """The MODEL that carries `handle`."""
         return handle
+
+    def with_handle(self, model: Any, handle: Any) -> Any:
+        """A MODEL as `model`, that carries `handle`."""
+        return handle
+
+    def changes(self, model: Any) -> list[SentChange]:
+        """The weight patches that nodes have put on the MODEL. Raises `UserError` for those that cannot travel."""
+        return []
 
     def sending(self, message: Request, welcome: Welcome) -> None:
         """Called before a request goes to the sidecar that `welcome` describes."""

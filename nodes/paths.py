@@ -12,13 +12,18 @@ from . import host
 PACK = Path(__file__).resolve().parent.parent
 BUNDLED = "demo_model"
 """Folder of the pack that holds the pipelines which come with it."""
+BUNDLED_FILES = {"loras": "lora-", "controlnet": "controlnet-"}
+"""How the folders begin that hold files of a kind which come with the pack."""
 DIFFUSERS = "diffusers"
 WEIGHTS = (".safetensors", ".sft")
 PIPELINE = "model_index.json"
 
 
 def names(kind: str | None) -> list[str]:
-    """What a loader's list shows: files of `kind`, then pipeline folders (`diffusers/NAME`), then the bundled ones."""
+    """What a loader's list shows: files of `kind`, then pipeline folders (`diffusers/NAME`), then the bundled ones.
+
+    A pipeline folder holds none of the kinds in `BUNDLED_FILES`.
+    """
     return list(dict.fromkeys(name for name, _ in _known(kind)))
 
 
@@ -34,7 +39,7 @@ def resolve(name: str, kind: str | None, what: str) -> Path:
                 return path.resolve()
     listed = names(kind)
     choice = f"Choose one of: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}."
-    folders = ", ".join(filter(None, (kind, DIFFUSERS)))
+    folders = ", ".join(filter(None, (kind, None if kind in BUNDLED_FILES else DIFFUSERS)))
     raise UserError(
         f"{what} {name!r} was not found.",
         choice if listed else f"Put it into one of these folders of models: {folders}.",
@@ -47,6 +52,12 @@ def _known(kind: str | None) -> Iterator[tuple[str, Path]]:
         for path in _files(folder):
             if path.suffix in WEIGHTS:
                 yield path.relative_to(folder).as_posix(), path
+    if kind in BUNDLED_FILES:
+        for path in _files(PACK / BUNDLED):
+            name = path.relative_to(PACK / BUNDLED)
+            if path.suffix in WEIGHTS and name.parts[0].startswith(BUNDLED_FILES[kind]):
+                yield f"{BUNDLED}/{name.as_posix()}", path
+        return
     for folder, prefix in (*((folder, DIFFUSERS) for folder in here.folders(DIFFUSERS)), (PACK / BUNDLED, BUNDLED)):
         for path in _files(folder):
             if path.name == PIPELINE and path.parent != folder:

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.fitting import Work, check_layout
-from ..parallel_backend.protocol.messages import Sample
+from ..parallel_backend.protocol.messages import Adapters, Sample
 from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
-from . import conditioning, host, latent, session
+from . import conditioning, host, latent, patches, session
 from .handles import handle_of
 from .layout import LayoutChoice
 from .validation import verdict
@@ -105,11 +105,13 @@ class ParallelDiTSampler:
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= positive_tensors | negative_tensors | ({} if sigmas is None else {"sigmas": sigmas})
         batch = len(tensors["latent"])
+        changes = here.changes(model)
 
         choice = handle.layout or LayoutChoice()
         client = session.client_for(handle.layout.ranks if handle.layout else None)
         layout = choice.resolve(client.welcome.ranks, batch=batch, guided=bool(negatives))
         check_layout(layout, Work(batch=batch, cfg=cfg, has_negative=negative is not None))
+        patches.deliver(client, changes)
         message = Sample(
             id=0,
             model=handle.ref,
@@ -123,6 +125,7 @@ class ParallelDiTSampler:
             seed=seed,
             batch_index=latent.batch_index(latent_image),
             preview=here.wants_previews(model),
+            adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )
         reply = session.ask(client, message, tensors, model)
         return ({**latent_image, "samples": reply.tensors["latent"]},)

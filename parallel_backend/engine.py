@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .adapters.store import AdapterStore
 from .agreement import check_agreement
 from .comm import Axis, Ledger
 from .errors import UserError
@@ -32,11 +33,14 @@ class Engine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.models = ModelStore(device)
+        self.adapters = AdapterStore()
         self.world = Axis("world", range(dist.get_world_size()), dist.group.WORLD, Ledger())
         self._meshes: dict[Layout, Mesh] = {}
         self._serve = {
             messages.Load: self._load,
             messages.EncodeText: self._encode_text,
+            messages.FindChanges: self._find_changes,
+            messages.KeepChanges: self._keep_changes,
             messages.Sample: self._sample,
             messages.Decode: self._decode,
             messages.EncodeImage: self._encode_image,
@@ -78,11 +82,20 @@ class Engine:
 
         return {}, self._on_rank_0(encode, run) or {}
 
+    def _find_changes(self, request: messages.FindChanges, tensors: dict[str, Tensor], run: Run) -> Answer:
+        return {"missing": self.adapters.missing(request.digests)}, {}
+
+    def _keep_changes(self, request: messages.KeepChanges, tensors: dict[str, Tensor], run: Run) -> Answer:
+        self.adapters.keep(request.digests, tensors)
+        return {}, {}
+
     def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .sample_request import sample
 
         mesh = self._mesh(request.layout)
-        family = self.models.transformer(request.model, run, self._part(request.layout)).on(mesh)
+        transformer = self.models.transformer(request.model, run, self._part(request.layout))
+        family = transformer.on(mesh)
+        self.adapters.adapt(transformer, request.adapters, run)
         mesh.ledger.reset()
         started = time.monotonic()
         latent = sample(request, tensors, family, mesh, run)
@@ -109,6 +122,7 @@ class Engine:
         return {}, {"latent": encode(vae, tensors["image"], on_progress=lambda *at: run.progress("encode image", *at))}
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
+        self.adapters.forget()
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _mesh(self, layout: Layout) -> Mesh:

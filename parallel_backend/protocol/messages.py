@@ -70,6 +70,42 @@ class VaeRef(Message):
     weight_dtype: WeightDtype = "auto"
 
 
+Strength = Annotated[float, Field(ge=-100.0, le=100.0)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class LoraRef(Message):
+    """A LoRA file of any format, as the ranks' host sees the path.
+
+    `block_strengths`: factors of the strength, one for each of the model's blocks in the order of computation.
+    """
+
+    path: str
+    strength: Strength = 1.0
+    block_strengths: tuple[Strength, ...] = ()
+
+
+class WeightChange(Message):
+    """A change of the parameter `key` (as the original model and ComfyUI name it), or of `rows` (start, length) of it.
+
+    `digest`: of its tensors, which the ranks have kept (`KeepChanges`). `swap_halves`: its rows are those of the
+    diffusers layout, whose halves the original has the other way around.
+    """
+
+    key: str
+    digest: Digest
+    strength: Strength
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+
+class Adapters(Message):
+    """What lies beside the model's weights in a run: LoRA files, then changes that the graph has sent."""
+
+    files: tuple[LoraRef, ...] = ()
+    changes: tuple[WeightChange, ...] = ()
+
+
 # -- requests ----------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +158,20 @@ class Conditioning(Message):
     target_size: Size | None = None
 
 
+class FindChanges(Request):
+    """Reply `data`: {"missing": [those of `digests` that the ranks do not hold]}."""
+
+    type: Literal["find_changes"] = "find_changes"
+    digests: tuple[Digest, ...]
+
+
+class KeepChanges(Request):
+    """Tensors `<index>.<role>` of the change `digests[index]`; the roles are those of `adapters.deltas.ROLES`."""
+
+    type: Literal["keep_changes"] = "keep_changes"
+    digests: tuple[Digest, ...]
+
+
 class Sample(Request):
     """Sample a latent. Tensors: `latent` [B, C, H, W] (unscaled), optionally `noise_mask` [B or 1, 1, H', W'],
     `sigmas` [steps + 1] when `schedule` is None, and those of every `Conditioning` (side = positive | negative).
@@ -144,6 +194,7 @@ class Sample(Request):
     batch_index: tuple[int, ...] | None = None
     add_noise: bool = True
     preview: bool = False
+    adapters: Adapters = Adapters()
 
 
 class Decode(Request):
@@ -188,7 +239,7 @@ class Cancel(Message):
     id: int
 
 
-AnyRequest = Load | EncodeText | Sample | Decode | EncodeImage | Unload | Status | Shutdown
+AnyRequest = Load | EncodeText | FindChanges | KeepChanges | Sample | Decode | EncodeImage | Unload | Status | Shutdown
 FROM_CLIENT: TypeAdapter[AnyRequest | Cancel] = TypeAdapter(Annotated[AnyRequest | Cancel, Field(discriminator="type")])
 
 # -- events and replies ------------------------------------------------------------------------------------------

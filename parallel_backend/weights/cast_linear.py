@@ -24,8 +24,10 @@ class CastLinear(nn.Linear):
         cast.register_buffer("weight_scale", weight_scale)
         return cast
 
+    def weight_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix that it multiplies inputs of `dtype` with."""
+        weight = self.weight.to(dtype)
+        return weight if self.weight_scale is None else weight * self.weight_scale.to(dtype)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(input.dtype)
-        if self.weight_scale is not None:
-            weight = weight * self.weight_scale.to(input.dtype)
-        return functional.linear(input, weight, self.bias)
+        return functional.linear(input, self.weight_as(input.dtype), self.bias)

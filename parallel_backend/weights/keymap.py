@@ -107,7 +107,7 @@ def ruled_map(rules: Iterable[Rule], shapes: Shapes, expected: Shapes) -> dict[s
     wrong shape.
     """
     by_source = {
-        _joined(rule.source, suffix): (rule.swap_halves, [_joined(target, name) for target in rule.targets])
+        joined(rule.source, suffix): (rule.swap_halves, [joined(target, name) for target in rule.targets])
         for rule in rules
         for suffix, name in rule.suffixes.items()
     }
@@ -128,7 +128,8 @@ def ruled_map(rules: Iterable[Rule], shapes: Shapes, expected: Shapes) -> dict[s
     return _checked(routes, shapes, expected)
 
 
-def _joined(module: str, name: str) -> str:
+def joined(module: str, name: str) -> str:
+    """The name of a parameter of `module`, which may be the model itself."""
     return ".".join(part for part in (module, name) if part)
 
 

@@ -21,6 +21,7 @@ from ..stages import block_of, block_parameters, stage_parameters
 from .checkpoint import Checkpoint, open_checkpoint
 from .cuts import TensorCuts
 from .detect import Detected, detect
+from .keymap import Shapes
 from .reader import FP8, Entry, Reader
 from .shards import BlockShards, load_shards
 
@@ -43,6 +44,7 @@ class LoadedTransformer:
     host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
     its linear layers hold; `shards`: its blocks, where they are put together only while they are computed.
     `block_parameters`: how many parameters each block of the whole model has.
+    `shapes`: its parameters and those buffers that files hold, whole, as diffusers names them.
     """
 
     module: nn.Module
@@ -57,6 +59,7 @@ class LoadedTransformer:
     cuts: TensorCuts
     shards: BlockShards | None
     block_parameters: tuple[int, ...]
+    shapes: Shapes
 
 
 def load_transformer(
@@ -124,6 +127,7 @@ def load_transformer(
         cuts,
         shards,
         tuple(block_parameters(expected).values()),
+        expected,
     )
 
 
