@@ -121,7 +121,8 @@ class AdaptedLayers:
         others = {}
         for name, own in by_parameter.items():
             path, _, leaf = name.rpartition(".")
-            if isinstance(self._loaded.module.get_submodule(path), nn.Linear):
+            is_called = not name.startswith(self._loaded.lent)
+            if is_called and isinstance(self._loaded.module.get_submodule(path), nn.Linear):
                 linear.setdefault(path, {})[leaf] = own
             else:
                 others[name] = self._changed(name, own)
@@ -187,7 +188,7 @@ class AdaptedLayers:
         self._layers.append(layer)
 
     def _changed(self, name: str, changes: Sequence[OwnChange]) -> nn.Parameter:
-        """What is no linear layer is small, and is copied: patch embeddings, norms, tables."""
+        """What is no linear layer of its own is small, and is copied: patch embeddings, norms, tables."""
         path, _, leaf = name.rpartition(".")
         owner, parameter = self._loaded.module.get_submodule(path), self._own(name)
         if leaf not in owner._parameters or (self._loaded.shards and block_of(name, self._block_lists)):

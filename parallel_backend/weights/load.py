@@ -43,8 +43,9 @@ class LoadedTransformer:
     `bytes`: its tensors in memory; `shared_bytes`: those of them that are the file's pages, shared by all ranks of the
     host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
     its linear layers hold; `shards`: its blocks, where they are put together only while they are computed.
-    `block_parameters`: how many parameters each block of the whole model has.
-    `shapes`: its parameters and those buffers that files hold, whole, as diffusers names them.
+    `block_parameters`: how many parameters each block of the whole model has. `shapes`: its parameters and those buffers
+    that files hold, whole, as diffusers names them. `lent`: how the names of modules begin whose matrices other modules
+    multiply with.
     """
 
     module: nn.Module
@@ -60,6 +61,7 @@ class LoadedTransformer:
     shards: BlockShards | None
     block_parameters: tuple[int, ...]
     shapes: Shapes
+    lent: tuple[str, ...]
 
 
 def load_transformer(
@@ -128,6 +130,7 @@ def load_transformer(
         shards,
         tuple(block_parameters(expected).values()),
         expected,
+        found.row.never_fp8,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -43,7 +43,38 @@ def base(tmp_path_factory) -> Path:
     piped_sd3 = tiny_sd3.write_pipeline(pipelines / "sd3", sd3)
     files = [tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3)]
     prepare(folder / "base", {"tiny": tiny, "guided": guided, "sd3": piped_sd3}, files)
+    write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3)
     return folder / "base"
+
+
+def write_loras(folder: Path, flux: Path, sd3: Any) -> None:
+    """LoRAs of some formats for both models, by the names of their original files and by those of diffusers."""
+    from diffusers import FluxTransformer2DModel
+    from paralleldit.tests import lora_files, tiny_sd3
+    from paralleldit.tests.unit.flux_original_layout import original_layout
+
+    folder.mkdir()
+    flux_weights = FluxTransformer2DModel.from_pretrained(flux).state_dict()
+    for name, weights, original in (
+        ("flux", flux_weights, original_layout(flux_weights)),
+        ("sd3", sd3.state_dict(), tiny_sd3.original_layout(sd3.state_dict())),
+    ):
+        for format, prefix, matrices in (
+            ("kohya", "lora_unet_", original),
+            ("lokr", "lora_unet_", original),
+            ("dora_of_outputs", "lora_unet_", original),
+            ("peft", "transformer.", weights),
+            ("loha", "transformer.", weights),
+        ):
+            modules = [
+                key.removesuffix(".weight") for key, each in matrices.items() if "blocks." in key and each.ndim == 2
+            ]
+            modules.append("final_layer.linear" if prefix == "lora_unet_" else "norm_out.linear")
+            names = {
+                f"{each}.weight": prefix + (each.replace(".", "_") if prefix[-1] == "_" else each) for each in modules
+            }
+            tensors, _ = lora_files.merged(matrices, names, lora_files.FORMATS[format])
+            save_file(tensors, folder / f"{name} {format}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +119,7 @@ def contrast(pixels: np.ndarray) -> np.ndarray:
 def test_the_nodes_are_there_with_help(host):
     listed = host.get("/object_info")
     names = [name for name in listed if name.startswith("ParallelDiT")]
-    assert len(names) == 8
+    assert len(names) == 9
     assert all(listed[name]["category"] == "ParallelDiT" for name in names)
     models = listed["ParallelDiTLoader"]["input"]["required"]["model"][0]
     assert {"diffusers/guided", NAME, "sd3.safetensors"} <= set(models)
@@ -188,6 +219,28 @@ CASES = {
     "sd3, odd size": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=ODD, links={"latent_image": ["20", 0]}),
     "sd3, shift": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=SD3_SHIFTED, links={"model": ["20", 0]}),
 }
+CASES |= {
+    f"{model}, {' and '.join(loras)}": Case(
+        pipeline,
+        file,
+        {"cfg": cfg},
+        nodes={
+            str(20 + number): {
+                "class_type": "LoraLoaderModelOnly",
+                "inputs": {
+                    "model": ["2" if number == len(loras) - 1 else str(21 + number), 0],
+                    "lora_name": f"{model} {format}.safetensors",
+                    "strength_model": 0.7 - number,
+                },
+            }
+            for number, format in enumerate(loras)
+        },
+        links={"model": ["20", 0]},
+    )
+    for model, pipeline, file, cfg in (("flux", "tiny", "", 1.0), ("sd3", "sd3", "sd3.safetensors", 3.0))
+    for loras in (("kohya",), ("lokr", "peft"), ("dora_of_outputs",), ("loha", "kohya"))
+}
+"""The last of several LoRAs is of negative strength."""
 LATENT_TOLERANCE = 1e-4
 
 
@@ -208,7 +261,7 @@ def test_the_ranks_sample_what_comfyui_samples(host, name):
         api["6"]["class_type"] = node
         api["6"]["inputs"] |= case.links
         if "model" in case.links:
-            api[case.links["model"][0]]["inputs"]["model"] = ["2", 0]
+            api[case.links["model"][0]]["inputs"].setdefault("model", ["2", 0])
         prefix = f"{name} {who}"
         api["9"] = {"class_type": "SaveLatent", "inputs": {"samples": ["6", 0], "filename_prefix": prefix}}
         run = host.run(api)

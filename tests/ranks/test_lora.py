@@ -186,7 +186,7 @@ def sampled(world, layout, path, loras, dtype="auto"):
 
 STAGED = [
     Layout(pipefusion_degree=2, num_patches=1),
-    Layout(pipefusion_degree=2, tensor_degree=2, num_patches=1, weights="sharded"),
+    Layout(pipefusion_degree=2, ulysses_degree=2, num_patches=1, weights="sharded"),
 ]
 
 

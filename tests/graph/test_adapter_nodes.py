@@ -1,0 +1,139 @@
+"""Parallel LoRA, and the patches of ComfyUI's own LoRA nodes: what of them goes to the ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from paralleldit.nodes import host
+from paralleldit.nodes.patches import changes_of, deliver
+from paralleldit.parallel_backend.adapters.store import AdapterStore
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.protocol import messages
+from paralleldit.tests.graph.test_nodes import load, node, sample
+from safetensors.torch import save_file
+
+KEY = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+
+
+@pytest.fixture
+def lora(models):
+    path = models / "loras" / "style" / "chalk.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, path)
+    return path
+
+
+def test_a_lora_travels_by_its_path_and_the_model_before_it_is_as_it_was(client, lora):
+    plain = load()
+    once = node("Lora").add(plain, "style/chalk.safetensors", 0.5)[0]
+    twice = node("Lora").add(once, "style/chalk.safetensors", -1.0, "1, 0.5,0")[0]
+    for model, strengths in ((plain, []), (once, [(0.5, ())]), (twice, [(0.5, ()), (-1.0, (1.0, 0.5, 0.0))])):
+        sample(model)
+        files = client.last(messages.Sample)[0].adapters.files
+        assert [(each.strength, each.block_strengths) for each in files] == strengths
+        assert {each.path for each in files} <= {str(lora)}
+
+
+@pytest.mark.parametrize(
+    ("name", "factors", "words"),
+    [
+        ("none.safetensors", "", "not found"),
+        ("style/chalk.safetensors", "1;2", "no list"),
+        ("style/chalk.safetensors", "101", "101"),
+    ],
+)
+def test_a_lora_that_cannot_be_is_refused_before_the_run(client, lora, name, factors, words):
+    assert words in str(node("Lora").VALIDATE_INPUTS(name, factors))
+    with pytest.raises(UserError, match=words):
+        node("Lora").add(load(), name, 1.0, factors)
+
+
+def patch(name: str, *weights: Any, strength: float = 1.0, offset: Any = None, function: Any = None) -> Any:
+    return strength, SimpleNamespace(name=name, weights=weights), 1.0, offset, function
+
+
+def low_rank(fill: float) -> tuple[Any, ...]:
+    return torch.full((6, 2), fill), torch.ones(2, 2), 4.0, None, None, None
+
+
+def swap_scale_shift(weight):
+    return weight
+
+
+def test_patches_become_changes_with_their_strength_and_their_rows():
+    patches = {
+        KEY: [patch("lora", *low_rank(1.0), strength=-0.5), (1.0, ("diff", (torch.ones(6, 2),)), 1.0, (0, 2, 4), None)],
+        "diffusion_model.final_layer.adaLN_modulation.1.weight": [
+            patch("lora", *low_rank(1.0), function=swap_scale_shift)
+        ],
+    }
+    first, second, third = changes_of(patches)
+    assert (first.message.strength, first.message.rows, first.message.swap_halves) == (-0.5, None, False)
+    assert first.message.key == KEY.removeprefix("diffusion_model.")
+    assert set(first.tensors) == {"up", "down", "alpha"}
+    assert (second.message.rows, set(second.tensors)) == ((2, 4), {"diff"})
+    assert third.message.swap_halves
+    assert third.message.digest == first.message.digest, "the same tensors are sent once"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (patch("boft", torch.ones(2)), "boft"),
+        (patch("lora", *low_rank(1.0), function=torch.neg), "function"),
+        (patch("lora", *low_rank(1.0), offset=(1, 0, 2)), "columns"),
+        ((1.0, ("set", (torch.ones(2),)), 1.0, None, None), "set"),
+        ((1.0, (torch.ones(6, 2),), 0.5, None, None), "merged model"),
+        (patch("lora", *low_rank(1.0)[:5], torch.ones(2)), "lora"),
+    ],
+)
+def test_a_patch_that_cannot_travel_is_refused_by_name(value, words):
+    with pytest.raises(UserError, match=words):
+        changes_of({KEY: [value]})
+
+
+@pytest.fixture
+def ranks(client, monkeypatch):
+    """The client's ranks, as far as they keep changes."""
+    store = AdapterStore()
+
+    def request(message, tensors=None, *rest):
+        client.sent.append((message, dict(tensors or {})))
+        data = {}
+        if isinstance(message, messages.FindChanges):
+            data = {"missing": store.missing(message.digests)}
+        if isinstance(message, messages.KeepChanges):
+            store.keep(message.digests, dict(tensors))
+        return messages.Result(id=0, data=data), {}
+
+    monkeypatch.setattr(client, "request", request)
+    return store
+
+
+def test_only_what_the_ranks_do_not_have_is_sent(client, ranks):
+    def sent():
+        count = len(client.sent)
+        deliver(client, changes_of(patches))
+        return [
+            list(message.digests) for message, _ in client.sent[count:] if isinstance(message, messages.KeepChanges)
+        ]
+
+    patches = {KEY: [patch("lora", *low_rank(1.0))], KEY.replace("0", "1"): [patch("lora", *low_rank(2.0))]}
+    first = sent()
+    assert [len(each) for each in first] == [2]
+    assert sent() == []
+    patches[KEY] = [patch("lora", *low_rank(1.0), strength=0.3)]
+    assert sent() == [], "another strength sends nothing"
+    patches[KEY] = [patch("lora", *low_rank(3.0))]
+    assert [len(each) for each in sent()] == [1]
+    ranks.forget()
+    assert [len(each) for each in sent()] == [2], "a new sidecar is sent everything again"
+
+
+def test_a_model_without_patches_asks_the_ranks_for_nothing(client):
+    assert host.current().changes(load()) == []
+    sample()
+    assert not [message for message, _ in client.sent if isinstance(message, messages.FindChanges)]
