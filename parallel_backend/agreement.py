@@ -16,6 +16,7 @@ from .protocol import messages
 if TYPE_CHECKING:
     from .control import Run
 
+FileRef = messages.ModelRef | messages.VaeRef | messages.LoraRef
 COMPONENTS = {"model": "transformer", "vae": "vae"}
 """The folder of a diffusers pipeline that a reference of that kind reads."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
@@ -42,11 +43,13 @@ def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor],
             )
 
 
-def files_of(request: messages.AnyRequest) -> Iterator[messages.ModelRef | messages.VaeRef]:
+def files_of(request: messages.AnyRequest) -> Iterator[FileRef]:
     """What every rank reads for this request. Text encoders are read by rank 0 alone."""
     for _, value in request:
-        if isinstance(value, messages.ModelRef | messages.VaeRef):
+        if isinstance(value, FileRef):
             yield value
+        elif isinstance(value, messages.Adapters):
+            yield from value.files
 
 
 def request_key(request: messages.AnyRequest, tensors: Mapping[str, Tensor]) -> str:
@@ -55,10 +58,10 @@ def request_key(request: messages.AnyRequest, tensors: Mapping[str, Tensor]) -> 
     return hashlib.sha256(f"{request.model_dump_json()} {kinds}".encode()).hexdigest()
 
 
-def file_key(ref: messages.ModelRef | messages.VaeRef) -> str:
+def file_key(ref: FileRef) -> str:
     """The same for copies of a file or folder on several hosts, and for no others."""
     path = Path(ref.path)
-    component = path / COMPONENTS[ref.kind]
+    component = path / COMPONENTS.get(ref.kind, "")
     folder = component if component.is_dir() else path
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
     try:

@@ -26,8 +26,8 @@ class Transformer:
         self.bytes = loaded.bytes
         self._family = build_family(loaded, path)
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
-        self.names = Names(loaded.family, loaded.shapes, BLOCK_LISTS)
-        self.adapted = AdaptedLayers(loaded, BLOCK_LISTS, self._tensor)
+        self.names = Names(loaded.family, loaded.shapes)
+        self.adapted = AdaptedLayers(loaded, self._tensor)
         self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None
         if self._sharded:
             blocks = list(self._family.blocks)

@@ -100,9 +100,8 @@ class ChangedWeight:
 class AdaptedLayers:
     """The changes that are on a transformer now. `tensor` knows the tensor-parallel ranks of the run under way."""
 
-    def __init__(self, loaded: LoadedTransformer, block_lists: Sequence[str], tensor: TensorParallel) -> None:
+    def __init__(self, loaded: LoadedTransformer, tensor: TensorParallel) -> None:
         self._loaded = loaded
-        self._block_lists = block_lists
         self._tensor = tensor
         self.key: object = None
         """Tells the changes that are on from others."""
@@ -191,7 +190,7 @@ class AdaptedLayers:
         """What is no linear layer of its own is small, and is copied: patch embeddings, norms, tables."""
         path, _, leaf = name.rpartition(".")
         owner, parameter = self._loaded.module.get_submodule(path), self._own(name)
-        if leaf not in owner._parameters or (self._loaded.shards and block_of(name, self._block_lists)):
+        if leaf not in owner._parameters or (self._loaded.shards and block_of(name)):
             why = "while its block is sharded over the ranks" if leaf in owner._parameters else "as it is no parameter"
             raise UserError(f"A LoRA changes {name}, which it cannot {why}.", "Use weights=whole, or another LoRA.")
         assert parameter is not None

@@ -52,14 +52,11 @@ class Place:
 
 
 class Names:
-    """The names of a model of `family`; `shapes`: its parameters, whole, as diffusers names them.
+    """The names of a model of `family`; `shapes`: its parameters, whole, as diffusers names them."""
 
-    `block_lists`: the module lists that hold the blocks, in the order of computation.
-    """
-
-    def __init__(self, family: str, shapes: Shapes, block_lists: Sequence[str]) -> None:
+    def __init__(self, family: str, shapes: Shapes) -> None:
         self.family = family
-        places = {name: place for name in shapes if (place := block_of(name, block_lists))}
+        places = {name: place for name in shapes if (place := block_of(name))}
         order = sorted(set(places.values()))
         self.blocks = {name: order.index(place) for name, place in places.items()}
         """The number of the block that each parameter in blocks is of."""

@@ -42,7 +42,7 @@ class HunyuanDiT(CrossAttentionFamily):
         self.skips = {source: count - 1 - source for source in range(count // 2 - 1)}
         sources = {target: source for source, target in self.skips.items()}
         self.blocks = [
-            _as_block(layer, number if number in self.skips else None, sources.get(number))
+            as_block(layer, number if number in self.skips else None, sources.get(number))
             for number, layer in enumerate(model.blocks)
         ]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
@@ -127,7 +127,7 @@ def _with_padding(text: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
     return torch.cat((text[:, :start], last), dim=1)
 
 
-def _as_block(layer: nn.Module, gives: int | None, takes: int | None) -> Block:
+def as_block(layer: nn.Module, gives: int | None, takes: int | None) -> Block:
     """`gives`, `takes`: the names under which its output is, or a skip was, left in the state."""
 
     def block(state: TokenState) -> TokenState:

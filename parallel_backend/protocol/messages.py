@@ -80,6 +80,7 @@ class LoraRef(Message):
     `block_strengths`: factors of the strength, one for each of the model's blocks in the order of computation.
     """
 
+    kind: Literal["lora"] = "lora"
     path: str
     strength: Strength = 1.0
     block_strengths: tuple[Strength, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ class LoadedTransformer:
     `bytes`: its tensors in memory; `shared_bytes`: those of them that are the file's pages, shared by all ranks of the
     host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
     its linear layers hold; `shards`: its blocks, where they are put together only while they are computed.
-    `block_parameters`: how many parameters each block of the whole model has. `shapes`: its parameters and those buffers
-    that files hold, whole, as diffusers names them. `lent`: how the names of modules begin whose matrices other modules
-    multiply with.
+    `block_parameters`: how many parameters each block of the whole model has. `shapes`: its parameters, and those
+    buffers that files hold, whole, as diffusers names them. `lent`: how the names of modules begin whose matrices other
+    modules multiply with.
     """
 
     module: nn.Module
@@ -82,7 +82,7 @@ def load_transformer(
     device = torch.device(device)
     checkpoint = open_checkpoint(path)
     found = detect(checkpoint)
-    module = _empty_module(found)
+    module = empty_module(found.class_name, found.config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     try:
         pieces = found.pieces(expected)
@@ -134,15 +134,15 @@ def load_transformer(
     )
 
 
-def _empty_module(found: Detected) -> nn.Module:
+def empty_module(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     """All of it on the meta device, but for the buffers that no file holds: the constructor computes these."""
-    build = getattr(diffusers, found.class_name)
+    build = getattr(diffusers, class_name)
     with torch.device("meta"):
-        module = build(**found.config)
+        module = build(**config)
     if all(name in module.state_dict() for name, _ in module.named_buffers()):
         return module
     with init_empty_weights(include_buffers=False):
-        return build(**found.config)
+        return build(**config)
 
 
 def _by_block(entries: Sequence[Entry]) -> list[list[Entry]]:
