@@ -107,19 +107,32 @@ class Engine:
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .vae.decode import decode
 
-        def progress(done: int, total: int) -> None:
-            run.check_cancelled()
-            run.progress("decode", done, total)
-
-        vae = self.models.vae(request.vae, run)
-        tiles = {"tile_size": request.tile_size, "overlap": request.overlap}
-        return {}, {"image": decode(vae, tensors["latent"], self.world, **tiles, on_progress=progress)}
+        return self._with_vae(decode, "decode", request, tensors["latent"], "image", run)
 
     def _encode_image(self, request: messages.EncodeImage, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .vae.encode import encode
 
+        return self._with_vae(encode, "encode image", request, tensors["image"], "latent", run)
+
+    def _with_vae(
+        self,
+        work: Any,
+        phase: messages.Phase,
+        request: messages.VaeWork,
+        batch: Tensor,
+        name: str,
+        run: Run,
+    ) -> Answer:
+        from .vae.run import Tiling
+
+        def progress(done: int, total: int) -> None:
+            run.check_cancelled()
+            run.progress(phase, done, total)
+
         vae = self.models.vae(request.vae, run)
-        return {}, {"latent": encode(vae, tensors["image"], on_progress=lambda *at: run.progress("encode image", *at))}
+        run.progress(phase, 0, 1)
+        result = work(vae, batch, self.world, Tiling(request.tile_size, request.overlap), on_progress=progress)
+        return {}, {} if result is None else {name: result}
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
         self.adapters.forget()

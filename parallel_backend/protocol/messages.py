@@ -198,23 +198,24 @@ class Sample(Request):
     adapters: Adapters = Adapters()
 
 
-class Decode(Request):
-    """Latent to picture. Tensor: `latent` [B, C, h, w]. Reply tensor: `image` [B, H, W, 3] in 0..1.
+class VaeWork(Request):
+    """`tile_size` in pixels; 0 shares each whole picture in row bands (exact)."""
 
-    `tile_size` in pixels; 0 decodes the whole picture in row bands (exact).
-    """
-
-    type: Literal["decode"] = "decode"
     vae: VaeRef
     tile_size: int = Field(default=0, ge=0, le=8192)
     overlap: int = Field(default=64, ge=0, le=4096)
 
 
-class EncodeImage(Request):
+class Decode(VaeWork):
+    """Latent to picture. Tensor: `latent` [B, C, h, w]. Reply tensor: `image` [B, H, W, 3] in 0..1."""
+
+    type: Literal["decode"] = "decode"
+
+
+class EncodeImage(VaeWork):
     """Picture to latent. Tensor: `image` [B, H, W, 3] in 0..1. Reply tensor: `latent` [B, C, h, w]."""
 
     type: Literal["encode_image"] = "encode_image"
-    vae: VaeRef
 
 
 class Unload(Request):

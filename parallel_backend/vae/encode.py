@@ -1,35 +1,35 @@
-"""Pictures to latents, on one rank."""
+"""Pictures to latents, across the ranks of an axis."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
+from ..comm import Axis
 from ..errors import UserError
 from .load import LoadedVAE
+from .run import NO_TILES, Tiling, run
+from .spread import Report, Side, Work
 
 
 @torch.no_grad()
-def encode(vae: LoadedVAE, image: Tensor, *, on_progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Encode pictures `[B, H, W, 3]` (0 to 1) to latents `[B, C, h, w]`: fp32, unscaled, on the CPU.
+def encode(
+    vae: LoadedVAE, image: Tensor, axis: Axis, tiling: Tiling = NO_TILES, *, on_progress: Report | None = None
+) -> Tensor | None:
+    """Encode `image` `[B, H, W, 3]` (0 to 1), the same on every rank of `axis`, to latents `[B, C, h, w]`: fp32, CPU.
 
-    The latent is the mode of the posterior. Sides that the VAE's scale does not divide are cropped about the middle.
-    `on_progress(done, total)` is called after each picture. Raises UserError for anything that is not such a picture.
+    The latent is the mode of the posterior, unscaled; it is on the axis's first rank, None elsewhere. Sides that the
+    VAE's scale does not divide are cropped about the middle; `run` says how the ranks share the work.
+    Raises UserError for anything that is not such a picture, and for sizes of tiles that make no sense.
     """
     _check(vae, image)
-    pixels = _crop(_crop(image, 1, vae.scale), 2, vae.scale).movedim(-1, 1)
-    latents = []
-    for index, picture in enumerate(pixels.split(1)):
-        picture = (picture * 2 - 1).to(vae.device, vae.dtype)
-        encoded = vae.module.encode(picture)
-        assert isinstance(encoded, AutoencoderKLOutput)
-        latents.append(encoded.latent_dist.mode().float().cpu())
-        if on_progress:
-            on_progress(index + 1, len(pixels))
-    return torch.cat(latents)
+
+    def compute(part: Tensor) -> Tensor:
+        pixels = part.to(vae.device, vae.dtype).movedim(-1, 0)[None]
+        return vae.module.encode(pixels.mul(2).sub_(1)).latent_dist.mode()[0].float()
+
+    cropped = _crop(_crop(image, -3, vae.scale), -2, vae.scale)
+    return run(vae, Work(cropped, compute, Side(-3, vae.scale), Side(-2, 1)), axis, tiling, on_progress)
 
 
 def _check(vae: LoadedVAE, image: Tensor) -> None:

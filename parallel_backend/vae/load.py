@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..errors import UserError
 from ..weights.checkpoint import open_checkpoint
-from .bands import row_parallel
 from .keys import Shape, config_from_shapes, diffusers_names
+from .kinds import KINDS, Kind
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadedVAE:
     """A VAE on this rank's device, in evaluation mode."""
 
-    module: AutoencoderKL
+    module: Any
+    """Of one of the classes in `KINDS`."""
     source: str
-    _bands: tuple[dist.ProcessGroup, AutoencoderKL] | None = field(default=None, repr=False)
 
-    def row_parallel(self, group: dist.ProcessGroup) -> AutoencoderKL:
-        """The module with its decoder across `group`, kept until another group asks."""
-        if self._bands is None or self._bands[0] is not group:
-            self._bands = (group, row_parallel(self.module, group))
-        return self._bands[1]
+    @property
+    def kind(self) -> Kind:
+        return KINDS[type(self.module).__name__]
 
     @property
     def latent_channels(self) -> int:
-        return self.module.config["latent_channels"]
+        return self.module.config[self.kind.latent_channels]
 
     @property
     def image_channels(self) -> int:
@@ -42,7 +39,7 @@ class LoadedVAE:
     @property
     def scale(self) -> int:
         """Pixels per latent row or column."""
-        return 2 ** (len(self.module.config["block_out_channels"]) - 1)
+        return self.kind.scale(self.module.config)
 
     @property
     def dtype(self) -> torch.dtype:

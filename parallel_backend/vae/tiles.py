@@ -32,9 +32,8 @@ def spans(extent: int, tile: int, overlap: int) -> list[Span]:
     return [Span(hop * (extent - tile) // hops, tile) for hop in range(hops + 1)]
 
 
-def windows(height: int, width: int, tile: int, overlap: int) -> list[Window]:
-    """All tiles of a latent of `height` x `width`, row by row."""
-    rows, columns = spans(height, tile, overlap), spans(width, tile, overlap)
+def windows(rows: list[Span], columns: list[Span]) -> list[Window]:
+    """The tiles that lie in both, row by row."""
     return [Window(*window) for window in product(rows, columns)]
 
 

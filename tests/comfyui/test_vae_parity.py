@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
 ]
 
+ALONE = Axis("alone", [0], None, Ledger())
+
 # ComfyUI knows no other widths.
 WIDTHS = (128, 256, 512, 512)
 
@@ -37,7 +39,8 @@ def folder(tmp_path_factory) -> Path:
         save_file(original_state(WIDTHS, 2, channels, quant, True), place / f"{name}.safetensors")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     command = [python, "-W", "ignore", str(Path(host.__file__)), str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-3000:]}"
     return place
 
@@ -46,6 +49,6 @@ def folder(tmp_path_factory) -> Path:
 def test_pictures_and_latents_equal_the_hosts(name, folder):
     vae = load_vae(folder / f"{name}.safetensors", device="cpu", dtype=torch.float32)
     native = load_file(folder / f"{name}.host.safetensors")
-    image = decode(vae, host.latent(vae.latent_channels), Axis("alone", [0], None, Ledger()))
+    image = decode(vae, host.latent(vae.latent_channels), ALONE)
     torch.testing.assert_close(image, native["image"], rtol=0, atol=1e-4)
-    torch.testing.assert_close(encode(vae, host.image()), native["latent"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encode(vae, host.image(), ALONE), native["latent"], rtol=1e-4, atol=1e-4)

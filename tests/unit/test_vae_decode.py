@@ -14,6 +14,7 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode
 from paralleldit.parallel_backend.vae.load import LoadedVAE
+from paralleldit.parallel_backend.vae.run import Tiling
 from paralleldit.parallel_backend.vae.tiles import blend_weights, spans
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def test_blend_weights_are_shares_of_each_pixel(extent, tile, overlap, scale):
 @pytest.mark.parametrize("tile_size", [64, 72, 4096])
 def test_one_tile_over_the_whole_picture_is_exact(tile_size):
     vae, latent = new_vae(), noise(2, 4, 8, 6)
-    assert torch.equal(decode(vae, latent, ALONE, tile_size=tile_size, overlap=16), decode(vae, latent, ALONE))
+    assert torch.equal(decode(vae, latent, ALONE, Tiling(tile_size, 16)), decode(vae, latent, ALONE))
 
 
 def test_blended_tiles_leave_no_seams_in_a_smooth_picture():
@@ -94,14 +95,14 @@ def test_blended_tiles_leave_no_seams_in_a_smooth_picture():
         if weight.ndim == 4:
             weight.copy_(weight.sum((-2, -1), keepdim=True) / weight[0, 0].numel() ** 0.5)  # blurs
 
-    def worst_jump(**tiling: int) -> float:
+    def worst_jump(*tiling: Tiling) -> float:
         """The greatest difference of two neighbouring pixels."""
-        image = decode(vae, latent, ALONE, **tiling)
+        image = decode(vae, latent, ALONE, *tiling)
         return max(float(image.diff(dim=dim).abs().max()) for dim in (1, 2))
 
     whole = worst_jump()
-    assert worst_jump(tile_size=96, overlap=0) > 2 * whole
-    assert worst_jump(tile_size=96, overlap=32) < 1.2 * whole
+    assert worst_jump(Tiling(96, 0)) > 2 * whole
+    assert worst_jump(Tiling(96, 32)) < 1.2 * whole
 
 
 def test_progress_counts_pictures_or_tiles():
@@ -109,30 +110,30 @@ def test_progress_counts_pictures_or_tiles():
     decode(new_vae(), noise(3, 4, 2, 2), ALONE, on_progress=lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     seen.clear()
-    decode(new_vae(), noise(1, 4, 8, 4), ALONE, tile_size=32, overlap=0, on_progress=lambda *step: seen.append(step))
+    decode(new_vae(), noise(1, 4, 8, 4), ALONE, Tiling(32, 0), on_progress=lambda *step: seen.append(step))
     assert seen == [(1, 2), (2, 2)]
     seen.clear()
-    encode(new_vae(), torch.rand(2, 8, 8, 3), on_progress=lambda *step: seen.append(step))
+    encode(new_vae(), torch.rand(2, 8, 8, 3), ALONE, on_progress=lambda *step: seen.append(step))
     assert seen == [(1, 2), (2, 2)]
 
 
 NAN = float("nan")
 REFUSED = {
-    "channels": (noise(1, 16, 4, 4), {}, "16 channels, the VAE tiny takes 4"),
-    "video": (noise(1, 4, 2, 4, 4), {}, r"\[1, 4, 2, 4, 4\]"),
-    "empty": (torch.zeros(0, 4, 4, 4), {}, r"\[0, 4, 4, 4\]"),
-    "not finite": (torch.tensor([NAN, 1, -NAN, 2]).reshape(1, 4, 1, 1), {}, "2 of its 4 values"),
-    "tile_size": (noise(1, 4, 4, 4), {"tile_size": 100}, "tile_size is 100, but must be a multiple of 8"),
-    "negative": (noise(1, 4, 4, 4), {"tile_size": -8}, "tile_size is -8"),
-    "overlap": (noise(1, 4, 4, 4), {"tile_size": 64, "overlap": 9}, "overlap is 9"),
-    "all overlap": (noise(1, 4, 4, 4), {"tile_size": 64, "overlap": 64}, "64 pixels cannot overlap by 64"),
+    "channels": (noise(1, 16, 4, 4), (), "16 channels, the VAE tiny takes 4"),
+    "video": (noise(1, 4, 2, 4, 4), (), r"\[1, 4, 2, 4, 4\]"),
+    "empty": (torch.zeros(0, 4, 4, 4), (), r"\[0, 4, 4, 4\]"),
+    "not finite": (torch.tensor([NAN, 1, -NAN, 2]).reshape(1, 4, 1, 1), (), "2 of its 4 values"),
+    "tile_size": (noise(1, 4, 4, 4), (Tiling(100, 64),), "tile_size is 100, but must be a multiple of 8"),
+    "negative": (noise(1, 4, 4, 4), (Tiling(-8, 64),), "tile_size is -8"),
+    "overlap": (noise(1, 4, 4, 4), (Tiling(64, 9),), "overlap is 9"),
+    "all overlap": (noise(1, 4, 4, 4), (Tiling(64, 64),), "64 pixels cannot overlap by 64"),
 }
 
 
-@pytest.mark.parametrize(("latent", "options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_decoded_is_refused(latent, options, message):
+@pytest.mark.parametrize(("latent", "tiling", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_decoded_is_refused(latent, tiling, message):
     with pytest.raises(UserError, match=message):
-        decode(new_vae(), latent, ALONE, **options)
+        decode(new_vae(), latent, ALONE, *tiling)
 
 
 def test_non_finite_pixels_are_an_error_and_not_a_black_picture():
@@ -147,7 +148,7 @@ def test_encoding_takes_the_mode_of_the_middle_of_the_picture():
     middle = image[:, 2:34, 1:41].movedim(-1, 1) * 2 - 1
     with torch.no_grad():
         expected = vae.module.encode(middle).latent_dist.mode()
-    latent = encode(vae, image)
+    latent = encode(vae, image, ALONE)
     assert latent.shape == (2, 4, 4, 5)
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-5)
 
@@ -162,4 +163,4 @@ def test_encoding_takes_the_mode_of_the_middle_of_the_picture():
 )
 def test_what_cannot_be_encoded_is_refused(image, message):
     with pytest.raises(UserError, match=message):
-        encode(new_vae(), image)
+        encode(new_vae(), image, ALONE)
