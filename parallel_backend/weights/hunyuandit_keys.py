@@ -44,7 +44,7 @@ CUTS = (
     Cut(r"attn[12]\.to_out\.0", "row", ("heads",)),
     Cut(r"ff\.net\.0\.proj", "column"),
     Cut(r"ff\.net\.2", "row"),
-    Cut(r"norm1\.linear", "gathered"),
+    Cut(r"norm1\.linear|skip_linear", "gathered"),
 )
 
 LANDMARKS = {

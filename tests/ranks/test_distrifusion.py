@@ -7,7 +7,9 @@ import torch
 from paralleldit.parallel_backend import sample_request
 from paralleldit.parallel_backend.comm import split_sizes
 from paralleldit.parallel_backend.layout import Layout
+from paralleldit.tests.ranks import stale_families
 from paralleldit.tests.ranks.stale_flux import StaleModel, relative_error, sampled
+from paralleldit.tests.tiny_models import TINY_MODELS
 
 EXACT = [
     # degrees; warm-up, steps; latent height and width; sampler
@@ -88,4 +90,60 @@ def test_run_equals_serial_model_of_late_keys(ranks, degrees, plan, size, sample
     (expected,) = ranks.run(1, sampled_with_late_model, layout, steps, size, sampler)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
+        assert relative_error(answer, expected) <= 1e-5
+
+
+FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1"]
+WARM = stale_families.STEPS
+FAMILY_CASES = [
+    *((Layout(distrifusion_degree=2, warmup_steps=WARM), model) for model in FAMILIES[1:]),
+    *((Layout(distrifusion_degree=2), model) for model in FAMILIES[1:]),
+    *((Layout(distrifusion_degree=2, ulysses_degree=2, cfg_degree=2), model) for model in FAMILIES[1:]),
+    (Layout(distrifusion_degree=3, ring_degree=2, refresh="in_turn"), "sd3.5 medium"),
+    (Layout(distrifusion_degree=3, refresh="in_turn"), "hunyuandit 1.1"),
+]
+PARTS_CASES = [
+    *((Layout(distrifusion_degree=2, tensor_degree=2), model) for model in ("flux dev", "hunyuandit 1.1")),
+    (Layout(distrifusion_degree=2, tensor_degree=3, refresh="in_turn"), "flux dev"),
+    *((Layout(distrifusion_degree=2, weights="sharded"), model) for model in ("sd3.5 medium", "pixart alpha")),
+    (Layout(distrifusion_degree=2, tensor_degree=2, ulysses_degree=2, weights="offloaded"), "flux dev"),
+    (Layout(distrifusion_degree=2, tensor_degree=2, warmup_steps=WARM), "hunyuandit 1.1"),
+]
+
+
+class LateFamily(stale_families.StaleModel):
+    """As `LateModel`, of any family."""
+
+    def stale_parts(self, length, grid):
+        ranks, inner = self.layout.distrifusion_degree, self.layout.ulysses_degree * self.layout.ring_degree
+        text = split_sizes(length, ranks * inner)[::-1]
+        image = torch.arange(grid[0] * grid[1]).split(split_sizes(grid[0] * grid[1], ranks * inner))
+        sent = []
+        for rank in range(ranks):
+            start = sum(text[: rank * inner])
+            yield (
+                slice(start, start + sum(text[rank * inner : (rank + 1) * inner])),
+                torch.cat(image[rank * inner : (rank + 1) * inner]),
+            )
+            fresh, self.attention.fresh = self.attention.fresh, []
+            if self.layout.refresh == "all" or rank == self.evaluations[self.attention.prompt] % ranks:
+                sent += fresh
+        self.attention.fresh = sent
+
+
+def sampled_by_late_family(world, model, layout):
+    return stale_families.sampled_by(LateFamily, world, model, layout)
+
+
+@pytest.mark.parametrize(("layout", "model"), [*FAMILY_CASES, *PARTS_CASES], ids=str)
+def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, tmp_path, layout, model):
+    (alone,) = ranks.run(1, stale_families.sampled, model, Layout())
+    expected = alone
+    if layout.warmup_steps < WARM:
+        (expected,) = ranks.run(1, sampled_by_late_family, model, layout)
+        assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
+    if (layout, model) in PARTS_CASES:
+        TINY_MODELS[model].make(stale_families.HEADS).save_pretrained(tmp_path)
+    path = tmp_path if (layout, model) in PARTS_CASES else None
+    for answer in ranks.run(layout.ranks, stale_families.sampled, model, layout, path):
         assert relative_error(answer, expected) <= 1e-5

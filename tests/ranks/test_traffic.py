@@ -39,7 +39,7 @@ class Theory:
     width: int
     tokens: int
     attended: tuple[int, ...]
-    reduced: tuple[int, ...]
+    reduced: tuple[float, ...]
     gathered: tuple[int, ...]
     skips: dict[int, int] = field(default_factory=dict)
 
@@ -54,7 +54,10 @@ MODELS = {
     ),
     # All blocks are modulated alike, by what every rank has.
     "pixart alpha": Theory(192, IMAGE, (IMAGE,) * 4, (3 * IMAGE,) * 4, (0,) * 4),
-    "hunyuandit 1.1": Theory(128, IMAGE, (IMAGE,) * 6, (3 * IMAGE,) * 6, (1,) * 6, {0: 5, 1: 4}),
+    # What blocks make of their skips is gathered: half as much as is sent to add it up.
+    "hunyuandit 1.1": Theory(
+        *(128, IMAGE, (IMAGE,) * 6, (3 * IMAGE,) * 4 + (3.5 * IMAGE,) * 2, (1,) * 6), {0: 5, 1: 4}
+    ),
 }
 FLUX, JOINT, HUNYUAN, ALL = ["flux dev"], ["flux dev", "sd3.5 medium"], ["hunyuandit 1.1"], list(MODELS)
 ROWS = [

@@ -1,0 +1,131 @@
+"""Runs of every family's tiny model, for tests of approximate methods, and a serial model of stale attention."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from paralleldit.parallel_backend import sample_request
+from paralleldit.parallel_backend.control import Control, Run
+from paralleldit.parallel_backend.families.base import Shard
+from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.transformer import Transformer
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+
+CFG, HEADS, TEXT, STEPS = 3.0, 3, 5, 4
+SIZE = (11, 9)
+
+
+def sampled(world, model, layout, path=None):
+    """A guided batch of two, with a negative prompt of another length; by a part of the model that lies at `path`."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    tiny, mesh = TINY_MODELS[model], Mesh(layout)
+    conditions = {"positive": tiny.condition(draw, 1, TEXT), "negative": tiny.condition(draw, 2, TEXT + 3)}
+    entries = {side: (entry_of(condition),) for side, condition in conditions.items()}
+    tensors = {"latent": draw(2, tiny.family.latent_channels, *SIZE)}
+    for side, condition in conditions.items():
+        tensors |= tensors_of(side, condition)
+    request = messages.Sample(
+        id=1,
+        model=messages.ModelRef(path="unused"),
+        layout=layout,
+        **entries,
+        cfg=CFG,
+        sampler="euler",
+        schedule=messages.Schedule(scheduler="simple", steps=STEPS, denoise=0.8),
+        seed=42,
+    )
+    family = Transformer(path, CPU, part=Part.of(layout, mesh)).on(mesh) if path else tiny.make_family(HEADS)
+    work = SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None)
+    return sample_request.sample(request, tensors, family, mesh, Run(Control(), work))
+
+
+class StaleAttention:
+    """Serial attention over the keys and values that are kept of all tokens; those at hand are put in their places."""
+
+    def __init__(self):
+        self.kept = {}
+        self.fresh = []
+
+    def begin(self, prompt, places, totals):
+        self.prompt, self.places, self.totals, self.site = prompt, places, totals, 0
+
+    def keep(self):
+        """From now on what has been at hand so far is what is kept of it."""
+        for kept, places, keys_values in self.fresh:
+            kept[:, :, places] = keys_values
+        self.fresh = []
+
+    def send(self, x, tokens="all"):
+        return SimpleNamespace(x=x, tokens=tokens)
+
+    def __call__(self, q, k, v):
+        batch, _, heads, dim = q.x.shape
+        if (self.prompt, self.site) not in self.kept:
+            self.kept[self.prompt, self.site] = torch.zeros(2, batch, self.totals[q.tokens], heads, dim)
+        kept, places = self.kept[self.prompt, self.site], self.places[q.tokens]
+        self.site += 1
+        self.fresh.append((kept, places, torch.stack((k.x, v.x))))
+        seen = kept.clone()
+        seen[:, :, places] = self.fresh[-1][2]
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q.x, *seen))).transpose(1, 2)
+
+
+class StaleModel:
+    """A serial model whose blocks see a part of the tokens at a time, once it is warm."""
+
+    def __init__(self, family, layout):
+        self.family, self.layout = family, layout
+        self.attention = StaleAttention()
+        self.evaluations = {}
+
+    def begin_step(self, step):
+        pass
+
+    def finish(self):
+        pass
+
+    def predict(self, latent, timestep, condition):
+        length, prompt = self.family.text_length(condition), id(condition)
+        evaluation = self.evaluations[prompt] = self.evaluations.get(prompt, -1) + 1
+        grid = tuple(-(-side // 2) for side in latent.shape[2:])
+        tokens = self.family.tokenize(latent)
+        answer = torch.zeros_like(tokens)
+        self.family.use_attention(self.attention)
+        for text, at in self.parts(evaluation, length, grid):
+            places = {"all": torch.cat((torch.arange(length)[text], length + at)), "image": at}
+            self.attention.begin(prompt, places, {"all": length + tokens.shape[1], "image": tokens.shape[1]})
+            state = self.family.embed(tokens, timestep, condition, Shard(text, at), grid)
+            for block in self.family.blocks:
+                state = block(state)
+            answer[:, at] = self.family.head(state)
+            self.end_part()
+        self.attention.keep()
+        return self.family.untokenize(answer, *latent.shape[2:])
+
+    def parts(self, evaluation, length, grid):
+        """The text and the image tokens that are computed at once, one part after the other."""
+        if evaluation < max(1, self.layout.warmup_steps):
+            yield slice(0, length), torch.arange(grid[0] * grid[1])
+        else:
+            yield from self.stale_parts(length, grid)
+
+    def stale_parts(self, length, grid):
+        raise AssertionError("each method has its own")
+
+    def end_part(self):
+        pass
+
+
+def sampled_by(stale_model, world, model, layout):
+    """As `sampled` on one rank, by a `StaleModel` for the method of `layout`."""
+    with mock.patch.object(sample_request, "SequenceParallel", lambda family, *_: stale_model(family, layout)):
+        return sampled(world, model, Layout())
+
+
+def relative_error(actual, expected) -> float:
+    return float((actual - expected).norm() / expected.norm())
