@@ -22,6 +22,8 @@ from .host import Host, OnProgress, logger
 from .patches import SentChange, changes_of
 
 PREVIEW_FORMAT = "JPEG"
+ALL_MEMORY = 1e30
+"""More bytes than there are."""
 
 
 class ComfyHost(Host):
@@ -67,9 +69,18 @@ class ComfyHost(Host):
 
     def sending(self, message: Request, welcome: Welcome) -> None:
         # ComfyUI's text encoders and VAE share a GPU with rank 0, and it knows nothing of what the ranks need.
-        if welcome.device == "cuda" and not self.spec.remote and isinstance(message, Sample | Decode):
+        if self._shares_gpu(welcome) and isinstance(message, Sample | Decode):
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
+
+    def beginning(self, welcome: Welcome) -> None:
+        if self._shares_gpu(welcome):
+            loaded = comfy.model_management.current_loaded_models
+            in_use = [each for each in loaded if each.currently_used]
+            comfy.model_management.free_memory(ALL_MEMORY, comfy.model_management.get_torch_device(), in_use)
+
+    def _shares_gpu(self, welcome: Welcome) -> bool:
+        return welcome.device == "cuda" and not self.spec.remote
 
     def new_model(self, handle: Any) -> Any:
         return comfy_model.new_model(handle)

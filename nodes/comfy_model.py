@@ -1,14 +1,16 @@
 """A MODEL of ComfyUI whose weights are in the ranks: the family's own BaseModel around a network without memory.
 
-Sampling settings, latent format and LoRA keys are ComfyUI's; the network itself is on torch's meta device.
+Sampling settings, latent format and LoRA keys are ComfyUI's; the network itself is on torch's meta device, and what
+ComfyUI's samplers ask of it is asked of the ranks.
 """
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_detection
 import comfy.model_management
@@ -17,11 +19,15 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend.errors import UserError
-from .handles import ATTACHMENT, ModelHandle
+from .handles import ATTACHMENT, OWN_LOADER, ModelHandle, handle_of
+from .patches import changes_of
+from .stepwise import StepwiseModel
 
 META = torch.device("meta")
 HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
+NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
+"""What a network of ComfyUI obeys of `transformer_options`: functions and settings for layers that are not here."""
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -46,13 +52,38 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def model_patches_to(self, device: Any) -> None:
         """Only dtypes are set on patches; there are none on the meta device."""
 
+    def pre_run(self, *args: Any, **kwargs: Any) -> None:
+        """A sampler of ComfyUI starts."""
+        check_stepwise(self)
+        super().pre_run(*args, **kwargs)
+        self.model.stepwise.begin(handle_of(self), changes_of(self.patches))
+
+    def cleanup(self, *args: Any, **kwargs: Any) -> None:
+        super().cleanup(*args, **kwargs)
+        self.model.stepwise.end()
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """What is asked for from now on is of prompts with these `hooks`, which may bring LoRAs of their own."""
+        of_prompts = self.get_combined_hook_patches(hooks)
+        keys = dict.fromkeys((*self.patches, *of_prompts))
+        patches = {key: [*self.patches.get(key, ()), *of_prompts.get(key, ())] for key in keys}
+        self.model.stepwise.changes = changes_of(patches)
+        self.current_hooks = hooks
+
+    def get_key_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_weights()
+
 
 def new_model(handle: ModelHandle) -> RemotePatcher:
     """The MODEL that carries `handle`."""
     config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle.family](handle.config))
-    config.set_inference_dtype(torch.bfloat16, None)
+    # The ranks convert what they are sent to what they compute in; nothing is to be lost on the way.
+    config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=META)
-    model.diffusion_model.forward = MethodType(_refuse_stock_sampler, model.diffusion_model)
+    model.stepwise = StepwiseModel()
+    _ask_ranks(model.diffusion_model, model.stepwise)
+    model.memory_required = _no_memory
+    model.state_dict_for_saving = _refuse_weights
     patcher = RemotePatcher(
         model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
@@ -65,6 +96,20 @@ def with_handle(patcher: RemotePatcher, handle: ModelHandle) -> RemotePatcher:
     clone = patcher.clone()
     clone.set_attachments(ATTACHMENT, handle)
     return clone
+
+
+def check_stepwise(patcher: Any) -> None:
+    """Raises `UserError` naming what other nodes have put on the model and its layers in the ranks cannot obey."""
+    found = [
+        *(name for name in patcher.object_patches if name.startswith("diffusion_model.")),
+        *_set_names(getattr(patcher, "weight_wrapper_patches", {}), "weight_wrapper_patches"),
+        *_set_names(patcher.injections, "injections"),
+    ]
+    if found:
+        raise UserError(
+            f"The model carries {', '.join(found)}, which cannot be sent to the ranks.",
+            f"Remove the nodes after Parallel Loader that set this, or {OWN_LOADER}",
+        )
 
 
 def check_patches(patcher: Any) -> None:
@@ -117,10 +162,43 @@ def _set_names(table: dict[Any, Any], path: str) -> list[str]:
     return names
 
 
-def _refuse_stock_sampler(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _ask_ranks(network: Any, stepwise: StepwiseModel) -> None:
+    """Let the `network` answer with a prediction of the ranks."""
+    # Networks that take wrappers around them call `_forward` inside.
+    name = "_forward" if hasattr(network, "_forward") else "forward"
+    signature = inspect.signature(getattr(network, name))
+    latent_name, timestep_name = list(signature.parameters)[:2]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = signature.bind(*args, **kwargs).arguments
+        inputs |= inputs.pop("kwargs", {})
+        options = inputs.pop("transformer_options", {})
+        _check_options(options)
+        latent, timestep = inputs.pop(latent_name), inputs.pop(timestep_name)
+        return stepwise.predict(latent, timestep, inputs, len(options.get("cond_or_uncond", (0,))))
+
+    setattr(network, name, MethodType(forward, network))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` naming what changes layers of the network."""
+    found = [name for key in NETWORK_OPTIONS for name in _set_names({key: options.get(key)}, "transformer_options")]
+    if found:
+        raise UserError(
+            f"The model carries {', '.join(found)}: changes to layers, which are in the ranks.",
+            f"Remove the node that sets this, or {OWN_LOADER}",
+        )
+
+
+def _no_memory(*args: Any, **kwargs: Any) -> int:
+    """What a prediction takes of this process's device: ComfyUI puts as many conditions into one call as fit."""
+    return 0
+
+
+def _refuse_weights(*args: Any, **kwargs: Any) -> NoReturn:
     raise UserError(
-        "This model's weights are in the ranks, where ComfyUI's own samplers cannot reach them.",
-        "Use Parallel Sampler instead of KSampler.",
+        "This model's weights are in the ranks, so they can be neither merged nor saved here.",
+        "Merge or save with ComfyUI's own loader, then load the new file with Parallel Loader.",
     )
 
 

@@ -11,6 +11,8 @@ from .layout import LayoutChoice
 
 ATTACHMENT = "paralleldit"
 """Under this name a MODEL of ComfyUI carries our handle."""
+OWN_LOADER = "load the model with ComfyUI's own loader."
+"""What is left where the ranks cannot do it."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,9 @@ class Host:
     def sending(self, message: Request, welcome: Welcome) -> None:
         """Called before a request goes to the sidecar that `welcome` describes."""
 
+    def beginning(self, welcome: Welcome) -> None:
+        """Called before a sampler of the host begins to ask the sidecar that `welcome` describes for predictions."""
+
     def check_model(self, model: Any) -> None:
         """Raises `UserError` naming what other nodes have put on the MODEL and a run in the ranks cannot obey."""
 

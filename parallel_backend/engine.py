@@ -19,6 +19,7 @@ from .mesh import Mesh
 from .models import ModelStore
 from .parts import WHOLE, Part
 from .protocol import messages
+from .told import ToldConditions
 
 if TYPE_CHECKING:
     from .control import Run
@@ -36,12 +37,15 @@ class Engine:
         self.adapters = AdapterStore()
         self.world = Axis("world", range(dist.get_world_size()), dist.group.WORLD, Ledger())
         self._meshes: dict[Layout, Mesh] = {}
+        self._told = ToldConditions()
         self._serve = {
             messages.Load: self._load,
             messages.EncodeText: self._encode_text,
             messages.FindChanges: self._find_changes,
             messages.KeepChanges: self._keep_changes,
             messages.Sample: self._sample,
+            messages.Predict: self._predict,
+            messages.EndRun: self._end_run,
             messages.Decode: self._decode,
             messages.EncodeImage: self._encode_image,
             messages.Unload: self._unload,
@@ -103,6 +107,24 @@ class Engine:
         memory = self.models.memory()
         run.memory(memory["used"], memory["free"])
         return {"layout": str(request.layout), "seconds": seconds, "traffic": mesh.ledger.summary()}, {"latent": latent}
+
+    def _predict(self, request: messages.Predict, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from .predict_request import predict
+
+        self._told.begin(request.run, request.model)
+        missing = [key for key in request.conditions if key not in request.told and key not in self._told]
+        if missing:
+            return {"missing": missing}, {}
+        mesh = self._mesh(request.layout)
+        transformer = self.models.transformer(request.model, run, self._part(request.layout))
+        family = transformer.on(mesh)
+        self.adapters.adapt(transformer, request.adapters, run)
+        mesh.ledger.reset()
+        return {}, {"prediction": predict(request, tensors, self._told, family, mesh, run)}
+
+    def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
+        self._told.end(request.run)
+        return {}, {}
 
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .vae.decode import decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from .attention.core import AttentionCore, make_attention
 from .attention.site import Attention
 from .comm import Axis, split_sizes
 from .errors import UserError
-from .families.base import CONDITION_TENSORS, Condition, Family
+from .families.base import CELL, CONDITION_TENSORS, Condition, Family
 from .fitting import Work, check_layout
 from .layout import Layout, patches_of
 from .mesh import Mesh
@@ -38,10 +39,12 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     prediction that is not finite; `Cancelled` within a step of a cancel.
     """
     latent = tensors["latent"].float()
-    check_latent(latent, family)
+    check_latent(latent, family, family.latent_channels)
     batch = latent.shape[0]
-    positive = condition_from(request.positive, "positive", tensors, family, batch)
-    negative = condition_from(request.negative, "negative", tensors, family, batch) if request.negative else None
+    positive = condition_from(request.positive, "positive", tensors, family, latent.shape)
+    negative = None
+    if request.negative:
+        negative = condition_from(request.negative, "negative", tensors, family, latent.shape)
     token_rows = -(-latent.shape[2] // family.patch_size)
     work = Work(
         batch=batch,
@@ -150,16 +153,16 @@ def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:
     return denoised if replica_is_finite.all() else torch.full_like(denoised, torch.nan)
 
 
-def check_latent(latent: Tensor, family: Family) -> None:
-    """Raise `UserError` for a latent that is empty, too large, of another model's channel count, or not finite."""
+def check_latent(latent: Tensor, family: Family, channels: int) -> None:
+    """Raise `UserError` for a latent that is empty, too large, of other than `channels`, or not finite."""
     if latent.ndim != 4 or not latent.numel():
         raise UserError(
             f"The latent has the shape {list(latent.shape)}; a picture's latent is [batch, channels, height, width].",
             "Give a batch, a width and a height of at least 1.",
         )
-    if latent.shape[1] != family.latent_channels:
+    if latent.shape[1] != channels:
         raise UserError(
-            f"The latent has {latent.shape[1]} channels; a {family.name} model samples {family.latent_channels}.",
+            f"The latent has {latent.shape[1]} channels; this {family.name} model takes {channels}.",
             "Use the VAE (or the empty latent node) that belongs to the model.",
         )
     side = -(-max(latent.shape[2:]) // family.patch_size)
@@ -177,15 +180,25 @@ def check_latent(latent: Tensor, family: Family) -> None:
 
 
 def condition_from(
-    entries: tuple[Conditioning, ...], side: str, tensors: dict[str, Tensor], family: Family, batch: int
+    entries: tuple[Conditioning, ...], side: str, tensors: dict[str, Tensor], family: Family, shape: torch.Size
 ) -> Condition:
-    """The condition of one side, on the family's device. Raises `UserError` for what cannot be sampled."""
+    """The condition of one side for a latent of `shape`, on the family's device.
+
+    Raises `UserError` for what cannot be sampled. A picture of which no size is told is told of its own.
+    """
     if len(entries) != 1:
         raise UserError(
             f"The {side} conditioning has {len(entries)} entries; the Parallel Sampler takes one.",
             "Remove ConditioningCombine or ConditioningSetArea before it.",
         )
-    entry, prefix = entries[0], f"{side}.0."
+    condition = condition_of(entries[0], f"{side}.0.", side, tensors, family, shape[0])
+    return condition if condition.size else replace(condition, size=(shape[2] * CELL, shape[3] * CELL))
+
+
+def condition_of(
+    entry: Conditioning, prefix: str, side: str, tensors: dict[str, Tensor], family: Family, batch: int
+) -> Condition:
+    """One entry with those of its tensors whose names begin with `prefix`; errors say that it is of `side`."""
     given = {name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors}
     check_condition_tensors(given, side, batch)
     condition = Condition(**given, guidance=entry.guidance, size=entry.size, target_size=entry.target_size)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -15,7 +16,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from paralleldit.parallel_backend.families.base import Condition, Family
 from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.families.hunyuandit import HunyuanDiT
@@ -152,7 +153,7 @@ def _pixart(family: type[Family], told_size: bool) -> TinyModel:
         noisy = whole_patches(latent) * clean_share**0.5
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if told_size:
-            pixels = condition.size or tuple(8 * side for side in noisy.shape[2:])
+            pixels = condition.size or tuple(8 * side for side in latent.shape[2:])
             told["resolution"] = torch.tensor([pixels] * batch).float()
             told["aspect_ratio"] = torch.tensor([[pixels[0] / pixels[1]]] * batch)
         noise = model(
@@ -205,7 +206,8 @@ def _hunyuandit(told_size: bool) -> TinyModel:
         noisy = whole_patches(latent) * clean_share**0.5
         grid = (noisy.shape[2] // 2, noisy.shape[3] // 2)
         crop = get_resize_crop_region_for_grid(grid, 32)
-        told = [*(condition.size or (768, 768)), *(condition.target_size or condition.size or (768, 768)), 0, 0]
+        size = condition.size or tuple(8 * side for side in latent.shape[2:])
+        told = [*size, *(condition.target_size or size), 0, 0]
         velocity = model(
             noisy,
             torch.full((batch,), float(TIMESTEP)),
@@ -215,7 +217,7 @@ def _hunyuandit(told_size: bool) -> TinyModel:
             text_embedding_mask_t5=condition.mask_2.expand(batch, -1),
             image_meta_size=torch.tensor([told] * batch).float(),
             style=torch.zeros(batch, dtype=torch.int64),
-            image_rotary_emb=get_2d_rotary_pos_embed(16, crop, grid, output_type="pt"),
+            image_rotary_emb=_rotary(crop, grid),
         ).sample[:, :4, :height, :width]
         return clean_share * latent - (1 - clean_share) ** 0.5 * velocity
 
@@ -223,6 +225,13 @@ def _hunyuandit(told_size: bool) -> TinyModel:
 
 
 TIMESTEP = 500
+
+
+def _rotary(crop: Any, grid: tuple[int, int]) -> Any:
+    """As the original model: steps of equal size, the last of which ends where the crop does."""
+    axes = [torch.tensor(np.linspace(*ends, count, endpoint=False)) for *ends, count in zip(*crop, grid, strict=True)]
+    places = torch.stack(torch.meshgrid(axes[1], axes[0], indexing="xy")).float()
+    return get_2d_rotary_pos_embed_from_grid(16, places[:, None], use_real=True)
 
 
 def _clean_share(beta_schedule: str, beta_start: float, beta_end: float) -> float:

@@ -16,6 +16,9 @@ from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling
 from ..stages import block_parameters
 
+CELL = 8
+"""Pixels per latent cell, in both directions."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -162,6 +165,11 @@ class Family(ABC):
     def text_length(self, condition: Condition) -> int:
         """How many text tokens go through the blocks."""
         return condition.tokens.shape[1] if self.carries_text else 0
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of what the model takes: the noisy latent's, and of what an inpainting model is shown beside it."""
+        return self.latent_channels
 
     def refuse_shift(self, shift: float | None) -> None:
         """Raise `UserError` when the graph sets the flow shift of a model that is no flow."""

@@ -98,6 +98,10 @@ class Flux(Family):
         self.blocks = [*map(_double_block, self.transformer.transformer_blocks), *self._single_blocks]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
+    @property
+    def input_channels(self) -> int:
+        return self.transformer.config["in_channels"] // self.patch_size**2
+
     def use_attention(self, attention: Attention) -> None:
         for layer in self.transformer.transformer_blocks:
             cast(Any, layer.attn).set_processor(JointSite(attention))

@@ -9,20 +9,18 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from torch import Tensor, nn
 
 from ..attention.rotary import rotations
 from ..attention.site import Attention
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
-from .base import Block, Condition, Shard, TokenState, check_widths
+from .base import CELL, Block, Condition, Shard, TokenState, check_widths
 from .cross_attention import CrossAttentionFamily, CrossAttentionSite, CrossAttentionState, SelfAttentionSite
 
 TRAINED_SIDE = 64
 """Latent cells of the square that positions are spread over."""
-DEFAULT_SIZE = (768, 768)
-"""What ComfyUI tells the model of a picture whose conditioning says nothing."""
 BETA_END = {True: 0.03, False: 0.018}
 """By whether the model is told the size of the picture (up to version 1.1)."""
 
@@ -85,7 +83,7 @@ class HunyuanDiT(CrossAttentionFamily):
         assert condition.mask is not None
         assert condition.mask_2 is not None
         tokens_2 = condition.tokens_2.to(self.dtype)
-        height, width = condition.size or DEFAULT_SIZE
+        height, width = condition.size or tuple(side * self.patch_size * CELL for side in grid)
         told = [height, width, *(condition.target_size or (height, width)), 0, 0]
         modulation = model.time_extra_emb(
             timestep,
@@ -115,9 +113,14 @@ class HunyuanDiT(CrossAttentionFamily):
         side = TRAINED_SIDE // self.patch_size
         extents = [round(side / max(grid) * extent) for extent in grid]
         starts = [round((side - extent) / 2) for extent in extents]
-        ends = [start + extent for start, extent in zip(starts, extents, strict=True)]
+        # Whole steps from the start, as the model was trained: diffusers' own function spreads them otherwise.
+        rows, columns = (
+            start + torch.arange(count, device=self.device) * extent / count
+            for start, extent, count in zip(starts, extents, grid, strict=True)
+        )
+        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).unsqueeze(1)
         head_dim = self.transformer.config["attention_head_dim"]
-        return rotations(*get_2d_rotary_pos_embed(head_dim, (starts, ends), grid, device=self.device, output_type="pt"))
+        return rotations(*get_2d_rotary_pos_embed_from_grid(head_dim, places, use_real=True))
 
 
 def _with_padding(text: Tensor, mask: Tensor, padding: Tensor) -> Tensor:

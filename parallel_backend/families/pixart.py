@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from ..attention.site import Attention
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
-from .base import Block, Condition, Shard, TokenState, check_widths
+from .base import CELL, Block, Condition, Shard, TokenState, check_widths
 from .cross_attention import CrossAttentionFamily, CrossAttentionSite, CrossAttentionState, SelfAttentionSite
 
-CELL = 8
-"""Pixels per latent cell, in both directions."""
 MASKED = -10000.0
 """What is added to the scores of tokens that do not count."""
 

@@ -198,6 +198,36 @@ class Sample(Request):
     adapters: Adapters = Adapters()
 
 
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Predict(Request):
+    """One prediction of the transformer for a sampler that runs in the client, for one or more conditions at once.
+
+    `run` names the sampler's run. Its conditions are told once, in `told`, and named by their keys from then on; those
+    of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
+    `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Conditioning`
+    that is told (side = its key, index = 0).
+
+    Reply tensor: `prediction` [N * B, C, H, W]; or `data` {"missing": [keys]} of conditions that are not held.
+    """
+
+    type: Literal["predict"] = "predict"
+    model: ModelRef
+    layout: Layout
+    run: Key
+    conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
+    told: dict[Key, Conditioning] = Field(default_factory=dict, max_length=256)
+    adapters: Adapters = Adapters()
+
+
+class EndRun(Request):
+    """Forget what was told for the predictions of `run`."""
+
+    type: Literal["end_run"] = "end_run"
+    run: Key
+
+
 class VaeWork(Request):
     """`tile_size` in pixels; 0 shares each whole picture in row bands (exact)."""
 
@@ -241,7 +271,20 @@ class Cancel(Message):
     id: int
 
 
-AnyRequest = Load | EncodeText | FindChanges | KeepChanges | Sample | Decode | EncodeImage | Unload | Status | Shutdown
+AnyRequest = (
+    Load
+    | EncodeText
+    | FindChanges
+    | KeepChanges
+    | Sample
+    | Predict
+    | EndRun
+    | Decode
+    | EncodeImage
+    | Unload
+    | Status
+    | Shutdown
+)
 FROM_CLIENT: TypeAdapter[AnyRequest | Cancel] = TypeAdapter(Annotated[AnyRequest | Cancel, Field(discriminator="type")])
 
 # -- events and replies ------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_prediction_equals_the_hosts(name, folder):
     family = build_family(load_transformer(weights, device="cpu"), weights)
     latent, tokens, entry = host.inputs(family.name)
     messages, tensors = travelling("positive", [[tokens, entry]], family.name)
-    condition = condition_from(messages, "positive", tensors, family, host.BATCH)
+    condition = condition_from(messages, "positive", tensors, family, latent.shape)
     alone = Axis("alone", [0], None, Ledger())
     predict = SequenceParallel(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
     native = load_file(folder / f"{name}.host.safetensors")

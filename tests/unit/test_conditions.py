@@ -11,6 +11,7 @@ from paralleldit.parallel_backend.sample_request import condition_from
 from paralleldit.tests.tiny_models import TINY_MODELS
 
 BATCH = 2
+SHAPE = torch.Size((BATCH, 4, 8, 8))
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -24,7 +25,7 @@ def tensors_of(model: str) -> dict[str, torch.Tensor]:
 
 def taken(model: str, tensors: dict[str, torch.Tensor]) -> Condition:
     named = {f"positive.0.{name}": tensor for name, tensor in tensors.items()}
-    return condition_from((Conditioning(),), "positive", named, TINY_MODELS[model].make_family(2), BATCH)
+    return condition_from((Conditioning(),), "positive", named, TINY_MODELS[model].make_family(2), SHAPE)
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)

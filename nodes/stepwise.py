@@ -1,0 +1,211 @@
+"""A run of a sampler that works in this process: one request to the ranks for each of its model evaluations."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launcher.client import Client
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.protocol.messages import Adapters, Conditioning, EndRun, Predict, WeightChange
+from . import host, patches, session
+from .handles import OWN_LOADER, ModelHandle
+from .layout import LayoutChoice
+from .patches import SentChange
+
+CLIP_AND_T5 = {"context": "tokens", "y": "pooled"}
+T5 = {"context": "tokens"}
+TAKES: dict[str, Mapping[str, str]] = {
+    "flux": CLIP_AND_T5,
+    "sd3": CLIP_AND_T5,
+    "pixart-alpha": T5,
+    "pixart-sigma": T5,
+    "hunyuandit": {
+        "context": "tokens",
+        "text_embedding_mask": "mask",
+        "encoder_hidden_states_t5": "tokens_2",
+        "text_embedding_mask_t5": "mask_2",
+    },
+}
+"""Per family: from the inputs of ComfyUI's network to the names of a condition's tensors."""
+
+CANNOT_TRAVEL = {
+    "control": ("the residuals of a ControlNet", "Remove the Apply ControlNet node"),
+    "ref_latents": ("reference latents", "Remove the ReferenceLatent node"),
+    "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
+    "style": ("a style", "Remove the node that sets it"),
+}
+"""Inputs of ComfyUI's networks that would change the picture, and what to do instead."""
+
+
+@dataclass
+class _Prompt:
+    """One condition of a run: `tensors` of one row, or of one for each picture."""
+
+    key: str
+    entry: Conditioning
+    tensors: dict[str, Tensor]
+
+    def equals(self, entry: Conditioning, tensors: Mapping[str, Tensor]) -> bool:
+        return (
+            entry == self.entry
+            and tensors.keys() == self.tensors.keys()
+            and all(_is_repeated(self.tensors[name], tensor) for name, tensor in tensors.items())
+        )
+
+
+@dataclass
+class _Run:
+    key: str
+    handle: ModelHandle
+    client: Client
+    prompts: list[_Prompt] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+    delivered: set[WeightChange] = field(default_factory=set)
+    warned: bool = False
+
+
+class StepwiseModel:
+    """Predicts in the ranks. Conditions and changes of weights are sent once a run, the latent each time."""
+
+    def __init__(self) -> None:
+        self.changes: Sequence[SentChange] = ()
+        """What lies beside the weights in the predictions that are asked for from now on."""
+        self._run: _Run | None = None
+
+    def begin(self, handle: ModelHandle, changes: Sequence[SentChange] = ()) -> None:
+        """A sampler starts with the model of `handle`. Connects to the sidecar, started if need be."""
+        self.end()
+        layout = handle.layout
+        client = session.client_for(layout.ranks if layout else None)
+        self.changes = changes
+        self._run = _Run(uuid.uuid4().hex, handle, client)
+        host.current().beginning(client.welcome)
+
+    def end(self) -> None:
+        """The sampler is done, however it ended."""
+        run, self._run = self._run, None
+        if run is not None and run.told and run.client.alive:
+            session.ask(run.client, EndRun(id=0, run=run.key))
+
+    def predict(self, latent: Tensor, timestep: Tensor, inputs: Mapping[str, Any], conditions: int) -> Tensor:
+        """The network's output for `latent` `[N * B, C, H, W]` at `timestep` `[N * B]`.
+
+        `inputs`: what ComfyUI's network would be given beside them, for each of N `conditions` after the other.
+        Raises `UserError` naming what cannot be sent to the ranks.
+        """
+        run = self._run
+        if run is None:
+            raise UserError(
+                "The model was asked for a prediction by a node that is no sampler.",
+                f"Remove that node, or {OWN_LOADER}",
+            )
+        refuse_inputs(inputs)
+        batch = latent.shape[0] // conditions
+        starts = range(0, batch * conditions, batch)
+        keys = tuple(self._key(run, inputs, slice(start, start + batch)) for start in starts)
+        choice = run.handle.layout or LayoutChoice()
+        layout = choice.resolve(run.client.welcome.ranks, batch=batch, guided=conditions > 1)
+        if layout.cfg_degree > conditions and not run.warned:
+            run.warned = True
+            host.current().say(
+                "cfg_degree=2, but the prompts come one at a time (at cfg 1, or of different lengths): half of the "
+                "ranks repeat the work of the others. Set cfg_degree to 0 to have the layout chosen for each."
+            )
+        changes = tuple(change.message for change in self.changes)
+        if not run.delivered.issuperset(changes):
+            patches.deliver(run.client, self.changes)
+            run.delivered.update(changes)
+        message = Predict(
+            id=0,
+            model=run.handle.ref,
+            layout=layout,
+            run=run.key,
+            conditions=keys,
+            adapters=Adapters(files=run.handle.loras, changes=changes),
+        )
+        return self._ask(run, message, {"latent": latent, "timestep": timestep}).to(latent.device)
+
+    def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice) -> str:
+        """The key of the condition of these rows; the ranks hear of it when they need it."""
+        names = TAKES[run.handle.family]
+        tensors = {name: inputs[key][rows] for key, name in names.items() if inputs.get(key) is not None}
+        entry = entry_of_inputs(inputs, rows)
+        for prompt in run.prompts:
+            if prompt.equals(entry, tensors):
+                return prompt.key
+        kept = {name: tensor[:1] if _is_repeated(tensor[:1], tensor) else tensor for name, tensor in tensors.items()}
+        prompt = _Prompt(uuid.uuid4().hex, entry, kept)
+        run.prompts.append(prompt)
+        return prompt.key
+
+    def _ask(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tells what the ranks do not hold: what is new in this run, then what they say that they miss."""
+        unknown = set(message.conditions) - run.told
+        while True:
+            prompts = [prompt for prompt in run.prompts if prompt.key in unknown]
+            told = {prompt.key: prompt.entry for prompt in prompts}
+            bodies = {f"{p.key}.0.{name}": tensor for p in prompts for name, tensor in p.tensors.items()}
+            reply = session.ask(run.client, message.model_copy(update={"told": told}), {**tensors, **bodies})
+            run.told |= unknown
+            if "prediction" in reply.tensors:
+                return reply.tensors["prediction"]
+            missing = reply.result.data["missing"]
+            assert isinstance(missing, list)
+            unknown |= set(missing)
+
+
+def refuse_inputs(inputs: Mapping[str, Any]) -> None:
+    """Raise `UserError` naming what a node gives the model and the ranks do not take."""
+    for name, (what, advice) in CANNOT_TRAVEL.items():
+        if inputs.get(name) is not None:
+            raise UserError(
+                f"The model is given {what}, which cannot be sent to the ranks.",
+                f"{advice}, or {OWN_LOADER}",
+            )
+
+
+def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Conditioning:
+    """What the networks are told beside tensors: distilled guidance, the picture's size."""
+    guidance, size, target_size = _shared(inputs.get("guidance"), rows), None, None
+    if inputs.get("c_size") is not None:
+        height, width = size = _shared(inputs["c_size"], rows, 2)
+        ratio = _shared(inputs.get("c_ar"), rows)
+        if ratio is not None and abs(ratio - height / width) > 1e-4 * ratio:
+            raise UserError(
+                f"The conditioning says aspect_ratio={ratio:g} of a picture of {width} x {height}.",
+                "Remove the node that sets it: the picture's own is taken.",
+            )
+    if inputs.get("image_meta_size") is not None:
+        height, width, target_height, target_width, top, left = _shared(inputs["image_meta_size"], rows, 6)
+        size, target_size = (height, width), (target_height, target_width)
+        if top or left:
+            raise UserError(
+                f"The model is told of a crop at {left}, {top}, which cannot be sent to the ranks.",
+                "Remove the node that sets it.",
+            )
+    return Conditioning(guidance=guidance, size=size, target_size=target_size)
+
+
+def _shared(values: Tensor | None, rows: slice, numbers: int = 0) -> Any:
+    """The number, or the whole `numbers`, that these rows of a tensor have in common."""
+    if values is None:
+        return None
+    of_rows = values.reshape(values.shape[0], -1)[rows]
+    if not _is_repeated(of_rows[:1], of_rows):
+        raise UserError(
+            "The pictures of one batch are told of different sizes or guidance, which the ranks take only once.",
+            "Sample the pictures one after the other.",
+        )
+    return tuple(round(value) for value in of_rows[0].tolist()) if numbers else float(of_rows[0, 0])
+
+
+def _is_repeated(row: Tensor, rows: Tensor) -> bool:
+    """Whether `rows` are `row` (or rows), over and over."""
+    fits = row.shape[1:] == rows.shape[1:] and row.shape[0] in (1, rows.shape[0]) and row.dtype == rows.dtype
+    return fits and torch.equal(row.expand_as(rows), rows)

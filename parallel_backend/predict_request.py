@@ -1,0 +1,87 @@
+"""From a `Predict` request to the transformer's output: the sampler is elsewhere, and asks for one step at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention.core import make_attention
+from .comm import split_sizes
+from .errors import UserError
+from .families.base import Family
+from .fitting import Work, check_layout
+from .layout import Layout
+from .mesh import Mesh
+from .protocol.messages import Predict
+from .sample_request import check_latent, condition_of
+from .strategies.sequence import SequenceParallel
+
+if TYPE_CHECKING:
+    from .control import Run
+    from .told import ToldConditions
+
+
+def predict(
+    request: Predict, tensors: dict[str, Tensor], told: ToldConditions, family: Family, mesh: Mesh, run: Run
+) -> Tensor:
+    """The prediction for every row of the latent, fp32 on the CPU, the same on every rank. Exact.
+
+    Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
+    prediction that is not finite; `Cancelled` between two conditions.
+    """
+    latent, timestep = tensors["latent"].float().to(family.device), tensors["timestep"].float().to(family.device)
+    check_latent(latent, family, family.input_channels)
+    count = len(request.conditions)
+    batch = latent.shape[0] // count
+    check_rows(latent, timestep, count)
+    check_exact(request.layout)
+    check_layout(request.layout, Work(batch=batch))
+    for key, entry in request.told.items():
+        told[key] = condition_of(entry, f"{key}.0.", "prompt's", tensors, family, batch)
+    conditions = [told[key] for key in request.conditions]
+    attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
+    strategy = SequenceParallel(family, mesh.sequence, attention)
+
+    sizes = split_sizes(batch, mesh.data.size)
+    start = sum(sizes[: mesh.data.rank])
+    own = slice(start, start + sizes[mesh.data.rank])
+    predictions: list[Tensor] = []
+    for first in range(0, count, mesh.cfg.size):
+        run.check_cancelled()
+        # Ranks without a condition of their own compute the last one again: weights are gathered by all together.
+        index = min(first + mesh.cfg.rank, count - 1)
+        rows = slice(index * batch + own.start, index * batch + own.stop)
+        output = strategy.predict(latent[rows], timestep[rows], conditions[index].part(own, batch)).float()
+        together = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
+        predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in together[: count - first]]
+    prediction = torch.cat(predictions)
+    if not torch.isfinite(prediction).all():
+        raise UserError(
+            "The model's prediction is not finite: it holds NaN or infinite values.",
+            "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
+        )
+    return prediction.cpu()
+
+
+def check_rows(latent: Tensor, timestep: Tensor, count: int) -> None:
+    """Raise `UserError` unless the rows are as many for each of `count` conditions, with a finite time for each."""
+    rows = latent.shape[0]
+    if rows % count or timestep.shape != (rows,) or not torch.isfinite(timestep).all():
+        raise UserError(
+            f"The latent has {rows} rows for {count} conditions, and times of the shape {list(timestep.shape)}.",
+            "Look at the node that samples: it asks for a prediction that does not fit together.",
+        )
+
+
+def check_exact(layout: Layout) -> None:
+    """Raise `UserError` for a layout that needs to know of the steps before, which nothing is kept of here."""
+    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
+    if approximate:
+        name = approximate[0]
+        raise UserError(
+            f"{name}_degree={layout.degree(name)} goes on from the step before, but ComfyUI's own samplers ask for one "
+            "step at a time.",
+            f"Use Parallel Sampler, or a layout with {name}_degree=1.",
+        )

@@ -1,0 +1,130 @@
+"""The same workflow gives the same latent: natively, with stock KSampler on our MODEL, and with Parallel Sampler.
+
+`COMFYUI_PATH` names a checkout of ComfyUI, `COMFYUI_PYTHON` a Python that has its requirements (by default this one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+from paralleldit.parallel_backend.weights.load import load_transformer
+from paralleldit.tests import tiny_sd3
+from paralleldit.tests.comfyui import parity_host as host
+from paralleldit.tests.unit import cross_attention_original_layout, flux_original_layout
+from safetensors.torch import save_file
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
+]
+
+TOLERANCE = 1e-4
+
+
+def flux() -> tuple[Any, Callable[[Any], Any]]:
+    model = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=24,
+        pooled_projection_dim=40,
+        guidance_embeds=True,
+        axes_dims_rope=flux_original_layout.rotary_axes(32),
+    )
+    return model, flux_original_layout.original_layout
+
+
+def sd3() -> tuple[Any, Callable[[Any], Any]]:
+    model = SD3Transformer2DModel(
+        num_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=128,
+        pooled_projection_dim=40,
+        pos_embed_max_size=9,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return model, tiny_sd3.original_layout
+
+
+def pixart() -> tuple[Any, Callable[[Any], Any]]:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=6,
+        num_layers=2,
+        cross_attention_dim=96,
+        caption_channels=20,
+        sample_size=64,
+        use_additional_conditions=True,
+    )
+    return model, cross_attention_original_layout.original_weights
+
+
+def hunyuandit() -> tuple[Any, Callable[[Any], Any]]:
+    model = HunyuanDiT2DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=64,
+        num_layers=6,
+        mlp_ratio=2.0,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=40,
+        pooled_projection_dim=1024,  # ComfyUI knows no other
+        text_len=5,
+        text_len_t5=7,
+        use_style_cond_and_image_meta_size=True,
+    )
+    return model, cross_attention_original_layout.original_weights
+
+
+BUILDERS = {"flux": flux, "sd3": sd3, "pixart": pixart, "hunyuandit": hunyuandit}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("parity")
+    torch.manual_seed(0)
+    for name, build in BUILDERS.items():
+        model, original = build()
+        for key, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, mean=float(".norm_" in key), std=0.1)
+        file = folder / f"{name}.safetensors"
+        tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if name == "pixart" else {}
+        save_file(original(dict(model.state_dict())) | tables, file)
+        loaded = load_transformer(file, device="cpu")
+        file.with_suffix(".json").write_text(json.dumps({"family": loaded.family, "config": loaded.config}))
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    command = [python, "-W", "ignore", str(Path(host.__file__)), str(folder), *map(str, host.RANKS)]
+    env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
+    assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-5000:]}"
+    return json.loads((folder / "errors.json").read_text())
+
+
+@pytest.mark.parametrize("name", [f"{name} [{ranks}]" for name, case in host.CASES.items() for ranks in case.ranks])
+def test_latents_equal_native(errors, name):
+    stock, sampler = errors[name]
+    assert max(stock, sampler) <= TOLERANCE, f"KSampler {stock:.1e}, Parallel Sampler {sampler:.1e}"
+
+
+@pytest.mark.parametrize("sampler_name", SAMPLER_NAMES)
+def test_every_sampler_and_scheduler_equals_native(errors, sampler_name):
+    for scheduler in SCHEDULER_NAMES:
+        stock, sampler = errors[f"{sampler_name} {scheduler} [1]"]
+        assert max(stock, sampler) <= TOLERANCE, f"{scheduler}: KSampler {stock:.1e}, Parallel Sampler {sampler:.1e}"
