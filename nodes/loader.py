@@ -25,7 +25,7 @@ class ParallelDiTLoader:
         "Loads a diffusion transformer into the ranks of the sidecar, each of them reading only what it needs."
     )
     RETURN_TYPES = ("MODEL",)
-    OUTPUT_TOOLTIPS = ("For Parallel Sampler.",)
+    OUTPUT_TOOLTIPS = ("For Parallel Sampler, or for KSampler and the other samplers of ComfyUI.",)
     FUNCTION = "load"
 
     @classmethod

@@ -31,7 +31,7 @@ def predict(
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` between two conditions.
     """
-    latent, timestep = tensors["latent"].float().to(family.device), tensors["timestep"].float().to(family.device)
+    latent, timestep = (needed(name, tensors).float().to(family.device) for name in ("latent", "timestep"))
     check_latent(latent, family, family.input_channels)
     count = len(request.conditions)
     batch = latent.shape[0] // count
@@ -63,6 +63,12 @@ def predict(
             "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
         )
     return prediction.cpu()
+
+
+def needed(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"The request carries no {name}.", "Use one version of this node pack on all sides.")
+    return tensors[name]
 
 
 def check_rows(latent: Tensor, timestep: Tensor, count: int) -> None:

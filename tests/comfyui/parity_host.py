@@ -9,6 +9,7 @@ relative errors to native sampling.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyuandit": (4, 72, 56)}
+MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyuandit": (4, 8, 12)}
 """Channels, rows and columns of the latent. ComfyUI divides by zero for a PixArt of fewer."""
 RANKS = (1, 2, 4)
 STEPS = 2
@@ -100,8 +101,8 @@ def main(folder: Path, ranks: list[int]) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    importlib.import_module("utils.install_util")  # ComfyUI's nodes put another `utils` first on the path
     import server
-    import utils.install_util  # noqa: F401 before `nodes`, which puts another `utils` first on the path
     from paralleldit.launcher import sidecar
     from paralleldit.launcher.sidecar import SidecarSpec
     from paralleldit.nodes import NODE_CLASS_MAPPINGS, host

@@ -345,19 +345,63 @@ def test_a_picture_is_changed_only_where_the_mask_says(host, demo):
     assert difference[..., 9:].mean() > 0.1
 
 
+def stock(**changes: Any) -> dict[str, Any]:
+    """KSampler in the place of Parallel Sampler."""
+    links = {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
+    settings = {"seed": 0, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return {"class_type": "KSampler", "inputs": links | settings | changes}
+
+
+STOCK = stock()
+
+
+def test_stock_ksampler_samples_in_the_ranks_with_progress_and_previews(host, demo):
+    demo["6"] = stock(cfg=3.0)
+    run = host.run(demo)
+    assert picture(host, run).shape == (96, 128, 3)
+    steps = [event["value"] for event in run.of("progress") if event["node"] == "6" and event["max"] == STEPS]
+    assert sorted(set(steps)) >= list(range(1, STEPS + 1))
+    assert len(run.previews) == STEPS
+
+
+def test_an_interrupt_ends_stock_ksampler_within_a_step_and_the_sidecar_stays_warm(host, demo):
+    long = copy.deepcopy(demo)
+    long["6"] = stock(steps=1000)
+    run = host.run(long, interrupt_at=3)
+    assert run.of("execution_interrupted")
+    assert max(event["value"] for event in run.of("progress")) < 100
+    demo["6"] = stock(seed=2)
+    began = time.monotonic()
+    picture(host, host.run(demo))
+    assert time.monotonic() - began < 20, "the sidecar was not warm"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"6": STOCK, "1.pipefusion_degree": 2}, "Use Parallel Sampler"),
         (
             {
-                "6": {
-                    "class_type": "KSampler",
-                    "inputs": {"seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-                    | {"denoise": 1.0, "model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0]}
-                    | {"latent_image": ["5", 0]},
-                }
+                "6": STOCK,
+                "20": {"class_type": "TomePatchModel", "inputs": {"model": ["2", 0], "ratio": 0.3}},
+                "6.model": ["20", 0],
             },
-            "Use Parallel Sampler",
+            "attn1",
+        ),
+        (
+            {"6": STOCK, "20": {"class_type": "ModelSave", "inputs": {"model": ["2", 0], "filename_prefix": "x"}}},
+            "neither merged nor saved",
+        ),
+        (
+            {
+                "6": STOCK,
+                "20": {
+                    "class_type": "ModelMergeSimple",
+                    "inputs": {"model1": ["2", 0], "model2": ["2", 0], "ratio": 0.5},
+                },
+                "6.model": ["20", 0],
+            },
+            "neither merged nor saved",
         ),
         (
             {
@@ -401,11 +445,21 @@ def test_a_picture_is_changed_only_where_the_mask_says(host, demo):
             "attn1",
         ),
     ],
-    ids=["stock KSampler", "two prompts", "area", "cfg function", "other prediction", "attention patch"],
+    ids=[
+        "stock, PipeFusion",
+        "stock, attention patch",
+        "save",
+        "merge",
+        "two prompts",
+        "area",
+        "cfg function",
+        "other prediction",
+        "attention patch",
+    ],
 )
 def test_what_cannot_travel_is_refused_by_name(host, demo, changes, words):
     demo["6"]["inputs"]["seed"] = 99
-    for place, value in changes.items():
+    for place, value in copy.deepcopy(changes).items():
         key, _, name = place.partition(".")
         if name:
             demo[key]["inputs"][name] = value

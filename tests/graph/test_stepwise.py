@@ -1,0 +1,123 @@
+"""A sampler that runs in the host asks for one step at a time: what is sent, how often, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from paralleldit.nodes.handles import ModelHandle
+from paralleldit.nodes.layout import LayoutChoice
+from paralleldit.nodes.stepwise import StepwiseModel
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.protocol import messages
+
+REF = messages.ModelRef(path="/models/one")
+LATENT, TIMESTEP = torch.zeros(4, 4, 6, 6), torch.ones(4)
+PROMPTS = torch.randn(2, 5, 8)
+MISSING: list[list[str]] = []
+"""Conditions that the ranks say to miss, request by request."""
+
+
+@pytest.fixture
+def ask(client, monkeypatch) -> Any:
+    """The stand-in, which answers a prediction with the latent plus one."""
+
+    def request(message: Any, tensors: Any = None, on_event: Any = None, cancelled: Any = None) -> Any:
+        client.sent.append((message, dict(tensors)))
+        missing = MISSING.pop(0) if MISSING and isinstance(message, messages.Predict) else []
+        body = {"prediction": tensors["latent"] + 1} if "latent" in tensors and not missing else {}
+        return messages.Result(id=0, data={"missing": missing} if missing else {}), body
+
+    monkeypatch.setattr(client, "request", request)
+    client.alive = True
+    return client
+
+
+def model(family: str = "flux", layout: LayoutChoice | None = None) -> StepwiseModel:
+    return StepwiseModel(ModelHandle(REF, layout or LayoutChoice(ranks=2), family, {}))
+
+
+def inputs(**changes: Any) -> dict[str, Any]:
+    """Of two conditions for a batch of two, one after the other."""
+    given = {"context": PROMPTS.repeat_interleave(2, 0), "y": torch.ones(4, 6), "guidance": torch.full((4,), 2.5)}
+    return given | changes
+
+
+def test_conditions_are_told_once_and_one_row_of_each(ask):
+    stepwise = model()
+    stepwise.begin()
+    for _ in range(3):
+        assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), 2), LATENT + 1)
+    stepwise.end()
+    first, second, third, end = ask.sent
+    assert first[0].layout == Layout(cfg_degree=2)
+    assert first[0].conditions == second[0].conditions == third[0].conditions
+    assert set(first[0].told) == set(first[0].conditions)
+    assert [first[1][f"{key}.0.tokens"].shape for key in first[0].conditions] == [(1, 5, 8), (1, 5, 8)]
+    assert all(entry.guidance == 2.5 for entry in first[0].told.values())
+    assert (second[0].told, set(second[1])) == ({}, {"latent", "timestep"})
+    assert end[0] == messages.EndRun(id=0, run=first[0].run)
+
+
+def test_what_the_ranks_have_lost_is_told_again(ask):
+    stepwise = model()
+    stepwise.predict(LATENT, TIMESTEP, inputs(), 2)
+    lost = [ask.sent[0][0].conditions[1]]
+    MISSING.append(lost)
+    assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), 2), LATENT + 1)
+    assert [list(message.told) for message, _ in ask.sent[1:]] == [[], lost]
+
+
+def test_texts_of_single_pictures_stay_apart(ask):
+    stepwise = model()
+    stepwise.predict(LATENT[:2], TIMESTEP[:2], inputs(context=PROMPTS), 1)
+    (message, tensors), key = ask.last(messages.Predict), ask.sent[0][0].conditions[0]
+    assert tensors[f"{key}.0.tokens"].shape == (2, 5, 8)
+    assert message.layout == Layout(ulysses_degree=2)
+
+
+def test_a_new_run_is_told_all_again(ask):
+    stepwise = model()
+    for _ in range(2):
+        stepwise.begin()
+        stepwise.predict(LATENT, TIMESTEP, inputs(), 2)
+    first, _, second = (message for message, _ in ask.sent)
+    assert first.run != second.run
+    assert len(second.told) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "entry"),
+    [
+        ("pixart-alpha", {"c_size": torch.tensor([[480.0, 640.0]])}, {"size": (480, 640)}),
+        (
+            "hunyuandit",
+            {"image_meta_size": torch.tensor([[480.0, 640.0, 96.0, 64.0, 0.0, 0.0]])},
+            {"size": (480, 640), "target_size": (96, 64)},
+        ),
+        ("flux", {"guidance": None}, {"guidance": None}),
+    ],
+)
+def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
+    model(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, 1)
+    told = ask.last(messages.Predict)[0].told
+    assert list(told.values()) == [messages.Conditioning(**entry)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"control": {"output": [1]}}, "residuals of a ControlNet"),
+        ({"ref_latents": [LATENT]}, "reference latents"),
+        ({"attention_mask": LATENT}, "attention mask"),
+        ({"c_size": torch.tensor([[8.0, 8.0]] * 4), "c_ar": torch.full((4, 1), 2.0)}, "aspect_ratio=2"),
+        ({"image_meta_size": torch.tensor([[8.0, 8.0, 8.0, 8.0, 1.0, 0.0]] * 4)}, "a crop at 0, 1"),
+        ({"guidance": torch.arange(4.0)}, "different sizes or guidance"),
+    ],
+)
+def test_inputs_that_the_ranks_do_not_take_are_refused_by_name(ask, changes, words):
+    with pytest.raises(UserError, match=words):
+        model().predict(LATENT, TIMESTEP, inputs(**changes), 2)
+    assert not ask.sent
