@@ -35,8 +35,14 @@ def ask(client, monkeypatch) -> Any:
     return client
 
 
-def model(family: str = "flux", layout: LayoutChoice | None = None) -> StepwiseModel:
-    return StepwiseModel(ModelHandle(REF, layout or LayoutChoice(ranks=2), family, {}))
+def handle(family: str = "flux") -> ModelHandle:
+    return ModelHandle(REF, LayoutChoice(ranks=2), family, {})
+
+
+def running(family: str = "flux") -> StepwiseModel:
+    stepwise = StepwiseModel()
+    stepwise.begin(handle(family))
+    return stepwise
 
 
 def inputs(**changes: Any) -> dict[str, Any]:
@@ -46,8 +52,7 @@ def inputs(**changes: Any) -> dict[str, Any]:
 
 
 def test_conditions_are_told_once_and_one_row_of_each(ask):
-    stepwise = model()
-    stepwise.begin()
+    stepwise = running()
     for _ in range(3):
         assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), 2), LATENT + 1)
     stepwise.end()
@@ -62,7 +67,7 @@ def test_conditions_are_told_once_and_one_row_of_each(ask):
 
 
 def test_what_the_ranks_have_lost_is_told_again(ask):
-    stepwise = model()
+    stepwise = running()
     stepwise.predict(LATENT, TIMESTEP, inputs(), 2)
     lost = [ask.sent[0][0].conditions[1]]
     MISSING.append(lost)
@@ -71,7 +76,7 @@ def test_what_the_ranks_have_lost_is_told_again(ask):
 
 
 def test_texts_of_single_pictures_stay_apart(ask):
-    stepwise = model()
+    stepwise = running()
     stepwise.predict(LATENT[:2], TIMESTEP[:2], inputs(context=PROMPTS), 1)
     (message, tensors), key = ask.last(messages.Predict), ask.sent[0][0].conditions[0]
     assert tensors[f"{key}.0.tokens"].shape == (2, 5, 8)
@@ -79,9 +84,9 @@ def test_texts_of_single_pictures_stay_apart(ask):
 
 
 def test_a_new_run_is_told_all_again(ask):
-    stepwise = model()
+    stepwise = running()
     for _ in range(2):
-        stepwise.begin()
+        stepwise.begin(handle())
         stepwise.predict(LATENT, TIMESTEP, inputs(), 2)
     first, _, second = (message for message, _ in ask.sent)
     assert first.run != second.run
@@ -101,7 +106,7 @@ def test_a_new_run_is_told_all_again(ask):
     ],
 )
 def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
-    model(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, 1)
+    running(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, 1)
     told = ask.last(messages.Predict)[0].told
     assert list(told.values()) == [messages.Conditioning(**entry)]
 
@@ -119,5 +124,5 @@ def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry
 )
 def test_inputs_that_the_ranks_do_not_take_are_refused_by_name(ask, changes, words):
     with pytest.raises(UserError, match=words):
-        model().predict(LATENT, TIMESTEP, inputs(**changes), 2)
+        running().predict(LATENT, TIMESTEP, inputs(**changes), 2)
     assert not ask.sent
