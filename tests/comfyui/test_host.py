@@ -92,7 +92,7 @@ def demo() -> dict[str, Any]:
 
 
 def demo_with(pipeline: str, **sampler: Any) -> dict[str, Any]:
-    api = json.loads((PACK / "workflows" / "demo_txt2img.api.json").read_text())
+    api = json.loads((PACK / "workflows" / "api" / "demo_txt2img.api.json").read_text())
     for key, name in (("2", "model"), ("3", "text_encoders"), ("4", "text_encoders"), ("7", "vae")):
         api[key]["inputs"][name] = pipeline
     api["5"]["inputs"] |= {"width": 128, "height": 96}
@@ -131,7 +131,7 @@ def test_the_nodes_are_there_with_help(host):
 @pytest.mark.parametrize("name", ["demo_txt2img", "flux_txt2img"])
 def test_a_saved_workflow_has_no_unknown_node_and_no_unknown_input(host, name):
     listed = host.get("/object_info")
-    api = json.loads((PACK / "workflows" / f"{name}.api.json").read_text())
+    api = json.loads((PACK / "workflows" / "api" / f"{name}.api.json").read_text())
     for key, entry in api.items():
         groups = listed[entry["class_type"]]["input"]
         known = {**groups["required"], **groups.get("optional", {})}
@@ -152,7 +152,7 @@ def test_the_demo_workflow_makes_a_picture_with_progress_and_previews(host, demo
 
 
 def test_the_saved_demo_workflow_runs_as_it_is(host):
-    run = host.run(json.loads((PACK / "workflows" / "demo_txt2img.api.json").read_text()))
+    run = host.run(json.loads((PACK / "workflows" / "api" / "demo_txt2img.api.json").read_text()))
     assert picture(host, run).shape == (128, 128, 3)
     with Image.open(io.BytesIO(run.previews[-1])) as preview:
         shown = np.array(preview.convert("RGB").resize((32, 32)))

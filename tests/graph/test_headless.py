@@ -24,7 +24,7 @@ NAME = "diffusers/tiny"
 
 @pytest.fixture
 def demo() -> dict[str, Any]:
-    api = json.loads((PACK / "workflows" / "demo_txt2img.api.json").read_text())
+    api = json.loads((PACK / "workflows" / "api" / "demo_txt2img.api.json").read_text())
     for key, name in (("2", "model"), ("3", "text_encoders"), ("4", "text_encoders"), ("7", "vae")):
         api[key]["inputs"][name] = NAME
     return api
@@ -151,7 +151,7 @@ def test_an_editor_workflow_is_refused_with_what_to_give(client, tmp_path):
 
 
 def test_a_workflow_for_comfyui_is_refused_naming_the_nodes_that_only_run_there(client, tmp_path):
-    api = json.loads((PACK / "workflows" / "flux_txt2img.api.json").read_text())
+    api = json.loads((PACK / "workflows" / "api" / "flux_txt2img.api.json").read_text())
     with pytest.raises(UserError, match="only run in ComfyUI: CLIPTextEncode, DualCLIPLoader, FluxGuidance"):
         run(api, tmp_path)
 
@@ -276,13 +276,15 @@ def test_a_file_that_is_no_workflow_is_named(client, tmp_path, capsys, content):
 
 # -- the saved workflows -------------------------------------------------------------------------------------------
 
-SAVED = sorted(path.name.removesuffix(".api.json") for path in (PACK / "workflows").glob("*.api.json"))
+SAVED = sorted(path.name.removesuffix(".api.json") for path in (PACK / "workflows" / "api").glob("*.api.json"))
 CONTROL = "control_after_generate"
 
 
 def saved(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = PACK / "workflows"
-    return json.loads((folder / f"{name}.json").read_text()), json.loads((folder / f"{name}.api.json").read_text())
+    return json.loads((folder / f"{name}.json").read_text()), json.loads(
+        (folder / "api" / f"{name}.api.json").read_text()
+    )
 
 
 def widget_names(node_class: type) -> list[str]:

@@ -34,7 +34,7 @@ def launcher(tmp_path_factory, models):
 
 
 def run_demo(launcher, *more: str) -> subprocess.CompletedProcess[str]:
-    workflow = str(PACK / "workflows" / "demo_txt2img.api.json")
+    workflow = str(PACK / "workflows" / "api" / "demo_txt2img.api.json")
     places = [option for value in (*SET, *SMALL) for option in ("--set", value)]
     return launcher("run", workflow, "--device=cpu", "--models=models", *places, *more)
 
