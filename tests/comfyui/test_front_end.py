@@ -32,8 +32,9 @@ DROP = """(text) => {
 }"""
 NODES = """() => window.app.graph._nodes.map((node) => ({
   type: node.type, id: node.id, isRed: Boolean(node.has_errors), isKnown: node.type in LiteGraph.registered_node_types,
-  pictures: (node.imgs ?? []).map((picture) => [picture.naturalWidth, picture.naturalHeight]),
+  box: [node.pos[0], node.pos[1], node.size[0], node.size[1]],
 }))"""
+SAVED = ["demo_txt2img", "flux_txt2img"]
 
 
 class Page:
@@ -45,11 +46,15 @@ class Page:
         page.on("pageerror", lambda error: self.faults.append(f"{error.message} {error.stack}"))
         page.on("console", self._note)
         page.goto(address, wait_until="domcontentloaded", timeout=READY_MS)
+        self.wait()
+        page.keyboard.press("Escape")  # the dialog of templates, which greets a new user
+        self.faults = [fault for fault in self.faults if PACK_NAME in fault]  # ComfyUI alone has some while it starts
+
+    def wait(self) -> None:
+        page = self.page
         page.wait_for_function("() => window.app?.graph?._nodes && window.app.extensionManager", timeout=READY_MS)
         page.locator(".side-bar-button").first.wait_for(timeout=READY_MS)
         page.wait_for_timeout(SETTLE_MS)
-        page.keyboard.press("Escape")  # the dialog of templates, which greets a new user
-        self.faults = [fault for fault in self.faults if PACK_NAME in fault]  # ComfyUI alone has some while it starts
 
     def _note(self, message: Any) -> None:
         place = message.location["url"]
@@ -60,6 +65,16 @@ class Page:
         self.page.evaluate(DROP, workflow.read_text())
         count = workflow.read_text().count('"Node name for S&R"')
         self.page.wait_for_function(f"() => window.app.graph._nodes.length === {count}", timeout=READY_MS)
+
+    def open_template(self, name: str) -> None:
+        """As a click on the template does."""
+        self.page.evaluate(
+            """async ([pack, name]) => {
+              const answer = await fetch(`/api/workflow_templates/${pack}/${name}.json`);
+              await window.app.loadGraphData(await answer.json(), true, true, name);
+            }""",
+            [PACK_NAME, name],
+        )
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.page.evaluate(NODES)
@@ -101,6 +116,24 @@ def test_a_dropped_workflow_runs_and_shows_its_picture_without_an_error(page):
     )
     assert not any(node["isRed"] for node in page.nodes())
     assert page.faults == []
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_template_opens_with_every_node_known_and_none_upon_another(page, host, name):
+    assert sorted(host.get("/workflow_templates")[PACK_NAME]) == SAVED
+    page.open_template(name)
+    nodes = page.nodes()
+    assert len(nodes) == len(read(name)["nodes"])
+    assert all(node["isKnown"] for node in nodes)
+    for index, node in enumerate(nodes):
+        for other in nodes[index + 1 :]:
+            assert not overlap(node["box"], other["box"]), (node["type"], other["type"])
+    assert host.get(f"/api/workflow_templates/{PACK_NAME}/{name}.jpg").startswith(b"\xff\xd8")
+    assert page.faults == []
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
 
 
 def test_the_panel_shows_the_ranks_and_what_the_run_has_cost(page):
@@ -169,6 +202,23 @@ def test_text_of_an_error_is_never_read_as_html(page):
     panel.get_by_text("bold").first.wait_for()
     assert panel.locator("img, b").count() == 0
     assert page.page.evaluate("() => window.wasRun") is None
+
+
+def test_in_chinese_nodes_and_panel_speak_chinese(page):
+    page.page.evaluate("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    page.page.reload()
+    page.wait()
+    page.open_template("demo_txt2img")
+    texts = json.loads((PACK / "locales" / "zh" / "main.json").read_text())["paralleldit"]
+    names = json.loads((PACK / "locales" / "zh" / "nodeDefs.json").read_text())
+    page.page.locator(".side-bar-button .paralleldit-icon").click()
+    panel = page.page.locator(".paralleldit-panel")
+    panel.get_by_text(texts["unload"], exact=True).wait_for()
+    steps = page.page.evaluate(
+        """() => window.app.graph._nodes.find((node) => node.type === "ParallelDiTSampler")
+             .widgets.find((widget) => widget.name === "steps").label"""
+    )
+    assert steps == names["ParallelDiTSampler"]["inputs"]["steps"]["name"]
 
 
 def read(name: str) -> dict[str, Any]:
