@@ -5,15 +5,11 @@ export function withActivity(status, activity) {
   return status && { ...status, activity: { ...status.activity, ...activity } };
 }
 
-/** Whether the event tells of something that only a new status shows. */
+/** Whether the event tells of something that only a new status shows: not the many requests of one run. */
 export function isNews(status, activity) {
   const known = status?.activity;
-  return (
-    !known ||
-    activity.version !== known.version ||
-    activity.error?.message !== known.error?.message ||
-    (activity.phase !== null && !["ready", "remote"].includes(status.state))
-  );
+  if (!known || activity.error?.message !== known.error?.message) return true;
+  return activity.phase === null ? activity.version !== known.version : !isUp(status);
 }
 
 /**
@@ -24,22 +20,22 @@ export function panelModel(status, t) {
   if (!status) return { ...EMPTY, state: t("state.unknown") };
   const { activity, details, remote } = status;
   const phase = activity.phase;
-  const isUp = status.state === "ready" || status.state === "remote";
-  const state = phase?.name === "start" && !isUp ? "starting" : isUp && phase ? "busy" : status.state;
+  const up = isUp(status);
+  const state = phase?.name === "start" && !up ? "starting" : up && phase ? "busy" : status.state;
   const isIdle = phase === null || phase === undefined;
   return {
     state: t(`state.${state.replaceAll(" ", "_")}`, { ranks: status.rank_count }),
     stateKind: state,
     phase: phaseText(phase, t),
     progress: phase?.total > 0 ? phase.step / phase.total : null,
-    ranks: isUp ? (details.ranks ?? []).map((rank) => rankRow(rank, t)) : [],
-    models: isUp ? (details.models ?? []).map((model) => modelRow(model, t)) : [],
+    ranks: up ? (details.ranks ?? []).map((rank) => rankRow(rank, t)) : [],
+    models: up ? (details.models ?? []).map((model) => modelRow(model, t)) : [],
     run: runRows(activity.run, t),
     note: details.unreachable ?? "",
     error: activity.error ? errorOf(activity.error, status.log) : null,
-    canStart: !isUp && state !== "starting" && !remote,
-    canStop: !remote && (isUp || state === "other version"),
-    canUnload: isUp && isIdle,
+    canStart: !up && state !== "starting" && !remote,
+    canStop: !remote && (up || state === "other version"),
+    canUnload: up && isIdle,
     isBusy: !isIdle,
     defaultRanks: status.default_ranks,
   };
@@ -60,6 +56,10 @@ const EMPTY = {
   isBusy: false,
   defaultRanks: 0,
 };
+
+function isUp(status) {
+  return status.state === "ready" || status.state === "remote";
+}
 
 function phaseText(phase, t) {
   if (!phase) return "";

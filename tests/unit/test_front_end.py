@@ -9,11 +9,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from paralleldit.nodes.layout import GIVEN, LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.protocol import messages
 
 PACK = Path(__file__).resolve().parents[2]
 MODULES = sorted((PACK / "web").glob("*.js"))
@@ -93,6 +94,15 @@ def test_every_text_that_the_modules_ask_for_is_there():
     assert not asked - set(texts)
     groups = set(re.findall(r"\bt(?:\(\))?\(`(\w+)\.\$", source))
     assert groups == {"state", "phase", "kind", "fit"}
+
+
+def test_every_request_and_phase_has_its_words():
+    """Of these the panel says what the ranks do."""
+    words = json.loads((PACK / "locales" / "en" / "main.json").read_text())["paralleldit"]["phase"]
+    requests = {request.model_fields["type"].default for request in get_args(messages.AnyRequest)}
+    phases = {phase.replace(" ", "_") for phase in get_args(messages.Phase)}
+    lacking = (requests | phases | {"start", "stop"}) - {"shutdown"} - set(words)
+    assert not lacking, f"name {lacking} under paralleldit.phase in locales/*/main.json"
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, str]:

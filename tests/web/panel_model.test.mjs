@@ -80,6 +80,7 @@ test("the log is shown with an error of the sidecar, and not with a user's", () 
 const NEWS = [
   ["a step", { ...QUIET, ...sampling }, false],
   ["the end of a run", { ...QUIET, version: 2 }, true],
+  ["the next of many requests of a run", { ...QUIET, ...sampling, version: 2 }, false],
   ["an error", { ...QUIET, error: { message: "No.", hint: "", sidecar_failed: false } }, true],
 ];
 for (const [what, activity, expected] of NEWS) {
