@@ -1,4 +1,5 @@
-# `make demo` makes a picture, `make test` runs the tests, `make check` formats, lints and checks types.
+# `make demo` makes a picture, `make test` runs the tests, `make matrix` those of the README's support matrix and writes
+# it, `make check` formats, lints and checks types.
 # Each sets up what it needs in .venv; nothing is installed anywhere else.
 
 PYTHON ?= python3.11
@@ -8,13 +9,16 @@ BIN := $(VENV)/bin
 # A machine without an NVIDIA driver gets the CPU build by its exact name, so that no index can answer with CUDA's.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo torch==2.13.0+cpu)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test matrix check format bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/python launcher run workflows/api/demo_txt2img.api.json
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+matrix: $(VENV)/ready
+	PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+if TYPE_CHECKING:
+    from paralleldit.tests.ranks.matrix import Figures
+
+FIGURES: pytest.StashKey[Figures] = pytest.StashKey()
 POOL_SIZE = 8
 TIMEOUT_S = 120
 STRAGGLERS_S = 5
@@ -121,42 +125,26 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Figures:
-    """The largest error of each layout and family, printed as a table at the end of the session."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, float]] = {}
-
-    def note(self, layout: str, family: str, error: float) -> None:
-        row = self.rows.setdefault(layout, {})
-        row[family] = max(error, row.get(family, 0.0))
-
-    def table(self) -> list[str]:
-        families = list(dict.fromkeys(family for row in self.rows.values() for family in row))
-        head = [
-            "| Ranks | Layout |" + "".join(f" {family} |" for family in families),
-            "|---" * (2 + len(families)) + "|",
-        ]
-        cells = {
-            layout: [f"{row[family]:.1e}" if family in row else "" for family in families]
-            for layout, row in self.rows.items()
-        }
-        return head + [f"| {layout} | " + " | ".join(row) + " |" for layout, row in cells.items()]
-
-
-_FIGURES = Figures()
-
-
 @pytest.fixture(scope="session")
-def figures() -> Figures:
-    return _FIGURES
+def figures(request: pytest.FixtureRequest) -> Figures:
+    # Ranks load this file too, before they know the pack by its name.
+    from paralleldit.tests.ranks.matrix import Figures
+
+    return request.config.stash.setdefault(FIGURES, Figures())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _FIGURES.rows:
-        terminalreporter.section("largest relative error to plain diffusers")
-        for line in _FIGURES.table():
-            terminalreporter.line(line)
+    """Print what was noted; with PARALLELDIT_WRITE_MATRIX set, write it into the README."""
+    figures = terminalreporter.config.stash.get(FIGURES, None)
+    if figures is None:
+        return
+    from paralleldit.tests.ranks.matrix import README, written
+
+    terminalreporter.section("largest relative errors")
+    for line in figures.lines():
+        terminalreporter.line(line)
+    if os.environ.get("PARALLELDIT_WRITE_MATRIX"):
+        README.write_text(written(README.read_text(), figures.noted))
 
 
 @pytest.fixture(scope="session")

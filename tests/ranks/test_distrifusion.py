@@ -8,6 +8,8 @@ from paralleldit.parallel_backend import sample_request
 from paralleldit.parallel_backend.comm import split_sizes
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.tests.ranks import stale_families
+from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
+from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_flux import StaleModel, relative_error, sampled
 from paralleldit.tests.tiny_models import TINY_MODELS
 
@@ -78,19 +80,21 @@ def test_run_that_warms_up_all_the_time_equals_one_rank(ranks, figures, degrees,
     (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         error = relative_error(answer, alone)
-        figures.note(f"{layout.ranks} | {layout}", "flux", error)
+        figures.note(EXACTLY, layout, "flux", error)
         assert error <= 1e-5
 
 
 @pytest.mark.parametrize(("degrees", "plan", "size", "sampler", "refresh"), STALE, ids=str)
-def test_run_equals_serial_model_of_late_keys(ranks, degrees, plan, size, sampler, refresh):
+def test_run_equals_serial_model_of_late_keys(ranks, figures, degrees, plan, size, sampler, refresh):
     warmup, steps = plan
     layout = layout_of(degrees, warmup, refresh)
     (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
     (expected,) = ranks.run(1, sampled_with_late_model, layout, steps, size, sampler)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
-        assert relative_error(answer, expected) <= 1e-5
+        error = relative_error(answer, expected)
+        figures.note(LATE, layout, "flux", error)
+        assert error <= 1e-5
 
 
 FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1"]
@@ -109,6 +113,16 @@ PARTS_CASES = [
     (Layout(distrifusion_degree=2, tensor_degree=2, ulysses_degree=2, weights="offloaded"), "flux dev"),
     (Layout(distrifusion_degree=2, tensor_degree=2, warmup_steps=WARM), "hunyuandit 1.1"),
 ]
+
+
+def cells():
+    """What the tests of this module note."""
+    for degrees, *_ in EXACT:
+        yield cell(EXACTLY, layout_of(degrees, 1), "flux")
+    for degrees, _, _, _, refresh in STALE:
+        yield cell(LATE, layout_of(degrees, 1, refresh), "flux")
+    for layout, model in (*FAMILY_CASES, *PARTS_CASES):
+        yield cell(LATE if layout.warmup_steps < WARM else EXACTLY, layout, TINY_MODELS[model].family.name)
 
 
 class LateFamily(stale_families.StaleModel):
@@ -136,7 +150,7 @@ def sampled_by_late_family(world, model, layout):
 
 
 @pytest.mark.parametrize(("layout", "model"), [*FAMILY_CASES, *PARTS_CASES], ids=str)
-def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, tmp_path, layout, model):
+def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, figures, tmp_path, layout, model):
     (alone,) = ranks.run(1, stale_families.sampled, model, Layout())
     expected = alone
     if layout.warmup_steps < WARM:
@@ -146,4 +160,6 @@ def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, tmp_path, lay
         TINY_MODELS[model].make(stale_families.HEADS).save_pretrained(tmp_path)
     path = tmp_path if (layout, model) in PARTS_CASES else None
     for answer in ranks.run(layout.ranks, stale_families.sampled, model, layout, path):
-        assert relative_error(answer, expected) <= 1e-5
+        error = relative_error(answer, expected)
+        figures.note(LATE if layout.warmup_steps < WARM else EXACTLY, layout, TINY_MODELS[model].family.name, error)
+        assert error <= 1e-5

@@ -16,6 +16,7 @@ from paralleldit.parallel_backend.sample_request import sample
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.transformer import Transformer
+from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 
 CFG = 3.0
@@ -76,6 +77,8 @@ SPREAD = [
     Layout(tensor_degree=3, cfg_degree=2, weights="sharded"),
     Layout(tensor_degree=2, ring_degree=2, data_degree=2, weights="offloaded"),
 ]
+IN_BF16 = [(2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1)]
+SPREAD_IN_BF16 = [SPREAD[0], SPREAD[9], SPREAD[-3]]
 SHAPES = [
     # heads, latent height and width, text tokens, batch
     (4, 8, 8, 16, 4),
@@ -168,18 +171,20 @@ def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees):
     for answers in ranks.run(layout.ranks, guided, degrees, cases_of(layout), torch.float32):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
-            figures.note(f"{layout.ranks} | {layout}", TINY_MODELS[model].family.name, error)
+            figures.note(EXACT, layout, TINY_MODELS[model].family.name, error)
             assert error <= 1e-5, (model, shape)
 
 
-@pytest.mark.parametrize("degrees", [(2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1)], ids=str)
-def test_layout_in_bf16_stays_within_its_rounding(ranks, degrees):
+@pytest.mark.parametrize("degrees", IN_BF16, ids=str)
+def test_layout_in_bf16_stays_within_its_rounding(ranks, figures, degrees):
     cases = [(model, SHAPES[0]) for model in WHOLE_RUNS]
     (alone,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.bfloat16)
     (exact,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.float32)
     answers = ranks.run(layout_of(degrees).ranks, guided, degrees, cases, torch.bfloat16)[0]
     for case, answer in answers.items():
-        assert relative_error(answer, exact[case]) <= 2 * relative_error(alone[case], exact[case]), case
+        error = relative_error(answer, exact[case])
+        figures.note(BF16, layout_of(degrees), TINY_MODELS[case[0]].family.name, error)
+        assert error <= 2 * relative_error(alone[case], exact[case]), case
 
 
 @pytest.fixture(scope="module")
@@ -198,25 +203,37 @@ def model_path(tmp_path_factory):
 SPREAD_CASES = [*product(WHOLE_RUNS[:2], SHAPES), *product(WHOLE_RUNS[2:], SHAPES[1:2])]
 
 
+def cells():
+    """What the tests of this module note."""
+    cases = [(EXACT, layout, cases_of(layout)) for layout in map(layout_of, LAYOUTS)]
+    cases += [(EXACT, layout, SPREAD_CASES) for layout in SPREAD]
+    cases += [(BF16, layout, product(WHOLE_RUNS)) for layout in (*map(layout_of, IN_BF16), *SPREAD_IN_BF16)]
+    for table, layout, models in cases:
+        for model, *_ in models:
+            yield cell(table, layout, TINY_MODELS[model].family.name)
+
+
 @pytest.mark.parametrize("layout", SPREAD, ids=str)
 def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout):
     paths = [model_path(model, shape[0]) for model, shape in SPREAD_CASES]
     for answers in ranks.run(layout.ranks, guided_by_part, layout, SPREAD_CASES, paths, "auto"):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
-            figures.note(f"{layout.ranks} | {layout}", TINY_MODELS[model].family.name, error)
+            figures.note(EXACT, layout, TINY_MODELS[model].family.name, error)
             assert error <= 1e-5, (model, shape)
 
 
-@pytest.mark.parametrize("layout", [SPREAD[0], SPREAD[9], SPREAD[-3]], ids=str)
-def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, model_path, layout):
+@pytest.mark.parametrize("layout", SPREAD_IN_BF16, ids=str)
+def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, figures, model_path, layout):
     cases = [(model, SHAPES[0]) for model in WHOLE_RUNS]
     paths = [model_path(model, shape[0]) for model, shape in cases]
     (alone,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.bfloat16)
     (exact,) = ranks.run(1, guided, (1, 1, 1, 1), cases, torch.float32)
     answers = ranks.run(layout.ranks, guided_by_part, layout, cases, paths, "bf16")[0]
     for case, answer in answers.items():
-        assert relative_error(answer, exact[case]) <= 2 * relative_error(alone[case], exact[case]), case
+        error = relative_error(answer, exact[case])
+        figures.note(BF16, layout, TINY_MODELS[case[0]].family.name, error)
+        assert error <= 2 * relative_error(alone[case], exact[case]), case
 
 
 class QuietRun:

@@ -14,6 +14,8 @@ from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.stages import Stage
 from paralleldit.parallel_backend.transformer import Transformer
+from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
+from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_flux import (
     CPU,
     StaleModel,
@@ -85,13 +87,12 @@ def test_run_without_old_keys_equals_one_rank(ranks, figures, degrees, plan, siz
     (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         error = relative_error(answer, alone)
-        row = f"{layout.ranks} | {layout}"
-        figures.note(row, "flux", error)
+        figures.note(EXACTLY, layout, "flux", error)
         assert error <= 1e-5
 
 
 @pytest.mark.parametrize(("degrees", "plan", "size", "sampler"), STALE, ids=str)
-def test_run_equals_serial_model_of_old_keys(ranks, degrees, plan, size, sampler):
+def test_run_equals_serial_model_of_old_keys(ranks, figures, degrees, plan, size, sampler):
     patches, warmup, steps = plan
     layout = layout_of(degrees, patches, warmup)
     patches = patches or 2 * layout.pipefusion_degree
@@ -99,7 +100,9 @@ def test_run_equals_serial_model_of_old_keys(ranks, degrees, plan, size, sampler
     (expected,) = ranks.run(1, sampled_with_stale_model, patches, warmup, steps, size, sampler)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
-        assert relative_error(answer, expected) <= 1e-5
+        error = relative_error(answer, expected)
+        figures.note(LATE, layout, "flux", error)
+        assert error <= 1e-5
 
 
 PARTS = [
@@ -114,6 +117,19 @@ PARTS = [
 ]
 
 
+def has_nothing_old(layout, steps) -> bool:
+    return layout.num_patches == 1 or layout.warmup_steps >= steps
+
+
+def cells():
+    """What the tests of this module note."""
+    for table, cases in ((EXACTLY, EXACT), (LATE, STALE)):
+        for degrees, *_ in cases:
+            yield cell(table, layout_of(degrees), "flux")
+    for layout, steps in PARTS:
+        yield cell(EXACTLY if has_nothing_old(layout, steps) else LATE, layout, "flux")
+
+
 def sampled_by_part(world, layout, path, steps):
     request, tensors = request_of(layout, steps, (11, 9), "euler")
     mesh = Mesh(layout)
@@ -124,13 +140,12 @@ def sampled_by_part(world, layout, path, steps):
 @pytest.mark.parametrize(("layout", "steps"), PARTS, ids=str)
 def test_stages_of_parts_equal_whole_stages(ranks, figures, tmp_path, layout, steps):
     make_family().transformer.save_pretrained(tmp_path)
-    is_exact = layout.num_patches == 1 or layout.warmup_steps >= steps
+    is_exact = has_nothing_old(layout, steps)
     reference = (sampled, Layout()) if is_exact else (sampled_with_stale_model, layout.num_patches, layout.warmup_steps)
     (expected,) = ranks.run(1, *reference, steps, (11, 9), "euler")
     for answer in ranks.run(layout.ranks, sampled_by_part, layout, tmp_path, steps):
         error = relative_error(answer, expected)
-        if is_exact:
-            figures.note(f"{layout.ranks} | {layout}", "flux", error)
+        figures.note(EXACTLY if is_exact else LATE, layout, "flux", error)
         assert error <= 1e-5
 
 

@@ -1,8 +1,12 @@
 """PipeFusion with the other families: exact where nothing is old, else equal to a serial model of stale attention."""
 
+from itertools import product
+
 import pytest
 import torch
 from paralleldit.parallel_backend.layout import Layout
+from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
+from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_families import STEPS, StaleModel, relative_error, sampled, sampled_by
 from paralleldit.tests.tiny_models import TINY_MODELS
 
@@ -29,6 +33,13 @@ def layout_of(degrees, plan) -> Layout:
     return Layout(**settings, num_patches=plan[0], warmup_steps=plan[1])
 
 
+def cells():
+    """What the tests of this module note."""
+    for table, cases in ((EXACTLY, EXACT), (LATE, STALE)):
+        for (degrees, plan), model in product(cases, MODELS):
+            yield cell(table, layout_of(degrees, plan), TINY_MODELS[model].family.name)
+
+
 class StripModel(StaleModel):
     """Strips of the picture, each seeing what was computed of those before it."""
 
@@ -52,16 +63,18 @@ def test_run_without_old_keys_equals_one_rank(ranks, figures, model, degrees, pl
     (alone,) = ranks.run(1, sampled, model, Layout())
     for answer in ranks.run(layout.ranks, sampled, model, layout):
         error = relative_error(answer, alone)
-        figures.note(f"{layout.ranks} | {layout}", TINY_MODELS[model].family.name, error)
+        figures.note(EXACTLY, layout, TINY_MODELS[model].family.name, error)
         assert error <= 1e-5
 
 
 @pytest.mark.parametrize(("degrees", "plan"), STALE, ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_run_with_old_keys_equals_a_serial_model_of_them(ranks, model, degrees, plan):
+def test_run_with_old_keys_equals_a_serial_model_of_them(ranks, figures, model, degrees, plan):
     layout = layout_of(degrees, plan)
     (alone,) = ranks.run(1, sampled, model, Layout())
     (expected,) = ranks.run(1, sampled_strip_by_strip, model, layout)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, model, layout):
-        assert relative_error(answer, expected) <= 1e-5
+        error = relative_error(answer, expected)
+        figures.note(LATE, layout, TINY_MODELS[model].family.name, error)
+        assert error <= 1e-5
