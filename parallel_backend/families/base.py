@@ -20,9 +20,9 @@ CELL = 8
 """Pixels per latent cell, in both directions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Condition:
-    """What guides one prediction; which of it a model needs, its family knows.
+    """What guides one prediction; which of it a model needs, its family knows. Equal to no other.
 
     `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
     `pooled` `[B, Cp]`; the distilled `guidance` scale; what the model is told of the picture's `size` and

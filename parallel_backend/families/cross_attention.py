@@ -1,25 +1,30 @@
 """What families have in common whose image tokens attend to each other, and then to a text that stays as it is.
 
-Every rank has all of the text, so that the attention to it needs no other rank.
+Every rank has all of the text, so that the attention to it needs no other rank. It is the same in every step and patch:
+what the model makes of it is computed once, and kept as long as the condition that it belongs to.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention.rotary import rotate
 from ..attention.site import Attention
-from .base import Family, TokenState
+from .base import Condition, Family, TokenState
 
 
 @dataclass
 class CrossAttentionState(TokenState):
-    """`context` `[B, St, C]`: the text that is attended to; `bias` `[B, 1, 1, St]`: added to the scores, if any."""
+    """`context` `[B or 1, St, C]`: the text that is attended to; `bias` `[B, 1, 1, St]`: added to its scores."""
 
     context: Tensor | None = None
     bias: Tensor | None = None
@@ -48,7 +53,10 @@ class SelfAttentionSite:
 
 
 class CrossAttentionSite:
-    """The processor of an attention of this rank's image tokens to the text."""
+    """The processor of an attention of this rank's image tokens to the text, whose keys and values it keeps."""
+
+    def __init__(self) -> None:
+        self._kept = WeakTensorKeyDictionary()
 
     def __call__(
         self,
@@ -59,8 +67,10 @@ class CrossAttentionSite:
         image_rotary_emb: Tensor | None = None,
     ) -> Tensor:
         query = _turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb).transpose(1, 2)
-        key = _normed(attn.norm_k, _heads(attn, attn.to_k, encoder_hidden_states)).transpose(1, 2)
-        value = _heads(attn, attn.to_v, encoder_hidden_states).transpose(1, 2)
+        if encoder_hidden_states not in self._kept:
+            key = _normed(attn.norm_k, _heads(attn, attn.to_k, encoder_hidden_states)).transpose(1, 2)
+            self._kept[encoder_hidden_states] = key, _heads(attn, attn.to_v, encoder_hidden_states).transpose(1, 2)
+        key, value = (each.expand(query.shape[0], -1, -1, -1) for each in self._kept[encoder_hidden_states])
         # Kernels crash on a rank without image tokens.
         attended = (
             F.scaled_dot_product_attention(query, key, value, attention_mask)
@@ -80,6 +90,32 @@ class CrossAttentionFamily(Family):
     patch_size = 2
     carries_text = False
     out_channels: int
+
+    def __init__(
+        self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
+    ) -> None:
+        super().__init__(transformer, dtype, device, **latent)
+        self._contexts: WeakKeyDictionary[Condition, Tensor] = WeakKeyDictionary()
+        self._text_sites = [CrossAttentionSite() for _ in self.layers]
+
+    @property
+    @abstractmethod
+    def layers(self) -> Sequence[Any]:
+        """The model's blocks, with their attention to the image `attn1` and to the text `attn2`."""
+
+    @abstractmethod
+    def make_context(self, condition: Condition) -> Tensor:
+        """The text `[B or 1, St, C]` as all blocks attend to it."""
+
+    def context(self, condition: Condition) -> Tensor:
+        if condition not in self._contexts:
+            self._contexts[condition] = self.make_context(condition)
+        return self._contexts[condition]
+
+    def use_attention(self, attention: Attention) -> None:
+        for layer, site in zip(self.layers, self._text_sites, strict=True):
+            layer.attn1.set_processor(SelfAttentionSite(attention))
+            layer.attn2.set_processor(site)
 
     def embed_patches(self, projection: nn.Conv2d, tokens: Tensor) -> Tensor:
         """Latent tokens `[B, S, C * patch_size**2]` -> `[B, S, h]`."""

@@ -5,19 +5,20 @@ Source: Hunyuan-DiT (arXiv 2405.08748).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from torch import Tensor, nn
 
 from ..attention.rotary import rotations
-from ..attention.site import Attention
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
 from .base import CELL, Block, Condition, Shard, TokenState, check_widths
-from .cross_attention import CrossAttentionFamily, CrossAttentionSite, CrossAttentionState, SelfAttentionSite
+from .cross_attention import CrossAttentionFamily, CrossAttentionState
 
 TRAINED_SIDE = 64
 """Latent cells of the square that positions are spread over."""
@@ -45,10 +46,9 @@ class HunyuanDiT(CrossAttentionFamily):
         ]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
-    def use_attention(self, attention: Attention) -> None:
-        for layer in self.transformer.blocks:
-            layer.attn1.set_processor(SelfAttentionSite(attention))
-            layer.attn2.set_processor(CrossAttentionSite())
+    @property
+    def layers(self) -> Sequence[Any]:
+        return self.transformer.blocks
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
@@ -92,17 +92,24 @@ class HunyuanDiT(CrossAttentionFamily):
             torch.zeros(batch, dtype=torch.int64, device=image.device),
             hidden_dtype=self.dtype,
         )
-        padding = model.text_embedding_padding.split([model.config["text_len"], length_2])
-        first = _with_padding(condition.tokens.to(self.dtype), condition.mask, padding[0])
-        second = _with_padding(model.text_embedder(tokens_2), condition.mask_2, padding[1])
-        first, second = (each.expand(batch, -1, -1) for each in (first, second))
         return CrossAttentionState(
             image=image,
             text=text,
             modulation=modulation,
             rotary=self._rotary(grid)[shard.image],
-            context=torch.cat((first, second), dim=1),
+            context=self.context(condition),
         )
+
+    def make_context(self, condition: Condition) -> Tensor:
+        model = self.transformer
+        assert condition.tokens_2 is not None
+        assert condition.mask is not None
+        assert condition.mask_2 is not None
+        padding = model.text_embedding_padding.split([model.config["text_len"], model.config["text_len_t5"]])
+        first = _with_padding(condition.tokens.to(self.dtype), condition.mask, padding[0])
+        second = _with_padding(model.text_embedder(condition.tokens_2.to(self.dtype)), condition.mask_2, padding[1])
+        batch = max(first.shape[0], second.shape[0])
+        return torch.cat([each.expand(batch, -1, -1) for each in (first, second)], dim=1)
 
     def head(self, state: TokenState) -> Tensor:
         model = self.transformer

@@ -5,17 +5,18 @@ Sources: PixArt-alpha (arXiv 2310.00426), PixArt-Sigma (arXiv 2403.04692).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from ..attention.site import Attention
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
 from .base import CELL, Block, Condition, Shard, TokenState, check_widths
-from .cross_attention import CrossAttentionFamily, CrossAttentionSite, CrossAttentionState, SelfAttentionSite
+from .cross_attention import CrossAttentionFamily, CrossAttentionState
 
 MASKED = -10000.0
 """What is added to the scores of tokens that do not count."""
@@ -38,10 +39,9 @@ class PixArt(CrossAttentionFamily):
         self.blocks = [_as_block(layer) for layer in self.transformer.transformer_blocks]
         self._positions = lru_cache(maxsize=8)(self._compute_positions)
 
-    def use_attention(self, attention: Attention) -> None:
-        for layer in self.transformer.transformer_blocks:
-            layer.attn1.set_processor(SelfAttentionSite(attention))
-            layer.attn2.set_processor(CrossAttentionSite())
+    @property
+    def layers(self) -> Sequence[Any]:
+        return self.transformer.transformer_blocks
 
     def check_condition(self, condition: Condition) -> None:
         check_widths(condition, {"tokens": self.transformer.config["caption_channels"]}, "PixArt", "T5-XXL")
@@ -69,7 +69,6 @@ class PixArt(CrossAttentionFamily):
                 "aspect_ratio": image.new_tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
             }
         block_modulation, modulation = model.adaln_single(timestep, told, batch_size=batch, hidden_dtype=self.dtype)
-        context = model.caption_projection(condition.tokens.to(self.dtype)).expand(batch, -1, -1)
         bias = None
         if condition.mask is not None:
             bias = ((1 - condition.mask.to(self.dtype)) * MASKED)[:, None, None].expand(batch, -1, -1, -1)
@@ -77,10 +76,13 @@ class PixArt(CrossAttentionFamily):
             image=image,
             text=text,
             modulation=modulation,
-            context=context,
+            context=self.context(condition),
             bias=bias,
             block_modulation=block_modulation,
         )
+
+    def make_context(self, condition: Condition) -> Tensor:
+        return self.transformer.caption_projection(condition.tokens.to(self.dtype))
 
     def head(self, state: TokenState) -> Tensor:
         model = self.transformer

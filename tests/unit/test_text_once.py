@@ -1,0 +1,38 @@
+"""The families whose text stays as it is compute its keys and values once for each condition, and keep them as long."""
+
+import gc
+
+import pytest
+import torch
+from paralleldit.parallel_backend.attention.core import AttentionCore
+from paralleldit.parallel_backend.attention.kernels import KERNELS
+from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.tests.tiny_models import TINY_MODELS
+
+
+@pytest.mark.parametrize("model", ["pixart alpha", "hunyuandit 1.1"])
+@torch.inference_mode()
+def test_text_is_computed_once_for_each_condition(model):
+    tiny = TINY_MODELS[model]
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    family = tiny.make_family(2)
+    calls = []
+    for layer in family.layers:
+        layer.attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    one, two, three = (Axis(name, [0], None, Ledger()) for name in ("ulysses", "ring", "sequence"))
+    predict = SequenceParallel(family, three, AttentionCore(one, two, KERNELS["sdpa"])).predict
+    conditions = [tiny.condition(draw, 1, 5), tiny.condition(draw, 2, 5)]
+    latent, timestep = draw(2, 4, 8, 8), torch.full((2,), 500.0)
+    first = [predict(latent, timestep, condition) for condition in conditions]
+    assert len(calls) == 2 * len(family.layers)
+    again = [predict(latent, timestep, condition) for condition in conditions]
+    assert len(calls) == 2 * len(family.layers)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(*first)
+    kept = family.layers[0].attn2.processor._kept
+    assert len(kept) == len(conditions)
+    conditions.clear()
+    gc.collect()
+    assert len(kept) == 0
