@@ -9,6 +9,7 @@ import { translator, translatorFor } from "./texts.js";
 
 const EVENT = "paralleldit"; // of nodes/panel_routes.py
 const LOOK_MS = 5000;
+const TOAST_MS = 10_000;
 const IDLE_MS = 400; // a run of many requests is idle for moments only
 
 let t = translator();
@@ -54,17 +55,21 @@ async function look() {
 }
 
 async function press(action, body = {}) {
+  const fault = await post(action, body).catch(String);
+  if (fault) app.extensionManager.toast.add({ severity: "error", summary: t("title"), detail: fault, life: TOAST_MS });
+  await look();
+}
+
+/** The server's reason why it did not do it; nothing when it did. */
+async function post(action, body) {
   const answer = await api.fetchApi(`/paralleldit/${action}`, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
-  const told = await answer.json();
-  if (!answer.ok) {
-    const { message, hint } = told.error;
-    app.extensionManager.toast.add({ severity: "error", summary: t("title"), detail: `${message} ${hint}`, life: 10000 });
-  }
-  await look();
+  if (answer.ok) return "";
+  const { message, hint } = (await answer.json()).error;
+  return `${message} ${hint}`;
 }
 
 async function stop() {
@@ -91,7 +96,7 @@ function open(root) {
   show();
   look();
   clearInterval(looking);
-  looking = setInterval(() => document.hidden || look(), LOOK_MS);
+  looking = setInterval(() => root.isConnected && !document.hidden && look(), LOOK_MS);
 }
 
 function close() {

@@ -187,6 +187,16 @@ def test_the_buttons_free_stop_and_start_the_ranks(page):
     assert page.faults == []
 
 
+def test_a_button_that_the_server_refuses_says_why(page):
+    panel = page.open_panel()
+    refusal = {"error": {"message": "The sidecar belongs to process 7.", "hint": "Stop it there."}}
+    page.page.route("**/paralleldit/unload", lambda route: route.fulfill(status=409, json=refusal))
+    panel.locator("button.unload").click()
+    page.page.get_by_text("The sidecar belongs to process 7. Stop it there.").wait_for()
+    page.page.unroute("**/paralleldit/unload")
+    page.faults.clear()  # the browser's own line about the answer 409
+
+
 def test_text_of_an_error_is_never_read_as_html(page):
     panel = page.open_panel()
     html = "<img src=x onerror='window.wasRun = true'><b>bold</b>"

@@ -105,6 +105,17 @@ def test_every_request_and_phase_has_its_words():
     assert not lacking, f"name {lacking} under paralleldit.phase in locales/*/main.json"
 
 
+def test_every_kind_of_model_has_its_words():
+    words = json.loads((PACK / "locales" / "en" / "main.json").read_text())["paralleldit"]["kind"]
+    kinds = {each.model_fields["kind"].default for each in vars(messages).values() if has_kind(each)}
+    assert {"model", "vae", "text"} <= kinds
+    assert not kinds - set(words), f"name {kinds - set(words)} under paralleldit.kind in locales/*/main.json"
+
+
+def has_kind(each: Any) -> bool:
+    return isinstance(each, type) and issubclass(each, messages.Message) and "kind" in each.model_fields
+
+
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
     found = {}
     for name, value in table.items():
