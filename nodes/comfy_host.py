@@ -13,11 +13,14 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import server
+import torch
+from comfy.k_diffusion.sampling import default_noise_sampler
 from torch import Tensor
 
-from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import Decode, Request, Sample, Schedule, Welcome
-from . import comfy_model
+from ..launcher.client import SidecarError
+from ..parallel_backend.errors import Cancelled, UserError
+from ..parallel_backend.protocol.messages import Request, Sample, Schedule, VaeWork, Welcome
+from . import comfy_model, session
 from .host import Host, OnProgress, logger
 from .patches import SentChange, changes_of
 
@@ -31,6 +34,10 @@ class ComfyHost(Host):
 
     def __init__(self) -> None:
         super().__init__(say=self._say)
+        # Before 2026, ComfyUI drew it with the run's own seed.
+        drawn = default_noise_sampler(torch.zeros(1), seed=0)(None, None)
+        self.cpu_noise_offset = int(not torch.equal(drawn, torch.randn(1, generator=torch.Generator().manual_seed(0))))
+        self._ranks_memory = comfy_model.RanksMemory(self._unload_ranks)
 
     def _say(self, text: str) -> None:
         logger.info(text)
@@ -68,16 +75,28 @@ class ComfyHost(Host):
         raise comfy.model_management.InterruptProcessingException from error
 
     def sending(self, message: Request, welcome: Welcome) -> None:
-        # ComfyUI's text encoders and VAE share a GPU with rank 0, and it knows nothing of what the ranks need.
-        if self._shares_gpu(welcome) and isinstance(message, Sample | Decode):
-            comfy.model_management.unload_all_models()
-            comfy.model_management.soft_empty_cache()
+        if isinstance(message, Sample | VaeWork):
+            self._give_room(welcome, keep=[])
 
     def beginning(self, welcome: Welcome) -> None:
+        loaded = comfy.model_management.current_loaded_models
+        self._give_room(welcome, keep=[each for each in loaded if each.currently_used])
+
+    def _give_room(self, welcome: Welcome, keep: list[Any]) -> None:
+        """ComfyUI's text encoders and VAE share a GPU with rank 0, and it knows nothing of what the ranks need."""
+        ranks_memory = self._ranks_memory.entry
         if self._shares_gpu(welcome):
-            loaded = comfy.model_management.current_loaded_models
-            in_use = [each for each in loaded if each.currently_used]
-            comfy.model_management.free_memory(ALL_MEMORY, comfy.model_management.get_torch_device(), in_use)
+            device = comfy.model_management.get_torch_device()
+            comfy.model_management.free_memory(ALL_MEMORY, device, [ranks_memory, *keep])
+            comfy.model_management.soft_empty_cache()
+
+    def _unload_ranks(self) -> None:
+        try:
+            if session.running() is not None:
+                text = session.freed_by(session.client_for(None))
+                self.say(f"ComfyUI unloads models, and so do the ranks: {text}")
+        except (SidecarError, UserError) as error:
+            logger.warning("The ranks could not unload their models: %s", error)
 
     def _shares_gpu(self, welcome: Welcome) -> bool:
         return welcome.device == "cuda" and not self.spec.remote

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Conditioning
+from .handles import OWN_LOADER
 
 DEFAULT_GUIDANCE = 3.5
 
@@ -34,6 +35,9 @@ CANNOT_TRAVEL = {
     "clip_vision_output": "Remove the picture prompt",
 }
 """Keys of an entry that would change the picture in ComfyUI, and what to do instead, unless the family takes them."""
+IN_KSAMPLER = ("area", "mask", "strength", "hooks", "start_percent", "end_percent", "timestep_start", "timestep_end")
+"""What ComfyUI's own samplers do around the model, and so do with the model of Parallel Loader too."""
+OWN_SAMPLER = "use KSampler with this model, which does this too."
 NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 """Keys of an entry that may be there with this value."""
 
@@ -72,17 +76,17 @@ def travelling(side: str, conditioning: list[Any], family: str) -> tuple[tuple[C
     if len(conditioning) != 1:
         raise UserError(
             f"The {side} conditioning has {len(conditioning)} entries; Parallel Sampler takes 1.",
-            "Connect a single prompt, without Conditioning (Combine) or regions.",
+            f"Connect a single prompt, without Conditioning (Combine) or regions, or {OWN_SAMPLER}",
         )
     tokens, entry = conditioning[0]
     travel = TRAVELS[family]
     names = {**travel.needs, **travel.takes}
     for key, advice in CANNOT_TRAVEL.items():
         if entry.get(key) is not None and key not in names:
-            raise _refused(side, key, advice)
+            raise _refused(side, key, advice, key in IN_KSAMPLER)
     for key, neutral in NEUTRAL.items():
         if entry.get(key, neutral) != neutral:
-            raise _refused(side, f"{key}={entry[key]}", f"Set it to {neutral}")
+            raise _refused(side, f"{key}={entry[key]}", f"Set it to {neutral}", key in IN_KSAMPLER)
     for key in travel.needs:
         if entry.get(key) is None:
             raise UserError(
@@ -114,8 +118,8 @@ def _size(side: str, entry: Mapping[str, Any], prefix: str) -> tuple[int, int] |
     return height, width
 
 
-def _refused(side: str, what: str, advice: str) -> UserError:
+def _refused(side: str, what: str, advice: str, in_ksampler: bool = False) -> UserError:
     return UserError(
         f"The {side} conditioning carries {what}, which Parallel Sampler cannot send to the ranks.",
-        f"{advice}, or sample with ComfyUI's own loader and KSampler.",
+        f"{advice}, or {OWN_SAMPLER if in_ksampler else OWN_LOADER}",
     )

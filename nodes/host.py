@@ -44,6 +44,9 @@ class Host:
         self.say = say
         self._on_progress = on_progress
 
+    cpu_noise_offset = 1
+    """From the seed of a run to that of a stochastic sampler's own noise, where it is drawn on a CPU."""
+
     takes_paths = True
     """Whether a loader may be given a path instead of a name in a list."""
 

@@ -124,6 +124,7 @@ class ParallelDiTSampler:
             sampling_shift=shift,
             seed=seed,
             batch_index=latent.batch_index(latent_image),
+            cpu_noise_offset=here.cpu_noise_offset,
             preview=here.wants_previews(model),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )

@@ -12,7 +12,7 @@ from ..launcher import devices, sidecar
 from ..launcher.client import Client, Event
 from ..launcher.sidecar import SidecarSpec
 from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Result
+from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Result, Unload
 from . import host
 from .activity import activity
 
@@ -84,6 +84,12 @@ def ask(client: Client, message: AnyRequest, tensors: Mapping[str, Tensor] | Non
         return reply
     except Cancelled as error:
         here.leave_cancelled(error)
+
+
+def freed_by(client: Client) -> str:
+    """Has the ranks unload their models, and says how much memory that gave back."""
+    freed: Any = ask(client, Unload(id=0)).result.data["freed_bytes"]
+    return f"Freed {', '.join(f'{size / 1e9:.2f} GB' for size in freed)} (rank by rank)."
 
 
 def _sendable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

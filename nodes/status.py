@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..parallel_backend.protocol.messages import Status, Unload, Welcome
+from ..parallel_backend.protocol.messages import Status, Welcome
 from . import host, session
 
 ANYTHING = "MODEL,CONDITIONING,LATENT,IMAGE,VAE,STRING"
@@ -58,8 +58,7 @@ class ParallelDiTUnload:
     def unload(self, after: Any = None) -> dict[str, Any]:
         text = NOT_RUNNING
         if session.running() is not None:
-            freed: Any = session.ask(session.client_for(None), Unload(id=0)).result.data["freed_bytes"]
-            text = f"Freed {', '.join(f'{size / 1e9:.2f} GB' for size in freed)} (rank by rank)."
+            text = session.freed_by(session.client_for(None))
         host.current().show(text)
         return {"ui": {"text": [text]}, "result": (after,)}
 

@@ -158,6 +158,7 @@ class Engine:
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
         self.adapters.forget()
+        self._told.clear()
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _mesh(self, layout: Layout) -> Mesh:

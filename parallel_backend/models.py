@@ -1,8 +1,9 @@
-"""What a rank holds in memory: at most one transformer, one VAE and one set of text encoders."""
+"""What a rank holds in memory: as many transformers and VAEs as there is room for, and one set of text encoders."""
 
 from __future__ import annotations
 
 import gc
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
+from .agreement import COMPONENTS
 from .errors import UserError
 from .parts import WHOLE, Part
 from .protocol.messages import ModelRef, TextRef, VaeRef
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from .vae.load import LoadedVAE
 
 Ref = ModelRef | TextRef | VaeRef
+
+KEPT_FREE = 0.4
+"""Share of a device's memory that must stay free for the work itself, for a model to be kept beside another."""
 
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -38,11 +44,14 @@ class Held:
 
 
 class ModelStore:
-    """Loads by reference, and keeps what it loaded until another of its kind is asked for, or the file changes."""
+    """Loads by reference, and keeps what it loaded until the file changes, or another model needs the room.
+
+    Then the one goes that was used longest ago. All ranks let go of the same ones.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._held: dict[str, Held] = {}
+        self._held: OrderedDict[tuple[Ref, Part], Held] = OrderedDict()
 
     def transformer(self, ref: ModelRef, run: Run, part: Part = WHOLE) -> Transformer:
         """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
@@ -79,14 +88,16 @@ class ModelStore:
         return self._get(ref, load, run)
 
     def unload(self) -> int:
-        """Forget every model; the number of bytes that they took."""
-        freed = sum(held.bytes for held in self._held.values())
+        """Forget every model; the number of bytes that this process uses less of its device."""
+        used = self.memory()["used"]
         self._held.clear()
         self._release()
-        return freed
+        return max(0, used - self.memory()["used"])
 
     def summary(self) -> list[dict[str, object]]:
-        return [{"kind": kind, "path": held.ref.path, "bytes": held.bytes} for kind, held in sorted(self._held.items())]
+        """What is held, by kind, the last used first."""
+        newest = sorted(reversed(self._held.values()), key=lambda held: held.ref.kind)
+        return [{"kind": held.ref.kind, "path": held.ref.path, "bytes": held.bytes} for held in newest]
 
     def memory(self) -> dict[str, int]:
         """Bytes that this process uses, and that are free, on its device."""
@@ -97,19 +108,36 @@ class ModelStore:
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
     def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE) -> Any:
-        fingerprint = _fingerprint(Path(ref.path))
-        held = self._held.get(ref.kind)
-        if held is not None and (held.ref, held.part, held.fingerprint) == (ref, part, fingerprint):
+        key, now = (ref, part), _fingerprint(Path(ref.path))
+        held = self._held.get(key)
+        if held is not None and held.fingerprint == now:
+            self._held.move_to_end(key)
             return held.model
         if held is not None:
-            run.log("info", f"{Path(held.ref.path).name} makes room for {Path(ref.path).name}.")
-            del self._held[ref.kind], held
+            del self._held[key], held
             self._release()
+        self._make_room(ref, part, run)
         run.progress("load", 0, 1)
         model, size = load()
-        self._held[ref.kind] = Held(ref, part, fingerprint, model, size)
+        self._held[key] = Held(ref, part, now, model, size)
         run.progress("load", 1, 1)
         return model
+
+    def _make_room(self, ref: Ref, part: Part, run: Run) -> None:
+        """A collective, but for text encoders: rank 0 alone has those, and only ever one set."""
+        is_text = isinstance(ref, TextRef)
+        while others := [key for key in self._held if isinstance(key[0], TextRef) == is_text]:
+            if not is_text and min(map(int, run.gather(self._spare(ref, part)))) >= 0:  # pyright: ignore[reportArgumentType]
+                return
+            del self._held[others[0]]
+            self._release()
+            run.log("info", f"{Path(others[0][0].path).name} makes room for {Path(ref.path).name}.")
+
+    def _spare(self, ref: Ref, part: Part) -> int:
+        """Bytes that would be free, beyond what is to stay free, with this part of a model loaded as well."""
+        memory = self.memory()
+        sharers = 1 if self.device.type == "cuda" else dist.get_world_size()
+        return int((memory["free"] - KEPT_FREE * memory["total"]) / sharers) - _expected_bytes(ref, part)
 
     def _release(self) -> None:
         gc.collect()
@@ -129,6 +157,17 @@ def _fingerprint(path: Path) -> tuple[object, ...]:
     """Changes when the file, or any file of the folder, is replaced."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+
+
+def _expected_bytes(ref: Ref, part: Part) -> int:
+    """Of the device's memory, judged by the size of the files."""
+    path = Path(ref.path)
+    folder = path / COMPONENTS.get(ref.kind, "")
+    files = folder.rglob("*.safetensors") if folder.is_dir() else [path]
+    on_disk = sum(file.stat().st_size for file in files)
+    shares = part.stage.count * part.tensor.count * (part.shard.count if part.shard else 1)
+    widened = 2 if getattr(ref, "weight_dtype", "auto") == "fp32" else 1
+    return 0 if part.offload else widened * on_disk // shares
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -19,9 +19,10 @@ from .mesh import Mesh
 from .protocol.messages import Conditioning, Sample
 from .sampling.driver import SamplingJob, StepContext, latent_mask
 from .sampling.driver import run as run_sampler
-from .sampling.noise import initial_noise
-from .sampling.samplers import SAMPLERS, find_sampler
+from .sampling.noise import GaussianNoise, initial_noise
+from .sampling.samplers import SAMPLERS, NoiseKind, find_sampler
 from .sampling.schedules import sigmas_for
+from .sampling.solver import NoiseSource
 from .stages import Stage
 from .strategies.distrifusion import DistriFusion
 from .strategies.guidance import Guidance
@@ -73,6 +74,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
         seed=request.seed,
         mask=latent_mask(tensors["noise_mask"], latent.shape) if "noise_mask" in tensors else None,
         part=own,
+        noise_source=noise_of(request, noise.to(family.device)),
     )
     strategy = strategy_of(request.layout, family, mesh, attention)
     guidance = Guidance(
@@ -220,6 +222,13 @@ def check_condition_tensors(given: dict[str, Tensor], side: str, batch: int) -> 
             f"The {side} conditioning does not fit together, or not the batch of {batch}: {shapes}.",
             "Look at the node that made it.",
         )
+
+
+def noise_of(request: Sample, like: Tensor) -> NoiseSource | None:
+    """What a stochastic sampler draws from, where it is not the same in all versions of ComfyUI."""
+    if find_sampler(request.sampler).noise is not NoiseKind.GAUSSIAN:
+        return None
+    return GaussianNoise(like, request.seed, request.cpu_noise_offset)
 
 
 def sigmas_of(request: Sample, tensors: dict[str, Tensor], model_sampling) -> Tensor:

@@ -194,6 +194,9 @@ class Sample(Request):
     seed: int = Field(ge=0, lt=2**64)
     batch_index: tuple[int, ...] | None = None
     add_noise: bool = True
+    cpu_noise_offset: int = Field(
+        default=1, ge=0, le=1, description="from the seed to that of a stochastic sampler's noise, where a CPU draws it"
+    )
     preview: bool = False
     adapters: Adapters = Adapters()
 

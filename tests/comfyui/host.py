@@ -102,6 +102,12 @@ class Host:
             body = answer.read()
         return json.loads(body) if answer.headers.get_content_type() == "application/json" else body
 
+    def post(self, path: str, data: dict[str, Any]) -> None:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(data).encode(), {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=10).close()
+
     def view(self, picture: dict[str, str]) -> bytes:
         return self.get(f"/view?{urllib.parse.urlencode(picture)}")
 

@@ -3,8 +3,8 @@
 COMFYUI_PATH=... python parity_host.py FOLDER RANKS [RANKS ...]
 
 Run by `test_parity.py` with the host's Python. For each FOLDER/NAME.json (`family` and `config` of the loader's handle)
-there are the weights NAME.safetensors in ComfyUI's own layout. Writes FOLDER/errors.json: {case: [stock, sampler]}, the
-relative errors to native sampling.
+there are the weights NAME.safetensors in ComfyUI's own layout. Writes FOLDER/errors.json: the relative errors of KSampler
+and Parallel Sampler to native sampling, by case.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Case:
     masked: bool = False
     layout: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
+    entries: tuple[dict[str, Any], ...] = ({},)
+    """What is set of each entry of the positive CONDITIONING. More than the usual one: for KSampler alone."""
 
 
 def sweep(samplers: tuple[str, ...], schedulers: tuple[str, ...]) -> dict[str, Case]:
@@ -48,12 +50,25 @@ def sweep(samplers: tuple[str, ...], schedulers: tuple[str, ...]) -> dict[str, C
     return {f"{each['sampler_name']} {each['scheduler']}": Case("sd3", (1,), sampler=each) for each in settings}
 
 
+LEFT = torch.zeros(1, 64, 96)
+LEFT[..., :40] = 1
+CONDITIONINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "two prompts": ({}, {"strength": 0.5}),
+    "area": ({}, {"area": (4, 6, 2, 4), "strength": 0.8}),
+    "masks": ({"mask": LEFT, "mask_strength": 0.7}, {"mask": 1 - LEFT, "set_area_to_bounds": True}),
+    "time ranges": ({"end_percent": 0.4}, {"start_percent": 0.4}),
+}
 CASES = {
     **{name: Case(name, RANKS, sampler={"cfg": 4.0}) for name in MODELS},
     **{f"{name}, cfg 1": Case(name, RANKS, sampler={"cfg": 1.0}) for name in MODELS},
     **{
         f"{name}, batch 3, masked, denoise 0.6": Case(name, RANKS, 3, masked=True, sampler={"denoise": 0.6, "cfg": 4.0})
         for name in MODELS
+    },
+    **{
+        f"{name}, {what}": Case(name, (2,), 2, sampler={"cfg": 4.0}, entries=entries)
+        for name in ("flux", "sd3")
+        for what, entries in CONDITIONINGS.items()
     },
     "flux, odd size": Case("flux", size=(7, 9)),
     "sd3, odd size": Case("sd3", size=(7, 9)),
@@ -67,7 +82,8 @@ CASES = {
 def inputs(case: Case) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Positive and negative CONDITIONING, and a LATENT."""
     draw = _drawer(4)
-    positive, negative = ([_entry(case.model, draw)] for _ in range(2))
+    positive = [[tokens, entry | extra] for extra in case.entries for tokens, entry in [_entry(case.model, draw)]]
+    negative = [_entry(case.model, draw)]
     channels, *size = MODELS[case.model]
     rows, columns = case.size or size
     latent = {"samples": torch.zeros(case.batch, channels, rows, columns)}
@@ -151,7 +167,8 @@ def compare(case: Case, native: Any, ours: Any, stock: type, parallel: type) -> 
         return sampler().sample(model=model, latent_image=image, **prompts, **(settings | case.sampler))[0]["samples"]
 
     truth = latent(native, stock)
-    return [float((found - truth).norm() / truth.norm()) for found in (latent(ours, stock), latent(ours, parallel))]
+    samplers = (stock, parallel) if case.entries == ({},) else (stock,)
+    return [float((found - truth).norm() / truth.norm()) for found in (latent(ours, each) for each in samplers)]
 
 
 def native_model(told: Path) -> Any:

@@ -289,9 +289,7 @@ def test_an_interrupt_ends_the_run_within_a_step_and_the_next_prompt_works(host,
 def test_a_killed_rank_is_an_error_in_the_graph_and_the_next_prompt_works(host, demo):
     demo["6"]["inputs"] |= {"steps": 1000, "seed": 3}
     picture(host, host.run(demo_with(NAME, seed=33)))
-    command = [sys.executable, str(PACK / "launcher"), "status", "--json"]
-    env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(host.runtime)}
-    status = json.loads(subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout)
+    status = json.loads(launcher(host, "status", "--json"))
     victim = subprocess.Popen(
         [sys.executable, "-c", f"import os, time; time.sleep(2); os.kill({rank_pid(status)}, {signal.SIGKILL})"]
     )
@@ -299,6 +297,42 @@ def test_a_killed_rank_is_an_error_in_the_graph_and_the_next_prompt_works(host, 
     victim.wait()
     assert "SIGKILL" in run.error or "killed" in run.error, run.error
     picture(host, host.run(demo_with(NAME, seed=4)))
+
+
+def launcher(host, *arguments: str) -> str:
+    """What a command of the launcher prints, for the sidecar of `host`."""
+    env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(host.runtime)}
+    command = [sys.executable, str(PACK / "launcher"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+
+
+def test_a_model_that_comfyui_has_cached_works_in_a_new_sidecar(host, demo):
+    demo["6"] = stock(seed=5)
+    picture(host, host.run(demo))
+    launcher(host, "stop")
+    demo["6"] = stock(seed=6)
+    run = host.run(demo)
+    picture(host, run)
+    assert "2" in run.of("execution_cached")[0]["nodes"]
+
+
+@pytest.mark.parametrize("sampler", ["stock", "parallel"])
+def test_freeing_comfyuis_memory_frees_that_of_the_ranks(host, demo, sampler):
+    demo["6"] = stock(seed=7) if sampler == "stock" else demo["6"]
+    demo["6"]["inputs"]["seed"] = 7
+    picture(host, host.run(demo))
+    assert {"model", "vae"} <= kinds_held(host)
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 30
+    while kinds_held(host) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert not kinds_held(host)
+    demo["6"]["inputs"]["seed"] = 8
+    picture(host, host.run(demo))
+
+
+def kinds_held(host) -> set[str]:
+    return {model["kind"] for model in json.loads(launcher(host, "status", "--json"))["models"]}
 
 
 def rank_pid(status: dict[str, Any]) -> int:

@@ -1,0 +1,112 @@
+"""Which models stay in memory beside each other, and which go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from paralleldit.parallel_backend import models, transformer
+from paralleldit.parallel_backend.models import KEPT_FREE, ModelStore
+from paralleldit.parallel_backend.parts import WHOLE, Part, Share
+from paralleldit.parallel_backend.protocol.messages import ModelRef
+
+SIZE, TOTAL = 1000, 10_000
+
+
+class Run:
+    """A run on one rank, which remembers what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def gather(self, value: object) -> list[object]:
+        return [value]
+
+    def progress(self, phase: str, step: int, total: int) -> None:
+        pass
+
+    def log(self, level: str, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def store(monkeypatch) -> ModelStore:
+    """One whose models take as much as their files, of a device of `TOTAL` bytes of which others use `store.taken`."""
+
+    def make(path: Path, *rest: Any) -> Any:
+        return SimpleNamespace(bytes=path.stat().st_size, path=path)
+
+    monkeypatch.setattr(transformer, "Transformer", make)
+    monkeypatch.setattr(models.dist, "get_world_size", lambda: 1)
+    store: Any = ModelStore(torch.device("cpu"))
+    store.taken = 0
+
+    def memory() -> dict[str, int]:
+        used = store.taken + sum(each["bytes"] for each in store.summary())
+        return {"used": used, "free": TOTAL - used, "total": TOTAL}
+
+    monkeypatch.setattr(store, "memory", memory)
+    return store
+
+
+@pytest.fixture
+def refs(tmp_path) -> list[ModelRef]:
+    for number in range(3):
+        (tmp_path / f"{number}.safetensors").write_bytes(bytes(SIZE))
+    return [ModelRef(path=str(tmp_path / f"{number}.safetensors")) for number in range(3)]
+
+
+def held(store: ModelStore) -> list[str]:
+    return [Path(str(each["path"])).stem for each in store.summary()]
+
+
+def test_models_stay_beside_each_other_while_there_is_room(store, refs):
+    run = Run()
+    first, second, again = (store.transformer(refs[number], run) for number in (0, 1, 0))
+    assert first is again
+    assert first is not second
+    assert held(store) == ["0", "1"]
+    assert not run.said
+
+
+def test_the_one_that_was_used_longest_ago_makes_room(store, refs):
+    run = Run()
+    store.taken = int(TOTAL * (1 - KEPT_FREE)) - 2 * SIZE
+    for number in (0, 1, 0, 2):
+        store.transformer(refs[number], run)
+    assert held(store) == ["2", "0"]
+    assert run.said == ["1.safetensors makes room for 2.safetensors."]
+
+
+def test_without_room_for_two_only_the_last_stays(store, refs):
+    store.taken = TOTAL
+    for ref in refs:
+        store.transformer(ref, Run())
+    assert held(store) == ["2"]
+
+
+def test_a_part_of_a_model_needs_its_share_of_the_room(store, refs):
+    store.taken = int(TOTAL * (1 - KEPT_FREE)) - SIZE - SIZE // 2
+    run = Run()
+    for part in (WHOLE, Part(tensor=Share(0, 2))):
+        store.transformer(refs[0], run, part)
+    assert not run.said
+
+
+def test_a_file_that_was_replaced_is_read_again(store, refs):
+    run = Run()
+    first = store.transformer(refs[0], run)
+    os.utime(refs[0].path, ns=(1, 1))
+    assert store.transformer(refs[0], run) is not first
+    assert held(store) == ["0"]
+
+
+def test_unloading_tells_what_the_device_has_got_back(store, refs):
+    store.transformer(refs[0], Run())
+    store.transformer(refs[1], Run())
+    assert store.unload() == 2 * SIZE
+    assert held(store) == []
