@@ -3,8 +3,8 @@
 COMFYUI_PATH=... python parity_host.py FOLDER RANKS [RANKS ...]
 
 Run by `test_parity.py` with the host's Python. For each FOLDER/NAME.json (`family` and `config` of the loader's handle)
-there are the weights NAME.safetensors in ComfyUI's own layout. Writes FOLDER/errors.json: the relative errors of KSampler
-and Parallel Sampler to native sampling, by case.
+there are the weights NAME.safetensors in ComfyUI's own layout. Writes FOLDER/errors.json: by case, the relative errors
+of KSampler and Parallel Sampler to native sampling.
 """
 
 from __future__ import annotations
