@@ -14,6 +14,7 @@ from pathlib import Path
 from ..parallel_backend.errors import Cancelled, UserError
 from ..parallel_backend.protocol import messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
+from . import plan_command
 from .client import SidecarError
 from .life import Life
 from .runtime_dir import Slot
@@ -107,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         run_command.add_parser(commands)
     add_sidecar_options(
         add_command(commands, "start", _start, "Start a sidecar that lives until it is stopped or idle.")
+    )
+    plan_command.add_options(
+        add_command(commands, "plan", plan_command.plan, "Say which layouts fit a model, a picture and ranks.")
     )
     for name, run, text in (
         ("status", _status, "Show the sidecar: ranks, memory, models, what it is doing."),

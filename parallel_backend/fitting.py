@@ -55,15 +55,17 @@ def nearest_layouts(layout: Layout, work: Work) -> list[Layout]:
 
     An approximate method is named only to those who asked for one.
     """
-    ranks = layout.ranks if work.ranks is None else work.ranks
-    found = [
-        other
-        for degrees in _factors(ranks, len(AXES))
-        if (other := layout.with_degrees(degrees)).is_exact >= layout.is_exact and not misfit_of(other, work)
-    ]
+    found = [other for other in layouts_that_fit(layout, work) if other.is_exact >= layout.is_exact]
     return sorted(found, key=lambda other: (_distance(layout, other), -other.ulysses_degree, -other.ring_degree))[
         :SHOWN
     ]
+
+
+def layouts_that_fit(layout: Layout, work: Work) -> list[Layout]:
+    """Every layout of as many ranks as there are that fits, with the settings of `layout`."""
+    ranks = layout.ranks if work.ranks is None else work.ranks
+    found = (layout.with_degrees(degrees) for degrees in _factors(ranks, len(AXES)))
+    return [other for other in found if not misfit_of(other, work)]
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:

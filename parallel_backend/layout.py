@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UserError
 
 AXES = ("tensor", "ulysses", "ring", "distrifusion", "pipefusion", "cfg", "data")
 """Mesh axes from innermost (neighbouring ranks, fastest links) to outermost."""
@@ -89,6 +91,24 @@ class Layout(BaseModel):
         weights = "" if self.weights == "whole" else f", weights {self.weights}"
         stages = f", stage_blocks {','.join(map(str, self.stage_blocks))}" if self.stage_blocks else ""
         return (" x ".join(named) or "one rank") + stages + weights
+
+
+def parse_layout(text: str) -> Layout:
+    """`ulysses_degree=2,cfg_degree=2`, as a command line gives it, as a layout. Raises `UserError` for what is none."""
+    fields: dict[str, int | str] = {}
+    for pair in text.split(","):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{pair!r} in --layout {text} is not of the form NAME=VALUE.")
+        fields[name.strip()] = int(value) if value.strip().isdecimal() else value.strip()
+    try:
+        return Layout.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(Layout.model_fields)
+        raise UserError(
+            f"--layout {text}: {first['loc'][0]}: {first['msg']}.", f"A layout is made of {known}."
+        ) from error
 
 
 def patches_of(layout: Layout, token_rows: int) -> int:

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from ...parallel_backend.errors import UserError
-from ...parallel_backend.layout import Layout
+from ...parallel_backend.layout import Layout, parse_layout
 from ..demo_model.checkpoint import TARGET
 from ..demo_model.evaluate import held_out
-from .methods import PRESETS, name_of, parse_layout
+from .methods import PRESETS, name_of
 from .report import Row, sheet, table
 from .sampling import Diffusers, Made, Task, encode, sample, sidecar
 

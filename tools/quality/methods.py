@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 
-from pydantic import ValidationError
-
-from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout import Layout
 
 PRESETS: dict[str, tuple[Layout, ...]] = {
@@ -25,24 +22,6 @@ PRESETS: dict[str, tuple[Layout, ...]] = {
         for refresh, warmup in product(("all", "in_turn"), (1, 2, 4))
     ),
 }
-
-
-def parse_layout(text: str) -> Layout:
-    """`ulysses_degree=2,cfg_degree=2` as a layout. Raises `UserError` for what is none."""
-    fields: dict[str, int | str] = {}
-    for pair in text.split(","):
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"{pair!r} in --layout {text} is not of the form NAME=VALUE.")
-        fields[name.strip()] = int(value) if value.strip().isdecimal() else value.strip()
-    try:
-        return Layout.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        known = ", ".join(Layout.model_fields)
-        raise UserError(
-            f"--layout {text}: {first['loc'][0]}: {first['msg']}.", f"A layout is made of {known}."
-        ) from error
 
 
 def name_of(layout: Layout) -> str:

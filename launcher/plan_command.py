@@ -1,0 +1,63 @@
+"""`launcher plan`: which layouts fit a model, a picture and a number of ranks, asked without any rank."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.fitting import Work, check_layout, layouts_that_fit
+from ..parallel_backend.layout import Layout, parse_layout, patches_of
+
+TOKEN_PIXELS = 16
+"""Pixels per image token, in both directions, in all families here."""
+
+BLOCKS = {"flux": 57, "sd3": 24, "sd3.5-large": 38, "pixart": 28, "hunyuandit": 40}
+"""How many blocks the published models have."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ranks", type=int, required=True, help="how many ranks there are")
+    add("--family", choices=BLOCKS, required=True, help="of the model")
+    add("--width", type=int, default=1024, help="of the picture, in pixels (default 1024)")
+    add("--height", type=int, default=1024, help="of the picture, in pixels (default 1024)")
+    add("--steps", type=int, default=20, help="of the run (default 20)")
+    add("--batch", type=int, default=1, help="pictures (default 1)")
+    add("--cfg", type=float, default=1.0, help="guidance by a negative prompt; 1: none (default 1)")
+    add(
+        "--layout", metavar="NAME=VALUE,…", help="judge this one, e.g. ulysses_degree=4,cfg_degree=2; default: list all"
+    )
+
+
+def plan(args: argparse.Namespace) -> int:
+    work = Work(
+        ranks=args.ranks,
+        batch=args.batch,
+        cfg=args.cfg,
+        has_negative=args.cfg != 1.0,
+        blocks=BLOCKS[args.family],
+        token_rows=-(-args.height // TOKEN_PIXELS),
+    )
+    if args.layout:
+        chosen = [parse_layout(args.layout)]
+        check_layout(chosen[0], work)
+    else:
+        chosen = sorted(layouts_that_fit(Layout(), work), key=lambda layout: not layout.is_exact)
+        if not chosen:
+            raise UserError(f"No layout of {args.ranks} ranks fits.", "Use another number of ranks.")
+    for layout in chosen:
+        print(f"{layout}: {describe(layout, work, args.steps)}")
+    if not args.layout:
+        print(f"{len(chosen)} layouts fit", file=sys.stderr)
+    return 0
+
+
+def describe(layout: Layout, work: Work, steps: int) -> str:
+    """Exact or not, and what a run of `steps` steps makes of a layout that fits."""
+    if layout.is_exact:
+        return "exact"
+    if steps <= layout.warmup_steps:
+        return f"exact, as warmup_steps={layout.warmup_steps} covers all {steps} steps"
+    strips = f", {patches_of(layout, work.token_rows or 1)} patches" if layout.pipefusion_degree > 1 else ""
+    return f"approximate after {layout.warmup_steps} exact steps{strips}"
