@@ -30,7 +30,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/ready
-	$(BIN)/python tools/bench_speedup.py
+	$(BIN)/python tools/bench.py
 
 clean:
 	rm -rf $(VENV)

@@ -31,6 +31,7 @@ from diffusers import FluxTransformer2DModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parallel_backend.control import Control, Run
+from parallel_backend.families.base import Family
 from parallel_backend.families.flux import Flux
 from parallel_backend.layout import Layout
 from parallel_backend.mesh import Mesh
@@ -154,7 +155,9 @@ def measure(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def seconds_per_step(family: Flux, mesh: Mesh, layout: Layout, control: Control, side: int) -> float:
+def seconds_per_step(
+    family: Family, mesh: Mesh, layout: Layout, control: Control, side: int, text_tokens: int = TEXT_TOKENS
+) -> float:
     """Of the steps after the exact ones; all but the last are told of when the first rank has their latent."""
     request = Sample(
         id=1,
@@ -167,7 +170,7 @@ def seconds_per_step(family: Flux, mesh: Mesh, layout: Layout, control: Control,
     )
     tensors = {
         "latent": torch.zeros(1, 16, 2 * side, 2 * side),
-        "positive.0.tokens": torch.randn(1, TEXT_TOKENS, TEXT_WIDTH),
+        "positive.0.tokens": torch.randn(1, text_tokens, TEXT_WIDTH),
         "positive.0.pooled": torch.randn(1, POOLED_WIDTH),
     }
     told: dict[int, float] = {}
