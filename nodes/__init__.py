@@ -6,7 +6,12 @@ from .lora import ParallelDiTLora
 from .sampler import ParallelDiTSampler
 from .status import ParallelDiTStatus, ParallelDiTUnload
 from .text import ParallelDiTTextEncode
-from .vae import ParallelDiTVAEDecode, ParallelDiTVAELoader
+from .vae import (
+    ParallelDiTVAEDecode,
+    ParallelDiTVAEEncode,
+    ParallelDiTVAEEncodeForInpaint,
+    ParallelDiTVAELoader,
+)
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
@@ -18,6 +23,8 @@ NODE_CLASS_MAPPINGS = {
         ParallelDiTSampler,
         ParallelDiTVAELoader,
         ParallelDiTVAEDecode,
+        ParallelDiTVAEEncode,
+        ParallelDiTVAEEncodeForInpaint,
         ParallelDiTStatus,
         ParallelDiTUnload,
     )
@@ -30,6 +37,8 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTSampler": "Parallel Sampler",
     "ParallelDiTVAELoader": "Parallel VAE Loader",
     "ParallelDiTVAEDecode": "Parallel VAE Decode",
+    "ParallelDiTVAEEncode": "Parallel VAE Encode",
+    "ParallelDiTVAEEncodeForInpaint": "Parallel VAE Encode (for Inpainting)",
     "ParallelDiTStatus": "Parallel Status",
     "ParallelDiTUnload": "Parallel Unload",
 }

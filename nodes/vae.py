@@ -1,14 +1,18 @@
-"""Parallel VAE Loader and Parallel VAE Decode."""
+"""Parallel VAE Loader, Decode, Encode and Encode (for Inpainting)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import Decode, EncodeImage, VaeRef, WeightDtype
+from ..parallel_backend.protocol.messages import Decode, EncodeImage, VaeRef, VaeWork, WeightDtype
+from ..parallel_backend.vae.header import VaeHeader, read_header
+from ..parallel_backend.vae.tiles import NO_TILES, Tiling, cropped
 from . import paths, session
 from .layout import LayoutChoice
 from .loader import LAYOUT_INPUT
@@ -20,23 +24,51 @@ WHAT = "The VAE"
 
 @dataclass(frozen=True)
 class ParallelVAE:
-    """A VAE in the ranks. ComfyUI's VAE Decode and VAE Encode use it through `decode` and `encode`."""
+    """A VAE in the ranks, which ComfyUI's own VAE nodes use as theirs; `header` is what its file tells."""
 
     ref: VaeRef
     layout: LayoutChoice | None
+    header: VaeHeader
 
-    def decode(self, samples: Tensor, tile_size: int = 0, overlap: int = 64) -> Tensor:
-        """Latent `[B, C, h, w]` to picture `[B, H, W, 3]` in 0..1."""
-        message = Decode(id=0, vae=self.ref, tile_size=tile_size, overlap=overlap)
-        return session.ask(self._client(), message, {"latent": samples}).tensors["image"]
+    def decode(self, samples: Tensor, tiling: Tiling = NO_TILES) -> Tensor:
+        """Latent `[B, C, h, w]` to pictures `[B, H, W, 3]` in 0..1, `[B, C, t, h, w]` to videos `[B, T, H, W, 3]`."""
+        return self._ask(Decode, tiling, {"latent": samples}).tensors["image"]
 
-    def encode(self, pixel_samples: Tensor) -> Tensor:
-        """Picture `[B, H, W, 3]` in 0..1 to latent `[B, C, h, w]`."""
-        message = EncodeImage(id=0, vae=self.ref)
-        return session.ask(self._client(), message, {"image": pixel_samples[..., :3]}).tensors["latent"]
+    def encode(self, pixel_samples: Tensor, tiling: Tiling = NO_TILES) -> Tensor:
+        """Pictures `[B, H, W, 3]` in 0..1 to latents `[B, C, h, w]`.
 
-    def _client(self) -> Any:
-        return session.client_for(self.layout.ranks if self.layout else None)
+        A VAE of videos takes one video `[T, H, W, 3]`, or `[B, T, H, W, 3]`, and gives `[B, C, t, h, w]`.
+        """
+        image = pixel_samples[..., :3]
+        if self.header.frames and image.ndim == 4:
+            image = image[None]
+        return self._ask(EncodeImage, tiling, {"image": image}).tensors["latent"]
+
+    def decode_tiled(self, samples: Tensor, tile_x: int, tile_y: int, overlap: int, **in_time: Any) -> Tensor:
+        """As ComfyUI's tiled node calls it, in latent pixels. Frames are never cut into tiles."""
+        return self.decode(samples, Tiling(max(tile_x, tile_y) * self.downscale_ratio, overlap * self.downscale_ratio))
+
+    def encode_tiled(self, pixel_samples: Tensor, tile_x: int, tile_y: int, overlap: int, **in_time: Any) -> Tensor:
+        """As ComfyUI's tiled node calls it, in pixels. Frames are never cut into tiles."""
+        return self.encode(pixel_samples, Tiling(max(tile_x, tile_y), overlap))
+
+    @property
+    def downscale_ratio(self) -> int:
+        """Pixels per latent row or column."""
+        return self.header.scale
+
+    def spacial_compression_decode(self) -> int:
+        return self.header.scale
+
+    def temporal_compression_decode(self) -> int | None:
+        return self.header.frames
+
+    def throw_exception_if_invalid(self) -> None:
+        """ComfyUI asks this of a VAE whose file may hold none; ours was read before."""
+
+    def _ask(self, kind: type[VaeWork], tiling: Tiling, tensors: dict[str, Tensor]) -> session.Reply:
+        client = session.client_for(self.layout.ranks if self.layout else None)
+        return session.ask(client, kind(id=0, vae=self.ref, **tiling._asdict()), tensors)
 
 
 class ParallelDiTVAELoader:
@@ -67,61 +99,126 @@ class ParallelDiTVAELoader:
         return verdict(lambda name: paths.resolve(name, KIND, WHAT), vae)
 
     def load(self, vae: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None) -> tuple[ParallelVAE]:
-        return (ParallelVAE(VaeRef(path=str(paths.resolve(vae, KIND, WHAT)), weight_dtype=weight_dtype), layout),)
+        path = paths.resolve(vae, KIND, WHAT)
+        return (ParallelVAE(VaeRef(path=str(path), weight_dtype=weight_dtype), layout, read_header(path)),)
+
+
+TILE_SIZE = (
+    "INT",
+    {
+        "default": 0,
+        "min": 0,
+        "max": 8192,
+        "step": 32,
+        "tooltip": "Side of a tile in pixels, for pictures larger than the ranks' memory: an approximation. "
+        "0: no tiles, the exact result.",
+    },
+)
+OVERLAP = (
+    "INT",
+    {
+        "default": 64,
+        "min": 0,
+        "max": 4096,
+        "step": 32,
+        "tooltip": "Pixels that neighbouring tiles share and blend.",
+    },
+)
+VAE = ("VAE", {"tooltip": "From Parallel VAE Loader."})
 
 
 class ParallelDiTVAEDecode:
     CATEGORY = "ParallelDiT"
     DESCRIPTION = "Decodes a latent with all ranks: each decodes a band of rows, and the seams are exact."
     RETURN_TYPES = ("IMAGE",)
-    OUTPUT_TOOLTIPS = ("The picture.",)
+    OUTPUT_TOOLTIPS = ("The pictures, or the frames of the videos one after the other.",)
     FUNCTION = "decode"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        latent = ("LATENT", {"tooltip": "The latent to decode."})
+        return {"required": {"samples": latent, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
+        return verdict(_tiling, tile_size, overlap)
+
+    def decode(self, samples: dict[str, Any], vae: Any, tile_size: int, overlap: int) -> tuple[Tensor]:
+        image = _ours(vae).decode(samples["samples"], _tiling(tile_size, overlap))
+        return (image.flatten(0, -4),)
+
+
+class ParallelDiTVAEEncode:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = "Encodes pictures with all ranks: each encodes a band of rows, and the seams are exact."
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_TOOLTIPS = ("The latent, its sides cropped to what the VAE can hold.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        pixels = ("IMAGE", {"tooltip": "The pictures; for a VAE of videos, the frames of one video."})
+        return {"required": {"pixels": pixels, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
+        return verdict(_tiling, tile_size, overlap)
+
+    def encode(self, pixels: Tensor, vae: Any, tile_size: int, overlap: int) -> tuple[dict[str, Tensor]]:
+        return ({"samples": _ours(vae).encode(pixels, _tiling(tile_size, overlap))},)
+
+
+class ParallelDiTVAEEncodeForInpaint:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = "Encodes pictures with all ranks, what the mask covers made grey, for models that fill it anew."
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_TOOLTIPS = ("The latent with the mask as its noise mask.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        grow = (
+            "INT",
+            {"default": 6, "min": 0, "max": 64, "tooltip": "Pixels by which the mask grows, for soft seams."},
+        )
         return {
             "required": {
-                "samples": ("LATENT", {"tooltip": "The latent to decode."}),
-                "vae": ("VAE", {"tooltip": "From Parallel VAE Loader."}),
-                "tile_size": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 8192,
-                        "step": 32,
-                        "tooltip": "Side of a tile in pixels, for pictures larger than the ranks' memory. 0: no tiles, "
-                        "the exact picture.",
-                    },
-                ),
-                "overlap": (
-                    "INT",
-                    {
-                        "default": 64,
-                        "min": 0,
-                        "max": 4096,
-                        "step": 32,
-                        "tooltip": "Pixels that neighbouring tiles share and blend.",
-                    },
-                ),
+                "pixels": ("IMAGE", {"tooltip": "The pictures."}),
+                "vae": VAE,
+                "mask": ("MASK", {"tooltip": "What is to be filled anew."}),
+                "grow_mask_by": grow,
+                "tile_size": TILE_SIZE,
+                "overlap": OVERLAP,
             }
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
-        return verdict(_check_tiles, tile_size, overlap)
+        return verdict(_tiling, tile_size, overlap)
 
-    def decode(self, samples: dict[str, Any], vae: Any, tile_size: int, overlap: int) -> tuple[Tensor]:
-        if not isinstance(vae, ParallelVAE):
-            raise UserError(
-                "This VAE was not loaded by Parallel VAE Loader, so it is not in the ranks.",
-                "Connect a Parallel VAE Loader, or decode with ComfyUI's VAE Decode.",
-            )
-        _check_tiles(tile_size, overlap)
-        return (vae.decode(samples["samples"], tile_size, overlap),)
+    def encode(
+        self, pixels: Tensor, vae: Any, mask: Tensor, grow_mask_by: int, tile_size: int, overlap: int
+    ) -> tuple[dict[str, Tensor]]:
+        vae, tiling = _ours(vae), _tiling(tile_size, overlap)
+        holes = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=pixels.shape[1:3], mode="bilinear").round()
+        pixels, holes = cropped(pixels, vae.downscale_ratio, 1), cropped(holes, vae.downscale_ratio, 2)
+        grey = torch.where(holes.movedim(1, -1).bool(), 0.5, pixels)
+        height, width = holes.shape[-2:]
+        if grow_mask_by:
+            holes = F.max_pool2d(holes, grow_mask_by, stride=1, padding=grow_mask_by // 2)[..., :height, :width]
+        return ({"samples": vae.encode(grey, tiling), "noise_mask": holes},)
 
 
-def _check_tiles(tile_size: int, overlap: int) -> None:
+def _ours(vae: Any) -> ParallelVAE:
+    if not isinstance(vae, ParallelVAE):
+        raise UserError(
+            "This VAE was not loaded by Parallel VAE Loader, so it is not in the ranks.",
+            "Connect a Parallel VAE Loader, or use ComfyUI's own VAE nodes.",
+        )
+    return vae
+
+
+def _tiling(tile_size: int, overlap: int) -> Tiling:
     if tile_size < 0 or overlap < 0:
         raise UserError(f"tile_size={tile_size} and overlap={overlap} cannot be negative.", "Use 0 for no tiles.")
     if tile_size and overlap >= tile_size:
@@ -129,3 +226,4 @@ def _check_tiles(tile_size: int, overlap: int) -> None:
             f"overlap={overlap} leaves nothing of a tile of tile_size={tile_size}.",
             f"Use an overlap of at most {tile_size // 2}.",
         )
+    return Tiling(tile_size, overlap)

@@ -145,7 +145,7 @@ class Engine:
         name: str,
         run: Run,
     ) -> Answer:
-        from .vae.run import Tiling
+        from .vae.tiles import Tiling
 
         def progress(done: int, total: int) -> None:
             run.check_cancelled()

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..comm import Axis
 from ..errors import UserError
 from .load import LoadedVAE
-from .run import NO_TILES, Tiling, run
+from .run import run
 from .spread import Report, Side, Work
+from .tiles import NO_TILES, Tiling
 
 
 @torch.no_grad()
@@ -18,13 +19,14 @@ def decode(
 ) -> Tensor | None:
     """Decode `latent` `[B, C, h, w]`, the same on every rank of `axis`, to pictures `[B, H, W, 3]`: fp32, 0 to 1, CPU.
 
-    The pictures are on the axis's first rank, None elsewhere; `run` says how the ranks share the work.
+    For a VAE of videos: `[B, C, t, h, w]` to `[B, T, H, W, 3]`. The pictures are on the axis's first rank, None
+    elsewhere; `run` says how the ranks share the work.
     Raises UserError for a latent that the VAE cannot decode, and for sizes of tiles that make no sense.
     """
     _check(vae, latent)
 
     def compute(part: Tensor) -> Tensor:
-        sample = vae.module.decode(part[None].to(vae.device, vae.dtype)).sample[0].movedim(0, -1).float()
+        sample = vae.decode(part[None])[0].movedim(0, -1).float()
         broken.add_((~torch.isfinite(sample)).sum())
         return sample.add_(1).div_(2).clamp_(0, 1)
 
@@ -39,8 +41,11 @@ def decode(
 
 
 def _check(vae: LoadedVAE, latent: Tensor) -> None:
-    if latent.ndim != 4 or 0 in latent.shape:
-        raise UserError(f"A latent of the shape {list(latent.shape)} cannot be decoded: expected was [B, C, h, w].")
+    expected = "[B, C, frames, h, w]" if vae.frames else "[B, C, h, w]"
+    if latent.ndim != expected.count(",") + 1 or 0 in latent.shape:
+        raise UserError(
+            f"A latent of the shape {list(latent.shape)} cannot be decoded by {vae.source}: expected was {expected}."
+        )
     if latent.shape[1] != vae.latent_channels:
         raise UserError(
             f"The latent has {latent.shape[1]} channels, the VAE {vae.source} takes {vae.latent_channels}.",

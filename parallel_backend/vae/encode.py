@@ -8,8 +8,9 @@ from torch import Tensor
 from ..comm import Axis
 from ..errors import UserError
 from .load import LoadedVAE
-from .run import NO_TILES, Tiling, run
+from .run import run
 from .spread import Report, Side, Work
+from .tiles import NO_TILES, Tiling, cropped
 
 
 @torch.no_grad()
@@ -18,33 +19,37 @@ def encode(
 ) -> Tensor | None:
     """Encode `image` `[B, H, W, 3]` (0 to 1), the same on every rank of `axis`, to latents `[B, C, h, w]`: fp32, CPU.
 
-    The latent is the mode of the posterior, unscaled; it is on the axis's first rank, None elsewhere. Sides that the
-    VAE's scale does not divide are cropped about the middle; `run` says how the ranks share the work.
+    For a VAE of videos: `[B, T, H, W, 3]` to `[B, C, t, h, w]`. The latent is the posterior's mode, unscaled; it is on
+    the axis's first rank, None elsewhere. Sides that the VAE's scale does not divide are cropped about the middle;
+    `run` says how the ranks share the work.
     Raises UserError for anything that is not such a picture, and for sizes of tiles that make no sense.
     """
     _check(vae, image)
 
     def compute(part: Tensor) -> Tensor:
-        pixels = part.to(vae.device, vae.dtype).movedim(-1, 0)[None]
-        return vae.module.encode(pixels.mul(2).sub_(1)).latent_dist.mode()[0].float()
+        return vae.encode(part.movedim(-1, 0)[None].to(vae.device).mul(2).sub_(1))[0].float()
 
-    cropped = _crop(_crop(image, -3, vae.scale), -2, vae.scale)
-    return run(vae, Work(cropped, compute, Side(-3, vae.scale), Side(-2, 1)), axis, tiling, on_progress)
+    image = cropped(image, vae.scale, -3)
+    return run(vae, Work(image, compute, Side(-3, vae.scale), Side(-2, 1)), axis, tiling, on_progress)
 
 
 def _check(vae: LoadedVAE, image: Tensor) -> None:
-    if image.ndim != 4 or image.shape[-1] != vae.image_channels or 0 in image.shape:
+    channels = vae.image_channels
+    expected = f"[B, frames, H, W, {channels}]" if vae.frames else f"[B, H, W, {channels}]"
+    if image.ndim != expected.count(",") + 1 or image.shape[-1] != channels or 0 in image.shape:
         raise UserError(
-            f"An image of the shape {list(image.shape)} cannot be encoded: "
-            f"expected was [B, H, W, {vae.image_channels}]."
+            f"An image of the shape {list(image.shape)} cannot be encoded by {vae.source}: expected was {expected}."
         )
-    height, width = image.shape[1:3]
+    if vae.frames and (image.shape[1] - 1) % vae.frames:
+        frames = image.shape[1]
+        fitting = (frames - 1) // vae.frames * vae.frames + 1
+        raise UserError(
+            f"A video of {frames} frames does not fit the VAE {vae.source}, whose latent frames are one frame, "
+            f"then {vae.frames} each.",
+            f"Give it {fitting} or {fitting + vae.frames} frames.",
+        )
+    height, width = image.shape[-3:-1]
     if min(height, width) < vae.scale:
         raise UserError(f"An image of {width} x {height} pixels is smaller than the {vae.scale} of one latent row.")
     if not torch.isfinite(image).all():
         raise UserError("The image is not finite: it holds NaN or infinite values.")
-
-
-def _crop(image: Tensor, dim: int, multiple: int) -> Tensor:
-    excess = image.shape[dim] % multiple
-    return image.narrow(dim, excess // 2, image.shape[dim] - excess)

@@ -1,4 +1,4 @@
-"""Loading an AutoencoderKL from a diffusers folder or a single safetensors file, without a hub."""
+"""Loading a VAE, without a hub."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
 
 from ..errors import UserError
-from ..weights.checkpoint import open_checkpoint
-from .keys import Shape, config_from_shapes, diffusers_names
+from .header import Shape, VaeHeader, read_header
 from .kinds import KINDS, Kind
 
 
@@ -30,16 +31,27 @@ class LoadedVAE:
 
     @property
     def latent_channels(self) -> int:
-        return self.module.config[self.kind.latent_channels]
+        return self.kind.latent_channels(self.module.config)
 
     @property
     def image_channels(self) -> int:
-        return self.module.config["out_channels"]
+        return self.kind.image_channels(self.module.config)
 
     @property
     def scale(self) -> int:
         """Pixels per latent row or column."""
         return self.kind.scale(self.module.config)
+
+    @property
+    def frames(self) -> int | None:
+        """Frames per latent frame, None for pictures."""
+        return self.kind.frames and self.kind.frames(self.module.config)
+
+    @property
+    def reach(self) -> int:
+        """The most rows that a convolution takes of what is above or below its own."""
+        convolutions = (part for part in self.module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
+        return max(part.kernel_size[-2] // 2 for part in convolutions)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,55 +61,63 @@ class LoadedVAE:
     def device(self) -> torch.device:
         return self.module.device
 
+    def decode(self, latent: Tensor) -> Tensor:
+        """`[B, C, (T,) h, w]`, as the graph has it, to `[B, 3, (T',) H, W]`: -1 to 1."""
+        latent = latent.to(self.device, self.dtype)
+        if self.kind.normalised:
+            mean, deviation = self._statistics()
+            latent = latent * deviation + mean
+        return self.module.decode(latent).sample
+
+    def encode(self, image: Tensor) -> Tensor:
+        """`[B, 3, (T',) H, W]`, -1 to 1, to the mode of the posterior, `[B, C, (T,) h, w]`, as the graph has it."""
+        encoded = self.module.encode(image.to(self.device, self.dtype))
+        latent = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
+        if self.kind.normalised:
+            mean, deviation = self._statistics()
+            latent = (latent - mean) / deviation
+        return latent
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        return tuple(each.view(1, -1, 1, 1, 1) for each in (self.module.latents_mean, self.module.latents_std))
+
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> LoadedVAE:
-    """Load the AutoencoderKL at `path`: a pipeline's folder, a VAE's folder, or a safetensors file.
-
-    A file may be of the original layout or of diffusers', on its own or inside a whole checkpoint; its configuration is
-    read off its header. Raises UserError for anything that is not a whole AutoencoderKL.
-    """
-    path = Path(path)
-    if path.is_dir() and not any((folder / "config.json").is_file() for folder in (path / "vae", path)):
-        raise UserError(
-            f"{path} holds no VAE: there is neither vae/config.json nor config.json.",
-            "Choose a diffusers folder (of a pipeline or of a VAE) or a safetensors file.",
-        )
-    checkpoint = open_checkpoint(path, "vae")
-    names = diffusers_names(checkpoint.tensors, str(path))
-    shapes = {name: checkpoint.tensors[key].shape for name, key in names.items()}
-    module = _module(checkpoint.config or config_from_shapes(shapes, str(path)), str(path))
+    """Load the VAE that `read_header` finds at `path`. Raises UserError for anything that is not a whole VAE."""
+    header = read_header(path)
+    module = _module(header)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _check(expected, shapes, str(path))
+    _check(expected, header.shapes, header.source)
     module.load_state_dict(
         {
             # The original layout stores the attention's linear layers as 1x1 convolutions.
-            name: checkpoint.tensor(names[name]).reshape(shape).to(device=device, dtype=dtype)
+            name: header.tensor(name).reshape(shape).to(device=device, dtype=dtype)
             for name, shape in expected.items()
         },
         assign=True,
     )
-    return LoadedVAE(module.eval().requires_grad_(False), str(path))
+    return LoadedVAE(module.eval().requires_grad_(False), header.source)
 
 
-def _module(config: Mapping[str, Any], source: str) -> AutoencoderKL:
-    """The VAE that `config` describes, on the meta device."""
-    kind = config.get("_class_name", AutoencoderKL.__name__)
-    if kind != AutoencoderKL.__name__:
-        raise UserError(f"{source} is a VAE of the kind {kind}, expected was {AutoencoderKL.__name__}.")
+def _module(header: VaeHeader) -> ModelMixin:
+    """The VAE that its header describes, on the meta device."""
+    if header.config.get("timestep_conditioning"):
+        raise UserError(
+            f"{header.source} is a VAE whose decoder adds noise by a timestep; the ranks do not run those.",
+            "Use ComfyUI's own VAE nodes for it.",
+        )
     try:
         with torch.device("meta"):
-            module = AutoencoderKL.from_config(dict(config))
+            return getattr(diffusers, header.name).from_config(dict(header.config))
     except (TypeError, ValueError) as error:
-        raise UserError(f"The config.json of {source} describes no VAE: {error}.") from error
-    assert isinstance(module, AutoencoderKL)
-    return module
+        raise UserError(f"The config.json of {header.source} describes no VAE: {error}.") from error
 
 
 def _check(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:
     if missing := expected.keys() - found.keys():
         raise UserError(f"{source} lacks {len(missing)} of the VAE's {len(expected)} tensors: {_some(missing)}.")
     if foreign := found.keys() - expected.keys():
-        raise UserError(f"{source} holds {len(foreign)} tensors that an AutoencoderKL has not: {_some(foreign)}.")
+        raise UserError(f"{source} holds {len(foreign)} tensors that its class has not: {_some(foreign)}.")
     for name, shape in expected.items():
         if found[name] not in (shape, (*shape, 1, 1)):
             raise UserError(f"{source}: {name} has the shape {list(found[name])}, expected was {list(shape)}.")

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
 
 from torch import Tensor
 
 from ..comm import Axis, split_sizes
 from ..errors import UserError
 from .bands import Bands
+from .linear_attention import summed_linear_attention
 from .load import LoadedVAE
 from .spread import Report, Work, by_bands, by_pictures, by_tiles
+from .tiles import Tiling
 
 log = logging.getLogger(__name__)
-
-
-class Tiling(NamedTuple):
-    """Side of a tile and what neighbouring tiles share at least, in pixels. `size` 0: no tiles."""
-
-    size: int
-    overlap: int
-
-
-NO_TILES = Tiling(0, 0)
 
 
 def run(vae: LoadedVAE, work: Work, axis: Axis, tiling: Tiling, on_progress: Report | None) -> Tensor | None:
@@ -43,30 +34,30 @@ def run(vae: LoadedVAE, work: Work, axis: Axis, tiling: Tiling, on_progress: Rep
     report = on_progress or _ignore
     height, width = (span.size for span in work.extent)
     if tile and max(height, width) > tile:
-        log.info("%s works by tiles of %d pixels: an approximation.", vae.source, tiling.size)
+        log.info("%s works by tiles of %d pixels: an approximation.", vae.source, tiling.tile_size)
         return by_tiles(work, axis, tile, overlap, report)
-    if axis.size == 1 or height < axis.size * vae.kind.reach:
+    if axis.size == 1 or height < axis.size * vae.reach:
         return by_pictures(work, axis, report)
     rows = split_sizes(height, axis.size)
-    with Bands(axis, rows, joint=vae.kind.joint):
+    with Bands(axis, rows, joint=vae.kind.joint), summed_linear_attention(vae.module, axis):
         return by_bands(work, axis, rows, report)
 
 
 def _in_latent_rows(vae: LoadedVAE, tiling: Tiling) -> tuple[int, int]:
     """Tile and overlap in latent rows; (0, 0) without tiles."""
-    if tiling.size == 0:
+    if tiling.tile_size == 0:
         return 0, 0
-    for name, value in (("tile_size", tiling.size), ("overlap", tiling.overlap)):
+    for name, value in (("tile_size", tiling.tile_size), ("overlap", tiling.overlap)):
         if value < 0 or value % vae.scale:
             raise UserError(
                 f"{name} is {value}, but must be a multiple of {vae.scale}, the VAE's pixels per latent row."
             )
-    if tiling.overlap >= tiling.size:
+    if tiling.overlap >= tiling.tile_size:
         raise UserError(
-            f"Tiles of {tiling.size} pixels cannot overlap by {tiling.overlap}.",
-            f"Set overlap below tile_size, for example to {tiling.size // 4 // vae.scale * vae.scale}.",
+            f"Tiles of {tiling.tile_size} pixels cannot overlap by {tiling.overlap}.",
+            f"Set overlap below tile_size, for example to {tiling.tile_size // 4 // vae.scale * vae.scale}.",
         )
-    return tiling.size // vae.scale, tiling.overlap // vae.scale
+    return tiling.tile_size // vae.scale, tiling.overlap // vae.scale
 
 
 def _ignore(done: int, total: int) -> None:

@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+class Tiling(NamedTuple):
+    """Side of a tile, and what neighbouring tiles share at least, in pixels. `tile_size` 0: no tiles."""
+
+    tile_size: int
+    overlap: int
+
+
+NO_TILES = Tiling(0, 64)
+
+
 class Span(NamedTuple):
     """A stretch of latent rows or columns."""
 
@@ -22,6 +32,14 @@ class Window(NamedTuple):
 
     rows: Span
     columns: Span
+
+
+def cropped(x: Tensor, multiple: int, rows: int) -> Tensor:
+    """The middle of `x` whose height (dim `rows`) and width (the next) are multiples of `multiple`."""
+    for dim in (rows, rows + 1):
+        excess = x.shape[dim] % multiple
+        x = x.narrow(dim, excess // 2, x.shape[dim] - excess)
+    return x
 
 
 def spans(extent: int, tile: int, overlap: int) -> list[Span]:

@@ -377,7 +377,35 @@ def test_a_vae_decodes_and_encodes(client):
     assert node("VAEDecode").decode({"samples": torch.zeros(1, 16, 4, 6)}, vae, 256, 32)[0].shape == (1, 32, 48, 3)
     message, _ = client.last(messages.Decode)
     assert (message.vae.weight_dtype, message.tile_size, message.overlap) == ("fp32", 256, 32)
+    latent = node("VAEEncode").encode(torch.zeros(2, 16, 24, 4), vae, 128, 16)[0]
+    assert latent["samples"].shape == (2, 1, 2, 3)
+    message, tensors = client.last(messages.EncodeImage)
+    assert (message.tile_size, message.overlap, tensors["image"].shape[-1]) == (128, 16, 3)
+
+
+def test_stock_vae_nodes_find_what_they_ask_of_a_vae(client):
+    vae = node("VAELoader").load(NAME, "fp32")[0]
+    ratio = vae.downscale_ratio
+    assert (ratio, vae.spacial_compression_decode(), vae.temporal_compression_decode()) == (8, 8, None)
+    assert vae.decode(torch.zeros(1, 16, 4, 6)).shape == (1, 32, 48, 3)
     assert vae.encode(torch.zeros(1, 16, 16, 4)).shape == (1, 1, 2, 2)
+    vae.decode_tiled(torch.zeros(1, 16, 4, 6), tile_x=4, tile_y=4, overlap=1, tile_t=None, overlap_t=None)
+    assert client.last(messages.Decode)[0].tile_size == 4 * ratio
+    vae.encode_tiled(torch.zeros(1, 64, 64, 3), tile_x=32, tile_y=32, overlap=8, tile_t=None, overlap_t=None)
+    assert client.last(messages.EncodeImage)[0].overlap == 8
+
+
+def test_encoding_for_inpainting_greys_what_the_mask_covers_and_grows_it(client):
+    vae = node("VAELoader").load(NAME, "fp32")[0]
+    pixels, mask = torch.ones(2, 34, 41, 3), torch.zeros(1, 34, 41)
+    mask[0, 10:14, 20:22] = 1
+    latent = node("VAEEncodeForInpaint").encode(pixels, vae, mask, 3, 0, 64)[0]
+    image = client.last(messages.EncodeImage)[1]["image"]
+    assert image.shape == (2, 32, 40, 3)
+    assert (image == 0.5).sum(dim=(1, 2, 3)).tolist() == [4 * 2 * 3] * 2
+    assert latent["noise_mask"].shape == (1, 1, 32, 40)
+    grown = latent["noise_mask"].nonzero()[:, 2:]
+    assert (grown.amin(0).tolist(), grown.amax(0).tolist()) == ([8, 19], [13, 22])
 
 
 @pytest.mark.parametrize(
@@ -390,6 +418,8 @@ def test_tiles_without_room_are_refused(client, tile_size, overlap, words):
 def test_a_vae_of_comfyui_is_not_decoded_by_the_ranks(client):
     with pytest.raises(UserError, match="not loaded by Parallel VAE Loader"):
         node("VAEDecode").decode({"samples": torch.zeros(1, 16, 4, 4)}, object(), 0, 0)
+    with pytest.raises(UserError, match="not loaded by Parallel VAE Loader"):
+        node("VAEEncode").encode(torch.zeros(1, 16, 16, 3), object(), 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode
 from paralleldit.parallel_backend.vae.load import LoadedVAE
-from paralleldit.parallel_backend.vae.run import Tiling
-from paralleldit.parallel_backend.vae.tiles import blend_weights, spans
+from paralleldit.parallel_backend.vae.tiles import Tiling, blend_weights, spans
+from paralleldit.tests import tiny_vaes
 from torch import Tensor
 
 ALONE = Axis("alone", [0], None, Ledger())
@@ -156,7 +156,7 @@ def test_encoding_takes_the_mode_of_the_middle_of_the_picture():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(1, 16, 16, 4), r"\[1, 16, 16, 4\] cannot be encoded: expected was \[B, H, W, 3\]"),
+        (torch.rand(1, 16, 16, 4), r"\[1, 16, 16, 4\] cannot be encoded by tiny: expected was \[B, H, W, 3\]"),
         (torch.rand(1, 16, 7, 3), "7 x 16 pixels is smaller than the 8"),
         (torch.full((1, 8, 8, 3), NAN), "not finite"),
     ],
@@ -164,3 +164,28 @@ def test_encoding_takes_the_mode_of_the_middle_of_the_picture():
 def test_what_cannot_be_encoded_is_refused(image, message):
     with pytest.raises(UserError, match=message):
         encode(new_vae(), image, ALONE)
+
+
+def test_frames_that_do_not_fit_are_refused():
+    vae = tiny_vaes.new_vae("AutoencoderKLWan (2.1)")
+    with pytest.raises(UserError, match=r"video of 7 frames does not fit .* 4 each\. Give it 5 or 9 frames"):
+        encode(vae, torch.rand(1, 7, 8, 8, 3), ALONE)
+    with pytest.raises(
+        UserError, match=r"\[1, 4, 2, 2\] cannot be decoded by tiny: expected was \[B, C, frames, h, w\]"
+    ):
+        decode(vae, noise(1, 4, 2, 2), ALONE)
+
+
+def test_latents_of_ltx_are_normalised_as_in_the_graph():
+    vae = tiny_vaes.new_vae("AutoencoderKLLTXVideo")
+    vae.module.latents_mean.copy_(torch.arange(8) - 3)
+    vae.module.latents_std.copy_(torch.arange(8) + 0.5)
+    image = torch.rand(1, 1, 32, 32, 3)
+    latent = encode(vae, image, ALONE)
+    raw = vae.module.encode(image.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+    mean, deviation = (each.view(1, 8, 1, 1, 1) for each in (vae.module.latents_mean, vae.module.latents_std))
+    torch.testing.assert_close(latent * deviation + mean, raw, rtol=0, atol=1e-5)
+    expected = vae.module.decode(raw).sample
+    torch.testing.assert_close(
+        decode(vae, latent, ALONE), (expected.movedim(1, -1) / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4
+    )

@@ -1,0 +1,73 @@
+"""What a VAE's files say of it before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from .keys import Shape, config_from_shapes, diffusers_names
+from .kinds import KINDS, Kind
+
+IMAGE = "AutoencoderKL"
+"""The class of a file, and of a config that names none."""
+
+
+@dataclass(frozen=True)
+class VaeHeader:
+    """`name` of the class in diffusers, its `config`, and {name of a tensor in the class: its key in the files}."""
+
+    source: str
+    name: str
+    config: Mapping[str, Any]
+    names: Mapping[str, str]
+    checkpoint: Checkpoint
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent row or column."""
+        return self.kind.scale(self.config)
+
+    @property
+    def frames(self) -> int | None:
+        """Frames per latent frame, None for pictures."""
+        return self.kind.frames and self.kind.frames(self.config)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: self.checkpoint.tensors[key].shape for name, key in self.names.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(self.names[name])
+
+
+def read_header(path: str | Path) -> VaeHeader:
+    """The VAE at `path`: a pipeline's folder, a VAE's folder, or a safetensors file.
+
+    A folder may be of any class in `KINDS`. A file is an AutoencoderKL of the original layout or of diffusers', on its
+    own or inside a whole checkpoint; its configuration is read off its header. Raises UserError for anything else.
+    """
+    path = Path(path)
+    source = str(path)
+    if path.is_dir() and not any((folder / "config.json").is_file() for folder in (path / "vae", path)):
+        raise UserError(
+            f"{path} holds no VAE: there is neither vae/config.json nor config.json.",
+            "Choose a diffusers folder (of a pipeline or of a VAE) or a safetensors file.",
+        )
+    checkpoint = open_checkpoint(path, "vae")
+    name = (checkpoint.config or {}).get("_class_name", IMAGE)
+    if name not in KINDS:
+        raise UserError(f"{path} is a VAE of the kind {name}.", f"The ranks run {', '.join(KINDS)}.")
+    names = diffusers_names(checkpoint.tensors, source) if name == IMAGE else {key: key for key in checkpoint.tensors}
+    shapes = {each: checkpoint.tensors[key].shape for each, key in names.items()}
+    config = checkpoint.config or config_from_shapes(shapes, source)
+    return VaeHeader(source, name, {**KINDS[name].defaults, **config}, names, checkpoint)
