@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import Decode, EncodeImage, VaeRef, VaeWork, WeightDtype
+from ..parallel_backend.protocol.messages import Decode, EncodeImage, VaeRef, WeightDtype
 from ..parallel_backend.vae.header import VaeHeader, read_header
 from ..parallel_backend.vae.tiles import NO_TILES, Tiling, cropped
 from . import paths, session
@@ -66,7 +66,7 @@ class ParallelVAE:
     def throw_exception_if_invalid(self) -> None:
         """ComfyUI asks this of a VAE whose file may hold none; ours was read before."""
 
-    def _ask(self, kind: type[VaeWork], tiling: Tiling, tensors: dict[str, Tensor]) -> session.Reply:
+    def _ask(self, kind: type[Decode] | type[EncodeImage], tiling: Tiling, tensors: dict[str, Tensor]) -> session.Reply:
         client = session.client_for(self.layout.ranks if self.layout else None)
         return session.ask(client, kind(id=0, vae=self.ref, **tiling._asdict()), tensors)
 

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 if TYPE_CHECKING:
     from paralleldit.tests.ranks.matrix import Figures
 
+VAE_ERRORS: pytest.StashKey[dict[str, dict[str, float]]] = pytest.StashKey()
 FIGURES: pytest.StashKey[Figures] = pytest.StashKey()
 POOL_SIZE = 8
 TIMEOUT_S = 120
@@ -133,8 +134,27 @@ def figures(request: pytest.FixtureRequest) -> Figures:
     return request.config.stash.setdefault(FIGURES, Figures())
 
 
+@pytest.fixture(scope="session")
+def vae_errors(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
+    """{VAE and direction: {ranks: largest relative error}}, printed as a table at the end of the session."""
+    return request.config.stash.setdefault(VAE_ERRORS, {})
+
+
+def _vae_table(errors: dict[str, dict[str, float]]) -> list[str]:
+    columns = sorted({column for row in errors.values() for column in row})
+    head = ["| VAE | Direction |" + "".join(f" {column} |" for column in columns), "|---" * (2 + len(columns)) + "|"]
+    cells = {
+        name: [f"{row[column]:.1e}" if column in row else "" for column in columns] for name, row in errors.items()
+    }
+    return head + [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what was noted; with PARALLELDIT_WRITE_MATRIX set, write it into the README."""
+    if errors := terminalreporter.config.stash.get(VAE_ERRORS, None):
+        terminalreporter.section("largest relative errors of VAEs to plain diffusers")
+        for line in _vae_table(errors):
+            terminalreporter.line(line)
     figures = terminalreporter.config.stash.get(FIGURES, None)
     if figures is None:
         return

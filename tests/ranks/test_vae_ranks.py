@@ -74,10 +74,10 @@ RUNS = [(n, case) for case in CASES for n in RANKS.get(case, (2, 4))]
 
 
 @pytest.mark.parametrize(("n", "case"), RUNS)
-def test_the_plain_decode_and_encode(ranks, vae_figures, n, case):
+def test_the_plain_decode_and_encode(ranks, vae_errors, n, case):
     found = ranks.run(n, errors, case)[0]
     for direction, worst in zip(("decode", "encode"), map(max, zip(*found, strict=True)), strict=True):
-        vae_figures.note(f"{case} | {direction}", f"{n} ranks", worst)
+        vae_errors.setdefault(f"{case} | {direction}", {})[f"{n} ranks"] = worst
         assert worst <= TOLERANCE, (direction, found)
 
 
