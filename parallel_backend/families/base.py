@@ -25,8 +25,8 @@ class Condition:
     """What guides one prediction; which of it a model needs, its family knows. Equal to no other.
 
     `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
-    `pooled` `[B, Cp]`; the distilled `guidance` scale; what the model is told of the picture's `size` and
-    `target_size` (height and width, in pixels).
+    `pooled` `[B, Cp]`; the distilled `guidance` scale (None: the model is told of none); what the model is told of the
+    picture's `size` and `target_size` (height and width, in pixels).
     """
 
     tokens: Tensor

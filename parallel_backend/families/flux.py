@@ -19,8 +19,6 @@ from ..attention.site import Attention
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
 from .base import Block, Condition, Family, Shard, TokenState, check_widths
 
-DEFAULT_GUIDANCE = 3.5
-
 
 class JointSite:
     """The attention processor of a double block: projections, norms and rotary embedding here, the rest in `attention`.
@@ -133,9 +131,11 @@ class Flux(Family):
         timestep = timestep.to(self.dtype) * 1000
         assert condition.pooled is not None
         pooled = condition.pooled.to(self.dtype).expand(image.shape[0], -1)
-        if model.config["guidance_embeds"]:
-            strength = DEFAULT_GUIDANCE if condition.guidance is None else condition.guidance
-            guidance = torch.full_like(timestep, strength) * 1000
+        if model.config["guidance_embeds"] and condition.guidance is None:
+            embed = cast(Any, model.time_text_embed)
+            modulation = embed.timestep_embedder(embed.time_proj(timestep).to(self.dtype)) + embed.text_embedder(pooled)
+        elif model.config["guidance_embeds"]:
+            guidance = torch.full_like(timestep, condition.guidance) * 1000
             modulation = model.time_text_embed(timestep, guidance, pooled)
         else:
             modulation = model.time_text_embed(timestep, pooled)

@@ -56,6 +56,7 @@ CONDITIONINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "two prompts": ({}, {"strength": 0.5}),
     "area": ({}, {"area": (4, 6, 2, 4), "strength": 0.8}),
     "masks": ({"mask": LEFT, "mask_strength": 0.7}, {"mask": 1 - LEFT, "set_area_to_bounds": True}),
+    "no guidance": ({"guidance": None},),
     "time ranges": ({"end_percent": 0.4}, {"start_percent": 0.4}),
 }
 CASES = {

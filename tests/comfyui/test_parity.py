@@ -114,7 +114,22 @@ def errors(tmp_path_factory) -> dict[str, list[float]]:
     env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
     assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-5000:]}"
-    return json.loads((folder / "errors.json").read_text())
+    errors = json.loads((folder / "errors.json").read_text())
+    print("\n".join(table(errors)))
+    return errors
+
+
+def table(errors: dict[str, list[float]]) -> list[str]:
+    """The largest error of each case over all numbers of ranks, and of all samplers and schedulers, for the README."""
+    swept = {f"{name} {scheduler} [1]" for name in SAMPLER_NAMES for scheduler in SCHEDULER_NAMES}
+    rows: dict[str, list[list[float]]] = {}
+    for case, found in errors.items():
+        rows.setdefault("sd3, every sampler and scheduler" if case in swept else case.split(" [")[0], []).append(found)
+    lines = ["| Case | KSampler | Parallel Sampler |", "|---|---|---|"]
+    for name, each in rows.items():
+        largest = [f"{max(errors):.1e}" for errors in zip(*each, strict=True)]
+        lines.append(f"| {name} | {' | '.join([*largest, *[''] * (2 - len(largest))])} |")
+    return lines
 
 
 @pytest.mark.parametrize("name", [f"{name} [{ranks}]" for name, case in host.CASES.items() for ranks in case.ranks])
