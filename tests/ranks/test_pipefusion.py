@@ -335,8 +335,7 @@ def block_bytes(folder) -> list[int]:
     return [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
 
 
-def warned(world, warmup, steps):
-    layout = layout_of((2, 1, 1, 1, 1), 2, warmup)
+def warned(world, layout, steps):
     request, tensors = request_of(layout, steps, (8, 8), "euler")
     run, events = run_of(request)
     sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
@@ -344,7 +343,15 @@ def warned(world, warmup, steps):
 
 
 @pytest.mark.parametrize(("warmup", "steps", "warnings"), [(3, 3, 1), (2, 3, 0)])
-def test_run_of_warmup_alone_says_so(ranks, warmup, steps, warnings):
-    texts = ranks.run(2, warned, warmup, steps)[0]
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ({"pipefusion_degree": 2, "num_patches": 2}, "2 stages work one after the other"),
+        ({"distrifusion_degree": 2}, "2 ranks wait for each other"),
+    ],
+    ids=["pipefusion", "distrifusion"],
+)
+def test_run_of_warmup_alone_says_so(ranks, method, loss, warmup, steps, warnings):
+    texts = ranks.run(2, warned, Layout(**method, warmup_steps=warmup), steps)[0]
     assert len(texts) == warnings
-    assert all("warmup_steps=3" in text and "3 steps" in text for text in texts)
+    assert all("warmup_steps=3" in text and "3 steps" in text and loss in text for text in texts)
