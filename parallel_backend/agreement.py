@@ -16,8 +16,8 @@ from .protocol import messages
 if TYPE_CHECKING:
     from .control import Run
 
-FileRef = messages.ModelRef | messages.VaeRef | messages.LoraRef
-COMPONENTS = {"model": "transformer", "vae": "vae"}
+FileRef = messages.ModelRef | messages.VaeRef | messages.LoraRef | messages.ControlNetRef
+COMPONENTS = {"model": "transformer", "vae": "vae", "controlnet": "controlnet"}
 """The folder of a diffusers pipeline that a reference of that kind reads."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """How much of each file tells it from others: evenly spread, so that another model of the same shapes is found out."""
@@ -50,6 +50,8 @@ def files_of(request: messages.AnyRequest) -> Iterator[FileRef]:
             yield value
         elif isinstance(value, messages.Adapters):
             yield from value.files
+    for control in getattr(request, "controls", ()):
+        yield control.net
 
 
 def request_key(request: messages.AnyRequest, tensors: Mapping[str, Tensor]) -> str:

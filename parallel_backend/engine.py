@@ -19,6 +19,7 @@ from .mesh import Mesh
 from .models import ModelStore
 from .parts import WHOLE, Part
 from .protocol import messages
+from .stages import Stage
 from .told import ToldConditions
 
 if TYPE_CHECKING:
@@ -100,9 +101,12 @@ class Engine:
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
         family = transformer.on(mesh)
         self.adapters.adapt(transformer, request.adapters, run)
+        stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
+        refs = [control.net for control in request.controls]
+        nets = {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
         mesh.ledger.reset()
         started = time.monotonic()
-        latent = sample(request, tensors, family, mesh, run)
+        latent = sample(request, tensors, family, mesh, run, nets)
         seconds = time.monotonic() - started
         memory = self.models.memory()
         run.memory(memory["used"], memory["free"])

@@ -22,7 +22,7 @@ class Work:
 
     `ranks`: that there are; `batch`: pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not
     evaluated; `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a
-    strip of the latent alone.
+    strip of the latent alone; `controls`: ControlNets.
     """
 
     ranks: int | None = None
@@ -33,6 +33,7 @@ class Work:
     token_rows: int | None = None
     sampler: str | None = None
     elementwise: tuple[str, ...] = ()
+    controls: int = 0
 
 
 def check_layout(layout: Layout, work: Work) -> None:
@@ -188,4 +189,13 @@ def _sampler(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-RULES = (_cfg_degree, _ranks, _weights, _old_keys, _batch, _guidance, _stages, _patches, _sampler)
+def _controls(layout: Layout, work: Work) -> Misfit | None:
+    if not work.controls or layout.distrifusion_degree == 1:
+        return None
+    return (
+        f"A ControlNet needs fresh keys and values; distrifusion_degree={layout.distrifusion_degree} has old ones.",
+        "Set distrifusion_degree to 1.",
+    )
+
+
+RULES = (_cfg_degree, _ranks, _weights, _old_keys, _batch, _guidance, _stages, _patches, _sampler, _controls)

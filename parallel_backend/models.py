@@ -16,15 +16,17 @@ import torch.distributed as dist
 from .agreement import COMPONENTS
 from .errors import UserError
 from .parts import WHOLE, Part
-from .protocol.messages import ModelRef, TextRef, VaeRef
+from .protocol.messages import ControlNetRef, ModelRef, TextRef, VaeRef
 
 if TYPE_CHECKING:
+    from .adapters.controlnet import ControlNet
     from .control import Run
+    from .stages import Stage
     from .text.encoders import TextEncoders
     from .transformer import Transformer
     from .vae.load import LoadedVAE
 
-Ref = ModelRef | TextRef | VaeRef
+Ref = ModelRef | TextRef | VaeRef | ControlNetRef
 
 KEPT_FREE = 0.4
 """Share of a device's memory that must stay free for the work itself, for a model to be kept beside another."""
@@ -63,6 +65,17 @@ class ModelStore:
             return transformer, transformer.bytes
 
         return self._get(ref, load, run, part)
+
+    def controlnet(self, ref: ControlNetRef, dtype: torch.dtype, stage: Stage, run: Run) -> ControlNet:
+        """In the model's `dtype`. Of a pipeline only the first stage has its weights; the others know its shape."""
+
+        def load() -> tuple[ControlNet, int]:
+            from .adapters.controlnet import open_controlnet
+
+            net = open_controlnet(Path(ref.path), self.device if stage.is_first else torch.device("meta"), dtype)
+            return net, net.bytes if stage.is_first else 0
+
+        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, Part(stage))
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
         """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .adapters.controlnet import Control, ControlNet
 from .attention.core import AttentionCore, make_attention
 from .attention.site import Attention
 from .comm import Axis, split_sizes
@@ -16,9 +19,11 @@ from .families.base import CELL, CONDITION_TENSORS, Condition, Family
 from .fitting import Work, check_layout
 from .layout import Layout, patches_of
 from .mesh import Mesh
+from .protocol import messages
 from .protocol.messages import Conditioning, Sample
 from .sampling.driver import SamplingJob, StepContext, latent_mask
 from .sampling.driver import run as run_sampler
+from .sampling.model_sampling import ModelSampling
 from .sampling.noise import GaussianNoise, initial_noise
 from .sampling.samplers import SAMPLERS, NoiseKind, find_sampler
 from .sampling.schedules import sigmas_for
@@ -33,8 +38,17 @@ if TYPE_CHECKING:
     from .control import Run
 
 
-def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Mesh, run: Run) -> Tensor:
+def sample(
+    request: Sample,
+    tensors: dict[str, Tensor],
+    family: Family,
+    mesh: Mesh,
+    run: Run,
+    nets: Mapping[str, ControlNet] | None = None,
+) -> Tensor:
     """The sampled latent `[B, C, H, W]`, unscaled, fp32 on the CPU, the same on every rank.
+
+    `nets`: the request's ControlNets by path.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` within a step of a cancel.
@@ -42,10 +56,17 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     latent = tensors["latent"].float()
     check_latent(latent, family, family.latent_channels)
     batch = latent.shape[0]
-    positive = condition_from(request.positive, "positive", tensors, family, latent.shape)
+    model_sampling = family.model_sampling(request.sampling_shift)
+    controls = [
+        control_from(
+            control, tensors.get(f"control.{index}"), (nets or {})[control.net.path], family, model_sampling, latent
+        )
+        for index, control in enumerate(request.controls)
+    ]
+    positive = condition_from(request.positive, "positive", tensors, family, latent.shape, controls)
     negative = None
     if request.negative:
-        negative = condition_from(request.negative, "negative", tensors, family, latent.shape)
+        negative = condition_from(request.negative, "negative", tensors, family, latent.shape, controls)
     token_rows = -(-latent.shape[2] // family.patch_size)
     work = Work(
         batch=batch,
@@ -54,6 +75,7 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
         blocks=len(family.blocks),
         token_rows=token_rows,
         sampler=find_sampler(request.sampler).name,
+        controls=len(request.controls),
         elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
     )
     check_layout(request.layout, work)
@@ -62,7 +84,6 @@ def sample(request: Sample, tensors: dict[str, Tensor], family: Family, mesh: Me
     counts = split_sizes(batch, mesh.data.size)
     start = sum(counts[: mesh.data.rank])
     own = slice(start, start + counts[mesh.data.rank])
-    model_sampling = family.model_sampling(request.sampling_shift)
     noise = initial_noise(latent.shape, torch.float32, request.seed, request.batch_index)
     job = SamplingJob(
         sampler=request.sampler,
@@ -182,7 +203,12 @@ def check_latent(latent: Tensor, family: Family, channels: int) -> None:
 
 
 def condition_from(
-    entries: tuple[Conditioning, ...], side: str, tensors: dict[str, Tensor], family: Family, shape: torch.Size
+    entries: tuple[Conditioning, ...],
+    side: str,
+    tensors: dict[str, Tensor],
+    family: Family,
+    shape: torch.Size,
+    controls: Sequence[Control] = (),
 ) -> Condition:
     """The condition of one side for a latent of `shape`, on the family's device.
 
@@ -194,7 +220,14 @@ def condition_from(
             "Remove ConditioningCombine or ConditioningSetArea before it.",
         )
     condition = condition_of(entries[0], f"{side}.0.", side, tensors, family, shape[0])
-    return condition if condition.size else replace(condition, size=(shape[2] * CELL, shape[3] * CELL))
+    named = entries[0].controls
+    if named and not 0 <= min(named) <= max(named) < len(controls):
+        raise UserError(f"The {side} conditioning names controls {named}, of which {len(controls)} were sent.")
+    return replace(
+        condition,
+        size=condition.size or (shape[2] * CELL, shape[3] * CELL),
+        controls=tuple(controls[index] for index in named),
+    )
 
 
 def condition_of(
@@ -206,6 +239,41 @@ def condition_of(
     condition = Condition(**given, guidance=entry.guidance, size=entry.size, target_size=entry.target_size)
     family.check_condition(condition)
     return condition
+
+
+def control_from(
+    control: messages.Control,
+    picture: Tensor | None,
+    net: ControlNet,
+    family: Family,
+    model_sampling: ModelSampling,
+    latent: Tensor,
+) -> Control:
+    """A ControlNet at work in a run over `latent`. Raises `UserError` for what does not fit together."""
+    net.check(family, control.mode)
+    name = net.info.checkpoint.source.name
+    if picture is None or picture.shape[0] not in (1, len(latent)) or picture.shape[1:] != latent.shape[1:]:
+        found = "is missing" if picture is None else f"has the shape {list(picture.shape)}"
+        raise UserError(
+            f"The latent of the control picture for {name} {found}; the run's is {list(latent.shape)}.",
+            "Look at the node that made it, and at its VAE.",
+        )
+
+    def at(percent: float) -> float:
+        """The model's clock at that part of the run; beyond all of its times at the ends."""
+        if percent in (0.0, 1.0):
+            return math.inf if percent == 0.0 else -math.inf
+        return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
+
+    shift = family.latent_shift if net.latent_shift else 0.0
+    return Control(
+        net,
+        ((picture.float() - shift) * family.latent_scale).to(family.device),
+        control.strength,
+        control.mode,
+        start=at(control.start),
+        end=at(control.end),
+    )
 
 
 def check_condition_tensors(given: dict[str, Tensor], side: str, batch: int) -> None:

@@ -103,6 +103,10 @@ class PatchAttention:
         plan = self._plans[condition]
         self.set_lengths(plan.text_lengths(patches), plan.image_lengths(patches))
 
+    def plan(self, condition: int) -> PatchPlan:
+        """Of the condition of that number."""
+        return self._plans[condition]
+
     def forget(self) -> None:
         """Free what is kept."""
         self._kept.clear()

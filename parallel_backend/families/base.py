@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,48 @@ CELL = 8
 """Pixels per latent cell, in both directions."""
 
 
+class Control(Protocol):
+    """What adds residuals to the model's image tokens behind some of its blocks.
+
+    `extra_text`: how many text tokens it has of its own, before those of the prompt.
+    """
+
+    @property
+    def extra_text(self) -> int: ...
+
+    def part(self, part: slice, batch: int) -> Control:
+        """For the pictures `part` of a batch."""
+        ...
+
+    def is_active(self, timestep: float) -> bool: ...
+
+    def targets(self, family: Family) -> dict[int, int]:
+        """From each block of the model that gets a residual to the number of that residual."""
+        ...
+
+    def residuals(
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+        attention: Attention,
+    ) -> list[Tensor]:
+        """Of the image tokens in `shard`, `[B, Si, h]` each; `tokens` as for `Family.embed`.
+
+        `shard.text` counts from its own first text token; `attention` spans the ranks of the shards.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Condition:
     """What guides one prediction; which of it a model needs, its family knows. Equal to no other.
 
     `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
     `pooled` `[B, Cp]`; the distilled `guidance` scale (None: the model is told of none); what the model is told of the
-    picture's `size` and `target_size` (height and width, in pixels).
+    picture's `size` and `target_size` (height and width, in pixels); the `controls` that add to it.
     """
 
     tokens: Tensor
@@ -37,6 +72,7 @@ class Condition:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    controls: tuple[Control, ...] = ()
 
     def part(self, part: slice, batch: int) -> Condition:
         """The condition of the pictures `part` of a batch; one text for all of them stays one."""
@@ -44,9 +80,8 @@ class Condition:
         def of(tensor: Tensor) -> Tensor:
             return tensor[part] if tensor.shape[0] == batch else tensor[:1]
 
-        return replace(
-            self, **{name: of(tensor) for name in CONDITION_TENSORS if (tensor := getattr(self, name)) is not None}
-        )
+        tensors = {name: of(tensor) for name in CONDITION_TENSORS if (tensor := getattr(self, name)) is not None}
+        return replace(self, **tensors, controls=tuple(control.part(part, batch) for control in self.controls))
 
 
 CONDITION_TENSORS = {"tokens": 3, "pooled": 2, "mask": 2, "tokens_2": 3, "mask_2": 2}
@@ -161,6 +196,10 @@ class Family(ABC):
     @abstractmethod
     def head(self, state: TokenState) -> Tensor:
         """The prediction for the image tokens of `state`, `[B, Si, C * patch_size**2]`."""
+
+    def add_residual(self, state: TokenState, block: int, residual: Tensor) -> TokenState:
+        """The state after `block` with a control's residual of its image tokens."""
+        return replace(state, image=state.image + residual)
 
     def text_length(self, condition: Condition) -> int:
         """How many text tokens go through the blocks."""

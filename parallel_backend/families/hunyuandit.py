@@ -115,6 +115,9 @@ class HunyuanDiT(CrossAttentionFamily):
         model = self.transformer
         return self.latent_tokens(model.proj_out(model.norm_out(state.image, state.modulation.float())))
 
+    def add_residual(self, state: TokenState, block: int, residual: Tensor) -> TokenState:
+        return replace(state, skips={**state.skips, block: state.skips[block] + residual})
+
     def _compute_rotary(self, grid: tuple[int, int]) -> Tensor:
         """Rotations `[S, D / 2]`: the picture fills the longer side of the square that the model was trained on."""
         side = TRAINED_SIDE // self.patch_size

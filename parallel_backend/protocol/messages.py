@@ -86,6 +86,33 @@ class LoraRef(Message):
     block_strengths: tuple[Strength, ...] = ()
 
 
+class ControlNetRef(Message):
+    """A ControlNet: a diffusers folder or a safetensors file, as the ranks' host sees the path.
+
+    `dtype`: what the ranks have loaded it in; the client leaves it empty.
+    """
+
+    kind: Literal["controlnet"] = "controlnet"
+    path: str
+    dtype: str = ""
+
+
+Percent = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Control(Message):
+    """A ControlNet at work, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
+
+    Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it.
+    """
+
+    net: ControlNetRef
+    strength: Strength = 1.0
+    start: Percent = 0.0
+    end: Percent = 1.0
+    mode: int | None = Field(default=None, ge=0, le=1000)
+
+
 class WeightChange(Message):
     """A change of the parameter `key` (as the original model and ComfyUI name it), or of `rows` (start, length) of it.
 
@@ -157,6 +184,7 @@ class Conditioning(Message):
     guidance: float | None = None
     size: Size | None = None
     target_size: Size | None = None
+    controls: tuple[int, ...] = Field(default=(), description="indices into the request's controls")
 
 
 class FindChanges(Request):
@@ -199,6 +227,7 @@ class Sample(Request):
     )
     preview: bool = False
     adapters: Adapters = Adapters()
+    controls: tuple[Control, ...] = Field(default=(), max_length=16)
 
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

@@ -30,6 +30,7 @@ from ..sampling.solver import Denoise
 from ..sampling.strips import StripSamplers, questions_of
 from ..stages import Stage
 from .guidance import Guidance
+from .staged_controls import StagedControls
 
 if TYPE_CHECKING:
     from ..control import Run
@@ -83,7 +84,8 @@ class PipeFusion:
         """`has_lone_stages`: as `Layout.has_lone_stages`. One that fails then takes no other rank along."""
         self.family, self.mesh, self.guidance = family, mesh, guidance
         self.stage = stage
-        self.blocks = family.blocks[self.stage.blocks(family.block_parameters)]
+        own = self.stage.blocks(family.block_parameters)
+        self.blocks, self.first_block = family.blocks[own], own.start
         self.start = prepare(job)
         self.questions = questions_of(self.start, job)
         self.units = units_of(self.questions, patches, warmup_steps)
@@ -100,6 +102,8 @@ class PipeFusion:
             for condition in guidance.own_conditions
         ]
         self.attention = PatchAttention(attention, self.plans)
+        clocks = [float(guidance.timestep(question.sigma, self.latent)[0]) for question in self.questions]
+        self.controls = StagedControls(family, guidance.own_conditions, clocks, lengths, attention, mesh.sequence.size)
         self.samplers = StripSamplers(self.start, job, self.strips) if self.stage.is_last else None
         self.incoming, self.outgoing, self.feedback = self._channels(patches)
         self.skips = self._skip_channels(patches)
@@ -123,6 +127,7 @@ class PipeFusion:
             return self._run(run, on_step)
         finally:
             self.attention.forget()
+            self.controls.forget()
 
     def _run(self, run: Run, on_step: OnStep) -> Tensor:
         for channel in self.channels:
@@ -155,10 +160,9 @@ class PipeFusion:
         """From the stage before, to the stage after, and from the last stage to the first."""
         stage, last = self.stage.index, self.stage.count - 1
         batch, channels, _, width = self.latent.shape
-        hidden = [
-            (batch, plan.lengths(unit.patches)[self.mesh.sequence.rank], self.family.hidden_size)
-            for unit in self.units
-            for plan in self.plans
+        starts = [
+            replace(self.stage, index=index).blocks(self.family.block_parameters).start
+            for index in range(self.stage.count)
         ]
         latents = [(batch + len(self.shown), channels, len_of(self._rows(unit.patches)), width) for unit in self.units]
 
@@ -166,6 +170,11 @@ class PipeFusion:
 
         def hop(source: int) -> Channel:
             in_flight = patches * len(self.plans)
+            hidden = [
+                (batch, self._hop_length(unit, index, starts[source + 1]), self.family.hidden_size)
+                for unit in self.units
+                for index in range(len(self.plans))
+            ]
             return Channel(
                 self.mesh.forward, source, source + 1, hidden, in_flight, dtype=self.family.dtype, device=device
             )
@@ -179,6 +188,12 @@ class PipeFusion:
             None if self.stage.is_last else hop(stage),
             back() if is_end else None,
         )
+
+    def _hop_length(self, unit: Unit, index: int, first_block: int) -> int:
+        """How many tokens go on to the stage that begins with `first_block`: the patches', and controls' residuals."""
+        plan, rank = self.plans[index], self.mesh.sequence.rank
+        residuals = self.controls.needed(unit.question, index, first_block)
+        return plan.lengths(unit.patches)[rank] + len(residuals) * plan.image_size(rank, unit.patches)
 
     def _skip_channels(self, patches: int) -> dict[tuple[int, ...], Channel]:
         """From or to each stage that holds the other ends of this one's skips, by the blocks that give them.
@@ -275,24 +290,34 @@ class PipeFusion:
         sigma = self.questions[unit.question].sigma
         timestep = self.guidance.timestep(sigma, self.latent)
         at = (timestep, condition, plan.shard(rank, unit.patches), self.grid)
+        added = self.controls.added(unit.question, index)
         if received is not None:
-            text_size = plan.text_size(rank, unit.patches)
-            state = self.family.resume(received[:, text_size:], received[:, :text_size], *at)
+            sizes = plan.text_size(rank, unit.patches), plan.image_size(rank, unit.patches)
+            keys = self.controls.needed(unit.question, index, self.first_block)
+            text, image, *arrived = received.split((*sizes, *[sizes[1]] * len(keys)), dim=1)
+            residuals = dict(zip(keys, arrived, strict=True))
+            state = self.family.resume(image, text, *at)
         else:
             # The whole latent, as of now: a half token at its lower border takes its other half from the first row.
             latent = self.guidance.model_sampling.calculate_input(sigma.to(self.latent.device), self.latent)
-            state = self.family.embed(self.family.tokenize(latent), *at)
+            tokens = self.family.tokenize(latent)
+            residuals = self.controls.make(unit.question, index, unit.patches, rank, tokens, timestep, self.grid)
+            state = self.family.embed(tokens, *at)
         # Without a warm-up, the first question finds no keys and values of the patches that are still to come.
         seen = len(self.strips) if unit.question else unit.patches[-1] + 1
         self.attention.begin(index, unit.patches, seen=seen)
         state = replace(state, skips=skips)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, self.first_block):
             state = block(state)
+            if number in added:
+                state = self.family.add_residual(state, number, residuals[added[number]])
         if self.outgoing is None:
             return [self.family.head(state)]
         given = [givers for givers, channel in self.skips.items() if channel.is_sender]
         leaving = [torch.stack([state.skips[giver] for giver in givers]) for givers in given]
-        return [torch.cat((state.text, state.image), dim=1), *leaving]
+        following = self.controls.needed(unit.question, index, self.first_block + len(self.blocks))
+        onward = [residuals[key] for key in following]
+        return [torch.cat((state.text, state.image, *onward), dim=1), *leaving]
 
     def _answer(self, unit: Unit, outputs: Sequence[Tensor], samplers: StripSamplers) -> None:
         """The last stage's work: guidance, the sampler's step, and the new latent on its way to the first stage."""

@@ -50,14 +50,35 @@ class SequenceParallel:
         height, width = latent.shape[-2:]
         patch = family.patch_size
         grid = (-(-height // patch), -(-width // patch))
+        latent_tokens = family.tokenize(latent)
+        residuals = self._residuals(latent_tokens, timestep, condition, grid) if condition.controls else {}
         plan = TokenPlan.even(family.text_length(condition), grid[0] * grid[1], self.axis.size)
         self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
         family.use_attention(self.attention)
-        state = family.embed(family.tokenize(latent), timestep, condition, plan.shard(self.axis.rank), grid)
-        for block in family.blocks:
+        state = family.embed(latent_tokens, timestep, condition, plan.shard(self.axis.rank), grid)
+        for number, block in enumerate(family.blocks):
             state = block(state)
+            if number in residuals:
+                state = family.add_residual(state, number, residuals[number])
         tokens = self.axis.all_gather(family.head(state), plan.image_sizes, dim=1)
         return family.untokenize(tokens, height, width)
+
+    def _residuals(
+        self, tokens: Tensor, timestep: Tensor, condition: Condition, grid: tuple[int, int]
+    ) -> dict[int, Tensor]:
+        """What the controls add to this rank's image tokens, by the number of the block behind which they do."""
+        family, now = self.family, float(timestep[0])
+        added: dict[int, Tensor] = {}
+        for control in condition.controls:
+            if not control.is_active(now):
+                continue
+            text_length = family.text_length(condition) + control.extra_text
+            plan = TokenPlan.even(text_length, grid[0] * grid[1], self.axis.size)
+            self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
+            made = control.residuals(tokens, timestep, condition, plan.shard(self.axis.rank), grid, self.attention)
+            for block, number in control.targets(family).items():
+                added[block] = added[block] + made[number] if block in added else made[number]
+        return added
 
 
 def _range(sizes: tuple[int, ...], index: int) -> slice:

@@ -1,0 +1,275 @@
+"""ControlNets (arXiv 2302.05543) for transformers: blocks beside the model's, whose outputs are added to its tokens.
+
+A ControlNet is seen as its family is: blocks over the same tokens, so that the ranks which share the model's tokens
+share its too.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.site import Attention
+from ..errors import UserError
+from ..families.base import Condition, Family, Shard, TokenState
+from ..families.flux import Flux
+from ..families.hunyuandit import HunyuanDiT, as_block
+from ..families.sd3 import SD3
+from ..weights.controlnet import ControlNetInfo, load_controlnet
+
+
+class ControlNet(ABC):
+    """A loaded ControlNet. `extra_text`: text tokens that its blocks have before those of the prompt."""
+
+    extra_text = 0
+    latent_shift = True
+    """Whether the control picture's latent is shifted as the model's own are."""
+    view_class: type[Family]
+
+    def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.info = info
+        self.module: Any = module
+        self.view = self.view_class(module, dtype, device)
+        self.bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+    def check(self, family: Family, mode: int | None) -> None:
+        """Raise `UserError` for a model that it was not made for, or a kind of picture that it does not know."""
+        name, width, modes = self.info.checkpoint.source.name, self.module.inner_dim, self.info.modes
+        if (self.info.family, width) != (family.name, family.hidden_size):
+            raise UserError(
+                f"{name} is a ControlNet for {self.info.family} models of width {width}; this {family.name} model has "
+                f"the width {family.hidden_size}.",
+                "Choose a ControlNet that was trained for the model.",
+            )
+        if modes and (mode is None or mode >= modes):
+            raise UserError(
+                f"{name} is a union ControlNet of {modes} kinds of pictures; the mode is "
+                f"{'not set' if mode is None else mode}.",
+                f"Set a mode from 0 to {modes - 1}.",
+            )
+        if mode is not None and not modes:
+            raise UserError(f"{name} is no union ControlNet; the mode is {mode}.", "Set the mode to none (-1).")
+
+    @abstractmethod
+    def embed(
+        self,
+        tokens: Tensor,
+        picture: Tensor,
+        mode: int | None,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+    ) -> TokenState:
+        """As `Family.embed`; `picture`: the tokens of the control picture's latent, `[B, S, c]`."""
+
+    @abstractmethod
+    def outputs(self) -> Sequence[nn.Module]:
+        """What makes a residual of each block's image tokens."""
+
+    @abstractmethod
+    def targets(self, family: Family) -> dict[int, int]:
+        """From each block of the model that a residual is added behind to the number of that residual."""
+
+    def residuals(self, state: TokenState) -> list[Tensor]:
+        """Every block's residual of the image tokens, `[B, Si, h]`."""
+        made = []
+        for block, output in zip(self.view.blocks, self.outputs(), strict=True):
+            state = block(state)
+            made.append(output(state.image))
+        return made
+
+
+class FluxControlNet(ControlNet):
+    """For Flux.1. A union ControlNet is told the kind of its picture by a token before the text."""
+
+    view_class = Flux
+
+    def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(info, module, dtype, device)
+        self.extra_text = int(info.modes > 0)
+
+    def embed(
+        self,
+        tokens: Tensor,
+        picture: Tensor,
+        mode: int | None,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+    ) -> TokenState:
+        model, dtype = self.module, self.view.dtype
+        image = model.x_embedder(tokens[:, shard.image].to(dtype))
+        image = image + model.controlnet_x_embedder(picture[:, shard.image].to(dtype))
+        text = model.context_embedder(condition.tokens.to(dtype)).expand(len(tokens), -1, -1)
+        if self.extra_text:
+            assert mode is not None
+            kind = model.controlnet_mode_embedder(torch.tensor([[mode]], device=tokens.device))
+            text = torch.cat((kind.expand(len(tokens), -1, -1), text), dim=1)
+            # Positions are counted from the prompt's tokens.
+            condition = replace(condition, tokens=F.pad(condition.tokens, (0, 0, 1, 0)))
+        return self.view.resume(image, text[:, shard.text], timestep, condition, shard, grid)
+
+    def outputs(self) -> Sequence[nn.Module]:
+        return [*self.module.controlnet_blocks, *self.module.controlnet_single_blocks]
+
+    def targets(self, family: Family) -> dict[int, int]:
+        own_double, own_single = len(self.module.controlnet_blocks), len(self.module.controlnet_single_blocks)
+        model: Any = family.transformer
+        double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+        targets = _spread(own_double, double)
+        return targets | {double + block: own_double + own for block, own in _spread(own_single, single).items()}
+
+
+class SD3ControlNet(ControlNet):
+    """For Stable Diffusion 3 and 3.5. Some were trained without the pooled text, and with unshifted latents."""
+
+    view_class = SD3
+
+    def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(info, module, dtype, device)
+        self.latent_shift = not info.config["force_zeros_for_pooled_projection"]
+
+    def embed(
+        self,
+        tokens: Tensor,
+        picture: Tensor,
+        mode: int | None,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+    ) -> TokenState:
+        if not self.latent_shift:
+            assert condition.pooled is not None
+            condition = replace(condition, pooled=torch.zeros_like(condition.pooled))
+        state = self.view.embed(tokens, timestep, condition, shard, grid)
+        return replace(
+            state, image=state.image + _patches(self.module.pos_embed_input, picture[:, shard.image], self.view)
+        )
+
+    def outputs(self) -> Sequence[nn.Module]:
+        return self.module.controlnet_blocks
+
+    def targets(self, family: Family) -> dict[int, int]:
+        # The last block, which gives no text, gets none.
+        count, own = len(family.blocks), len(self.module.controlnet_blocks)
+        return {block: int(block / (count / own)) for block in range(count - 1)}
+
+
+class HunyuanBlocks(HunyuanDiT):
+    """The blocks of a HunyuanDiT ControlNet, which are the first half of a model's, without skips."""
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
+        transformer.out_channels = 0  # pyright: ignore[reportArgumentType]  it has no last layer
+        super().__init__(transformer, dtype, device, **latent)
+        self.skips = {}
+        self.blocks = [as_block(layer, None, None) for layer in self.transformer.blocks]
+
+
+class HunyuanControlNet(ControlNet):
+    """For HunyuanDiT: its residuals are added to the skips."""
+
+    view_class = HunyuanBlocks
+
+    def embed(
+        self,
+        tokens: Tensor,
+        picture: Tensor,
+        mode: int | None,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+    ) -> TokenState:
+        state = self.view.embed(tokens, timestep, condition, shard, grid)
+        control = _patches(self.module.pos_embed, picture[:, shard.image], self.view)
+        return replace(state, image=state.image + self.module.input_block(control))
+
+    def outputs(self) -> Sequence[nn.Module]:
+        return self.module.controlnet_blocks
+
+    def targets(self, family: Family) -> dict[int, int]:
+        return {source: source for source in family.skips}
+
+
+CONTROLNETS: dict[str, type[ControlNet]] = {
+    "flux": FluxControlNet,
+    "sd3": SD3ControlNet,
+    "hunyuandit": HunyuanControlNet,
+}
+"""By the family of the models that they are for."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet at work on a control picture. `picture`: its latent `[B, C, H, W]`, in the model's space.
+
+    It works while the model's clock is from `start` down to `end`.
+    """
+
+    net: ControlNet
+    picture: Tensor
+    strength: float
+    mode: int | None
+    start: float
+    end: float
+
+    @property
+    def extra_text(self) -> int:
+        return self.net.extra_text
+
+    def part(self, part: slice, batch: int) -> Control:
+        """For the pictures `part` of a batch; one control picture for all of them stays one."""
+        return replace(self, picture=self.picture[part] if len(self.picture) == batch else self.picture[:1])
+
+    def is_active(self, timestep: float) -> bool:
+        return self.strength != 0.0 and self.end <= timestep <= self.start
+
+    def targets(self, family: Family) -> dict[int, int]:
+        return self.net.targets(family)
+
+    def residuals(
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+        attention: Attention,
+    ) -> list[Tensor]:
+        """As `ControlNet.residuals`, for whole-picture latent `tokens` `[B, S, c]`, times the strength.
+
+        `shard.text` counts from the ControlNet's own first text token.
+        """
+        view = self.net.view
+        view.use_attention(attention)
+        picture = view.tokenize(self.picture).expand(len(tokens), -1, -1)
+        state = self.net.embed(tokens, picture, self.mode, timestep, condition, shard, grid)
+        return [self.strength * residual for residual in self.net.residuals(state)]
+
+
+def open_controlnet(path: Path, device: torch.device, dtype: torch.dtype) -> ControlNet:
+    """The ControlNet in a file. Raises `UserError` when there is none that is known."""
+    info, module = load_controlnet(path, device, dtype)
+    return CONTROLNETS[info.family](info, module, dtype, device)
+
+
+def _spread(own: int, count: int) -> dict[int, int]:
+    """From each of `count` blocks to the one of `own` residuals that is added behind it."""
+    interval = math.ceil(count / own) if own else 0
+    return {block: block // interval for block in range(count)} if own else {}
+
+
+def _patches(embedder: Any, tokens: Tensor, view: Family) -> Tensor:
+    """Latent tokens through a convolution whose stride is its size."""
+    return F.linear(tokens.to(view.dtype), embedder.proj.weight.flatten(1), embedder.proj.bias)

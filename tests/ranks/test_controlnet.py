@@ -1,0 +1,287 @@
+"""ControlNets in the ranks give what diffusers' own give in one process, in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel
+from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.protocol.messages import Control, ControlNetRef, ModelRef, Sample
+from paralleldit.tests.ranks.stale_flux import relative_error, run_of
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+from torch import nn
+
+HEADS, HEIGHT, WIDTH, TEXT, BATCH = 4, 8, 6, 5, 2
+CFG, STEPS, SEED, STRENGTH = 3.0, 3, 42, 0.8
+FLUX = {
+    "in_channels": 64,
+    "attention_head_dim": 16,
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
+}
+NETS = {
+    # model, ControlNet
+    "flux": ("flux dev", lambda: FluxControlNetModel(num_layers=1, num_single_layers=1, **FLUX)),
+    "flux double": ("flux schnell", lambda: FluxControlNetModel(num_layers=2, num_single_layers=0, **FLUX)),
+    "flux union": (
+        "flux dev",
+        lambda: FluxControlNetModel(num_layers=1, num_single_layers=2, num_mode=4, guidance_embeds=True, **FLUX),
+    ),
+    "sd3": ("sd3.5 medium", lambda: sd3_controlnet(zeros=True)),
+    "sd3 pooled": ("sd3.5 medium", lambda: sd3_controlnet(zeros=False)),
+    "hunyuandit": (
+        "hunyuandit 1.1",
+        lambda: HunyuanDiT2DControlNetModel(
+            num_attention_heads=HEADS,
+            attention_head_dim=16,
+            in_channels=4,
+            patch_size=2,
+            hidden_size=HEADS * 16,
+            transformer_num_layers=6,
+            mlp_ratio=2.0,
+            cross_attention_dim=24,
+            cross_attention_dim_t5=40,
+            pooled_projection_dim=12,
+            text_len=5,
+            text_len_t5=7,
+        ),
+    ),
+}
+LAYOUTS = [
+    Layout(),
+    Layout(ulysses_degree=2),
+    Layout(cfg_degree=2),
+    Layout(tensor_degree=2),
+    Layout(pipefusion_degree=2, num_patches=1),
+    Layout(pipefusion_degree=2, num_patches=3, warmup_steps=STEPS),
+    Layout(ulysses_degree=2, data_degree=2, weights="sharded"),
+]
+
+
+def sd3_controlnet(zeros):
+    return SD3ControlNetModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=HEADS,
+        joint_attention_dim=24,
+        caption_projection_dim=HEADS * 16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=9,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+        force_zeros_for_pooled_projection=zeros,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Of the models and the ControlNets, whose last layers are not zero as before a training."""
+    place = tmp_path_factory.mktemp("controlnets")
+    for name, (model, build) in NETS.items():
+        if not (place / model).exists():
+            TINY_MODELS[model].make(HEADS).save_pretrained(place / model)
+        with torch.random.fork_rng():
+            torch.manual_seed(17)
+            net = build()
+            for key, parameter in net.named_parameters():
+                if "controlnet_" in key or key.startswith(("input_block", "pos_embed_input")):
+                    nn.init.normal_(parameter, std=0.2)
+        net.save_pretrained(place / name)
+    return place
+
+
+def inputs(model):
+    """A latent, two control pictures, a positive and a negative condition."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    tiny = TINY_MODELS[model]
+    size = (tiny.family.latent_channels, HEIGHT, WIDTH)
+    pictures = draw(1, *size), draw(BATCH, *size)
+    return draw(BATCH, *size), pictures, tiny.condition(draw, 1, TEXT), tiny.condition(draw, BATCH, TEXT + 3)
+
+
+def sampled(world, layout, name, folder, controls, sigmas, pictures=None):
+    """A guided run through the engine: from the tiny model's one noise level to none, or over `sigmas`."""
+    model, _ = NETS[name]
+    latent, drawn, positive, negative = inputs(model)
+    used = tuple(range(len(controls)))
+    request = Sample(
+        id=1,
+        model=ModelRef(path=str(folder / model)),
+        layout=layout,
+        positive=(entry_of(positive).model_copy(update={"controls": used}),),
+        negative=(entry_of(negative).model_copy(update={"controls": used}),),
+        cfg=CFG,
+        sampler="euler",
+        schedule=None,
+        seed=SEED,
+        add_noise=False,
+        controls=tuple(controls),
+    )
+    tensors = {"latent": latent, "sigmas": torch.tensor(sigmas), **tensors_of("positive", positive)}
+    tensors |= tensors_of("negative", negative)
+    tensors |= {f"control.{index}": picture for index, picture in enumerate(pictures or drawn)}
+    return Engine(CPU).handle(request, tensors, run_of(request)[0])[1]["latent"]
+
+
+def refusal_of(world, *args):
+    try:
+        sampled(world, *args)
+    except UserError as error:
+        return str(error)
+
+
+def modes_of(name):
+    return (1, 3) if name == "flux union" else (None, None)
+
+
+def two_controls(name, folder):
+    net = ControlNetRef(path=str(folder / name))
+    strengths = (STRENGTH, -0.5)
+    return [Control(net=net, strength=each, mode=mode) for each, mode in zip(strengths, modes_of(name), strict=True)]
+
+
+class Controlled:
+    """A diffusers transformer that is called with the residuals of a diffusers ControlNet, as its pipelines do."""
+
+    def __init__(self, transformer, net, family, pictures):
+        self.transformer, self.net, self.family, self.pictures = transformer, net, family, pictures
+
+    def __call__(self, *args, **kwargs):
+        ran = [self.residuals(number, *args, **kwargs) for number in range(len(self.pictures))]
+        added = {
+            key: [sum(each) for each in zip(*(one[key] for one in ran), strict=True)] for key in ran[0] if ran[0][key]
+        }
+        return self.transformer(*args, **kwargs, **added)
+
+    def residuals(self, number, *args, **kwargs):
+        picture, strength = self.pictures[number], (STRENGTH, -0.5)[number]
+        batch = BATCH
+        told = {"conditioning_scale": strength, "return_dict": False}
+        if self.family.name == "flux":
+            guided = self.net.config.guidance_embeds
+            tokens = picture.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+            mode = modes_of("flux union" if self.net.union else "flux")[number]
+            double, single = self.net(
+                **{**kwargs, "guidance": kwargs["guidance"] if guided else None},
+                **told,
+                controlnet_cond=tokens.expand(batch, -1, -1),
+                controlnet_mode=None if mode is None else torch.full((batch, 1), mode),
+            )
+            return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+        picture = picture.expand(batch, -1, -1, -1)
+        if self.family.name == "sd3":
+            zeros = self.net.config.force_zeros_for_pooled_projection
+            pooled = kwargs["pooled_projections"]
+            own = kwargs | {"pooled_projections": torch.zeros_like(pooled) if zeros else pooled}
+            return {"block_controlnet_hidden_states": self.net(**own, **told, controlnet_cond=picture)[0]}
+        return {"controlnet_block_samples": self.net(*args, **kwargs, **told, controlnet_cond=picture)[0]}
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """What plain diffusers predicts with both control pictures, once for each ControlNet."""
+    answers = {}
+
+    def of(name):
+        if name not in answers:
+            model, _ = NETS[name]
+            tiny = TINY_MODELS[model]
+            latent, pictures, positive, negative = inputs(model)
+            transformer = tiny.make(HEADS)
+            net = type(NETS[name][1]()).from_pretrained(folders / name)
+            family = tiny.make_family(HEADS)
+            shift = 0.0 if name == "sd3" else family.latent_shift
+            seen = [(picture - shift) * family.latent_scale for picture in pictures]
+            controlled = Controlled(transformer, net, tiny.family, seen)
+            sigma, sampling = torch.tensor(tiny.sigma), family.model_sampling(None)
+            x = sampling.noise_scaling(sigma, torch.zeros_like(latent), family.process_in(latent))
+            with torch.inference_mode():
+                yes, no = (tiny.denoise(controlled, x, condition) for condition in (positive, negative))
+                plain = tiny.denoise(transformer, x, positive)
+            assert relative_error(yes, plain) > 0.02, "the ControlNet must matter"
+            answers[name] = family.process_out(no + CFG * (yes - no))
+        return answers[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_controlnet_equals_diffusers(ranks, figures, folders, expected, name):
+    layouts = LAYOUTS if name in ("flux", "flux union", "hunyuandit") else LAYOUTS[:3]
+    controls, sigmas = two_controls(name, folders), [TINY_MODELS[NETS[name][0]].sigma, 0.0]
+    for layout in layouts:
+        for answer in ranks.run(layout.ranks, sampled, layout, name, folders, controls, sigmas):
+            error = relative_error(answer, expected(name))
+            figures.note(f"{layout.ranks} | {layout} with ControlNets", name.split()[0], error)
+            assert error <= 1e-5, layout
+
+
+WINDOWS = [(0.0, 0.5), (0.3, 1.0), (0.4, 0.6)]
+SIGMAS = [0.95, 0.8, 0.5, 0.2, 0.0]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_controlnet_works_in_its_part_of_the_run_alone(ranks, folders, window):
+    (control,) = two_controls("flux", folders)[:1]
+    start, end = window
+    within = control.model_copy(update={"start": start, "end": end})
+    (answer,) = ranks.run(1, sampled, Layout(), "flux", folders, [within], SIGMAS)
+    for controls in ([control], []):
+        (other,) = ranks.run(1, sampled, Layout(), "flux", folders, controls, SIGMAS)
+        assert relative_error(other, answer) > 1e-4
+    for layout in (
+        Layout(pipefusion_degree=2, num_patches=3, warmup_steps=4),
+        Layout(pipefusion_degree=2, num_patches=1),
+    ):
+        for piped in ranks.run(2, sampled, layout, "flux", folders, [within], SIGMAS):
+            assert relative_error(piped, answer) <= 1e-5
+
+
+def test_a_control_that_never_works_changes_no_bit(ranks, folders):
+    (plain,) = ranks.run(1, sampled, Layout(), "flux", folders, [], SIGMAS)
+    (control,) = two_controls("flux", folders)[:1]
+    for changes in ({"strength": 0.0}, {"start": 1.0}, {"end": 0.0}):
+        (answer,) = ranks.run(1, sampled, Layout(), "flux", folders, [control.model_copy(update=changes)], SIGMAS)
+        assert torch.equal(answer, plain), changes
+
+
+def test_patches_see_the_control_with_keys_of_the_step_before(ranks, folders):
+    """Close to the exact run and not equal to it: what is old differs by one step."""
+    controls = two_controls("flux", folders)
+    sigmas = torch.linspace(0.9, 0.0, 9).tolist()
+    (exact,) = ranks.run(1, sampled, Layout(), "flux", folders, controls, sigmas)
+    layout = Layout(pipefusion_degree=2, num_patches=2, warmup_steps=2)
+    one, other = ranks.run(2, sampled, layout, "flux", folders, controls, sigmas)
+    assert torch.equal(one, other)
+    assert 1e-6 < relative_error(one, exact) < 0.1
+
+
+REFUSED = {
+    "of another family": ("flux", "sd3", {}, None, "a ControlNet for sd3 models"),
+    "union without a mode": ("flux union", "flux union", {"mode": None}, None, "4 kinds"),
+    "mode beyond": ("flux union", "flux union", {"mode": 4}, None, "the mode is 4"),
+    "mode of no union": ("flux", "flux", {"mode": 1}, None, "no union"),
+    "no ControlNet": ("flux", "flux dev", {}, None, "no ControlNet that is known"),
+    "picture of another size": ("flux", "flux", {}, [torch.zeros(1, 16, 2, 2)], "[1, 16, 2, 2]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(ranks, folders, case):
+    name, file, changes, pictures, words = REFUSED[case]
+    control = two_controls(name, folders)[0].model_copy(
+        update={"net": ControlNetRef(path=str(folders / file)), **changes}
+    )
+    (text,) = ranks.run(1, refusal_of, Layout(), name, folders, [control], SIGMAS, pictures)
+    assert words in (text or "")
+
+
+def test_old_keys_and_a_controlnet_are_refused(ranks, folders):
+    controls = two_controls("flux", folders)
+    for text in ranks.run(2, refusal_of, Layout(distrifusion_degree=2), "flux", folders, controls, SIGMAS):
+        assert "distrifusion_degree=2" in text
