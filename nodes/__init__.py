@@ -1,5 +1,6 @@
 """The pack's nodes for ComfyUI's graph."""
 
+from .controlnet import ParallelDiTControlNetApply, ParallelDiTControlNetLoader
 from .layout import ParallelDiTLayout
 from .loader import ParallelDiTLoader
 from .lora import ParallelDiTLora
@@ -19,6 +20,8 @@ NODE_CLASS_MAPPINGS = {
         ParallelDiTLoader,
         ParallelDiTLayout,
         ParallelDiTLora,
+        ParallelDiTControlNetLoader,
+        ParallelDiTControlNetApply,
         ParallelDiTTextEncode,
         ParallelDiTSampler,
         ParallelDiTVAELoader,
@@ -33,6 +36,8 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTLoader": "Parallel Loader",
     "ParallelDiTLayout": "Parallel Layout",
     "ParallelDiTLora": "Parallel LoRA",
+    "ParallelDiTControlNetLoader": "Parallel ControlNet Loader",
+    "ParallelDiTControlNetApply": "Parallel ControlNet Apply",
     "ParallelDiTTextEncode": "Parallel Text Encode",
     "ParallelDiTSampler": "Parallel Sampler",
     "ParallelDiTVAELoader": "Parallel VAE Loader",

@@ -19,7 +19,6 @@ CANNOT_TRAVEL = {
     "area": REGION,
     "mask": REGION,
     "gligen": REGION,
-    "control": "Remove the ControlNet",
     "hooks": "Remove the hooks",
     "timestep_start": "Use the prompt for the whole run",
     "timestep_end": "Use the prompt for the whole run",

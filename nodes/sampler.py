@@ -8,7 +8,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.fitting import Work, check_layout
 from ..parallel_backend.protocol.messages import Adapters, Sample
 from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
-from . import conditioning, host, latent, patches, session
+from . import conditioning, controlnet, host, latent, patches, session
 from .handles import handle_of
 from .layout import LayoutChoice
 from .validation import verdict
@@ -102,6 +102,8 @@ class ParallelDiTSampler:
         negatives, negative_tensors = (), {}
         if negative is not None and cfg != 1.0:
             negatives, negative_tensors = conditioning.travelling("negative", negative, handle.family)
+        sides = {"positive": (positives, positive), "negative": (negatives, negative if negatives else [])}
+        named, controls = controlnet.travelling(sides)
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= positive_tensors | negative_tensors | ({} if sigmas is None else {"sigmas": sigmas})
         batch = len(tensors["latent"])
@@ -110,14 +112,15 @@ class ParallelDiTSampler:
         choice = handle.layout or LayoutChoice()
         client = session.client_for(handle.layout.ranks if handle.layout else None)
         layout = choice.resolve(client.welcome.ranks, batch=batch, guided=bool(negatives))
-        check_layout(layout, Work(batch=batch, cfg=cfg, has_negative=negative is not None))
+        check_layout(layout, Work(batch=batch, cfg=cfg, has_negative=negative is not None, controls=len(controls)))
+        tensors |= {f"control.{index}": control.latent(tensors["latent"]) for index, control in enumerate(controls)}
         patches.deliver(client, changes)
         message = Sample(
             id=0,
             model=handle.ref,
             layout=layout,
-            positive=positives,
-            negative=negatives,
+            positive=named["positive"],
+            negative=named["negative"],
             cfg=cfg,
             sampler=sampler_name,
             schedule=schedule,
@@ -126,6 +129,7 @@ class ParallelDiTSampler:
             batch_index=latent.batch_index(latent_image),
             cpu_noise_offset=here.cpu_noise_offset,
             preview=here.wants_previews(model),
+            controls=tuple(control.message for control in controls),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )
         reply = session.ask(client, message, tensors, model)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from paralleldit.nodes import host
+from paralleldit.nodes.controlnet import resized
+from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.nodes.patches import changes_of, deliver
 from paralleldit.parallel_backend.adapters.store import AdapterStore
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
-from paralleldit.tests.graph.test_nodes import load, node, sample
+from paralleldit.tests.graph.test_nodes import conditioning, load, node, sample
 from safetensors.torch import save_file
 
 KEY = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
@@ -137,3 +139,91 @@ def test_a_model_without_patches_asks_the_ranks_for_nothing(client):
     assert host.current().changes(load()) == []
     sample()
     assert not [message for message, _ in client.sent if isinstance(message, messages.FindChanges)]
+
+
+# -- ControlNets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def net(models):
+    path = models / "controlnet" / "edges.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file({"controlnet_x_embedder.weight": torch.ones(2, 2)}, path)
+    return node("ControlNetLoader").load("edges.safetensors")[0]
+
+
+class Vae:
+    """Remembers what it encodes."""
+
+    def __init__(self):
+        self.pictures = []
+
+    def encode(self, picture):
+        self.pictures.append(picture)
+        batch, height, width, _ = picture.shape
+        return torch.full((batch, 16, height // 8, width // 8), picture.mean().item())
+
+
+def controlled(net, vae, prompts=None, **changes):
+    inputs = {
+        "positive": conditioning(),
+        "negative": conditioning(),
+        "controlnet": net,
+        "image": torch.ones(1, 64, 64, 3),
+        "vae": vae,
+        "strength": 0.5,
+        "start_percent": 0.0,
+        "end_percent": 0.8,
+        "mode": -1,
+    }
+    sides = dict(zip(("positive", "negative"), prompts or (), strict=bool(prompts)))
+    return node("ControlNetApply").apply(**(inputs | sides | changes))
+
+
+def test_controlnets_travel_once_with_their_pictures_in_the_latents_size(client, net):
+    vae = Vae()
+    once = controlled(net, vae)
+    positive, negative = controlled(net, vae, once, image=torch.zeros(1, 32, 48, 3), mode=2, strength=1.0)
+    sample(positive=positive, negative=negative, cfg=2.0, latent_image={"samples": torch.zeros(1, 16, 4, 6)})
+    message, tensors = client.last(messages.Sample)
+    assert [(each.strength, each.end, each.mode) for each in message.controls] == [(0.5, 0.8, None), (1.0, 0.8, 2)]
+    assert message.positive[0].controls == message.negative[0].controls == (0, 1)
+    assert [picture.shape[1:3] for picture in vae.pictures] == [(32, 48), (32, 48)]
+    assert tensors["control.0"].shape == (1, 16, 4, 6)
+    assert (tensors["control.0"].mean(), tensors["control.1"].mean()) == (1.0, 0.0)
+
+
+def test_at_cfg_1_the_positive_prompt_alone_has_its_controlnet(client, net):
+    positive, _ = controlled(net, Vae())
+    sample(positive=positive)
+    message, tensors = client.last(messages.Sample)
+    assert message.positive[0].controls == (0,)
+    assert (len(message.controls), message.negative) == (1, ())
+    assert "control.0" in tensors
+
+
+def test_a_control_picture_is_cut_in_the_middle():
+    image = torch.zeros(1, 8, 32, 3)
+    image[:, :, 12:20] = 1.0
+    assert resized(image, 16, 16).mean() == 1.0
+
+
+def test_a_sampler_of_comfyui_is_told_what_to_use(client, net):
+    positive, _ = controlled(net, Vae())
+    for name in ("get_models", "pre_run", "get_control"):
+        with pytest.raises(UserError, match="Use Parallel Sampler"):
+            getattr(positive[0][1]["control"], name)("whatever")
+
+
+def test_a_controlnet_that_would_never_work_is_refused(client, net):
+    assert "0.9" in str(node("ControlNetApply").VALIDATE_INPUTS(0.9, 0.1))
+    with pytest.raises(UserError, match="after end_percent"):
+        controlled(net, Vae(), start_percent=0.9, end_percent=0.1)
+
+
+def test_old_keys_and_a_controlnet_are_refused_before_the_run(client, net):
+    positive, _ = controlled(net, Vae())
+    layout = LayoutChoice(ranks=2, distrifusion_degree=2)
+    with pytest.raises(UserError, match="distrifusion_degree=2"):
+        sample(load(layout), positive=positive)
+    assert not [message for message, _ in client.sent if isinstance(message, messages.Sample)]

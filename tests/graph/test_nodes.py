@@ -261,7 +261,7 @@ NAN = torch.full((1, 16, 4, 4), float("nan"))
         ({"cfg": 3.0, "negative": conditioning() * 2}, ("negative conditioning has 2 entries",)),
         ({"positive": conditioning(area=(1, 1, 0, 0))}, ("carries area",)),
         ({"positive": conditioning(mask=torch.ones(1, 4, 4))}, ("carries mask",)),
-        ({"positive": conditioning(control=object())}, ("carries control", "ControlNet")),
+        ({"positive": conditioning(control=object())}, ("ControlNet of ComfyUI's own",)),
         ({"positive": conditioning(hooks=object())}, ("carries hooks",)),
         ({"positive": conditioning(start_percent=0.5)}, ("carries start_percent=0.5",)),
         ({"positive": conditioning(strength=0.5)}, ("carries strength=0.5",)),

@@ -1,0 +1,229 @@
+"""Parallel ControlNet Loader and Parallel ControlNet Apply: ControlNets that the ranks evaluate beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.protocol.messages import Conditioning, Control, ControlNetRef
+from ..parallel_backend.weights import open_checkpoint
+from . import paths
+from .validation import verdict
+
+KIND = "controlnet"
+WHAT = "The ControlNet"
+CONTROL = "control"
+"""Where ComfyUI's samplers look for a ControlNet in a prompt: so they cannot overlook one of ours."""
+CELL = 8
+"""Pixels of a picture for a cell of its latent, in both directions."""
+NO_MODE = -1
+
+
+class WaitingControls(tuple["WaitingControl", ...]):
+    """The ControlNets of a prompt, for Parallel Sampler. ComfyUI's own samplers would ask them for residuals."""
+
+    def get_models(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(
+            "This prompt has a ControlNet of Parallel ControlNet Apply, which only the ranks can evaluate.",
+            "Use Parallel Sampler, or ComfyUI's own Load ControlNet Model and Apply ControlNet.",
+        )
+
+    pre_run = get_control = set_previous_controlnet = inference_memory_requirements = get_models
+
+
+@dataclass(frozen=True)
+class WaitingControl:
+    """A ControlNet and its picture `[B, H, W, 3]` in 0..1, encoded by `vae` when the latent's size is known."""
+
+    message: Control
+    image: Tensor
+    vae: Any
+
+    def latent(self, like: Tensor) -> Tensor:
+        """The picture's latent, of the size of the latent `like` `[B, C, h, w]`."""
+        height, width = (CELL * side for side in like.shape[2:])
+        picture = resized(self.image[..., :3], height, width)
+        return self.vae.encode(picture)[:, :, : like.shape[2], : like.shape[3]].float()
+
+
+class ParallelDiTControlNetLoader:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = "Names a ControlNet for the ranks. They read it when it is first used."
+    RETURN_TYPES = ("PARALLELDIT_CONTROLNET",)
+    RETURN_NAMES = ("controlnet",)
+    OUTPUT_TOOLTIPS = ("For Parallel ControlNet Apply.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "controlnet": (
+                    paths.names(KIND),
+                    {
+                        "tooltip": "A safetensors file in models/controlnet, in the diffusers layout: for Flux.1, "
+                        "Stable Diffusion 3 or HunyuanDiT."
+                    },
+                )
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, controlnet: str) -> bool | str:
+        return verdict(lambda name: paths.resolve(name, KIND, WHAT), controlnet)
+
+    def load(self, controlnet: str) -> tuple[ControlNetRef]:
+        path = paths.resolve(controlnet, KIND, WHAT)
+        open_checkpoint(path)
+        return (ControlNetRef(path=str(path)),)
+
+
+class ParallelDiTControlNetApply:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = (
+        "Adds a ControlNet and its picture to both prompts, for Parallel Sampler. Several may follow each other."
+    )
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("positive", "negative")
+    OUTPUT_TOOLTIPS = ("The positive prompt with the ControlNet.", "The negative prompt with the ControlNet.")
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        share = {"min": 0.0, "max": 1.0, "step": 0.001}
+        return {
+            "required": {
+                "positive": ("CONDITIONING", {"tooltip": "What to show."}),
+                "negative": ("CONDITIONING", {"tooltip": "What to avoid."}),
+                "controlnet": ("PARALLELDIT_CONTROLNET", {"tooltip": "From Parallel ControlNet Loader."}),
+                "image": (
+                    "IMAGE",
+                    {"tooltip": "The control picture: edges, depth, a pose, as the ControlNet expects."},
+                ),
+                "vae": (
+                    "VAE",
+                    {"tooltip": "The model's VAE, from Parallel VAE Loader or ComfyUI's own: encodes the picture."},
+                ),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 10.0,
+                        "step": 0.01,
+                        "tooltip": "How strongly the picture is followed. At 0 the ControlNet is not evaluated.",
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **share, "tooltip": "The part of the run after which it begins to work."},
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {"default": 1.0, **share, "tooltip": "The part of the run after which it works no more."},
+                ),
+                "mode": (
+                    "INT",
+                    {
+                        "default": NO_MODE,
+                        "min": NO_MODE,
+                        "max": 1000,
+                        "tooltip": "The kind of picture, by its number in a union ControlNet. -1 for any other.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, start_percent: float, end_percent: float) -> bool | str:
+        return verdict(_check_span, start_percent, end_percent)
+
+    def apply(
+        self,
+        positive: list[Any],
+        negative: list[Any],
+        controlnet: ControlNetRef,
+        image: Tensor,
+        vae: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        mode: int,
+    ) -> tuple[list[Any], list[Any]]:
+        _check_span(start_percent, end_percent)
+        message = Control(
+            net=controlnet,
+            strength=strength,
+            start=start_percent,
+            end=end_percent,
+            mode=None if mode == NO_MODE else mode,
+        )
+        control = WaitingControl(message, image, vae)
+        return _with(positive, control), _with(negative, control)
+
+
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """`[B, H, W, 3]` cut in the middle to the proportions asked for, then resized, as ComfyUI does with such pictures."""
+    own_height, own_width = image.shape[1:3]
+    top = max(0, round((own_height - own_width * height / width) / 2))
+    left = max(0, round((own_width - own_height * width / height) / 2))
+    middle = image[:, top : own_height - top, left : own_width - left].movedim(-1, 1)
+    return F.interpolate(middle, size=(height, width), mode="nearest-exact").movedim(1, -1)
+
+
+def waiting(side: str, entry: Mapping[str, Any]) -> WaitingControls:
+    """The ControlNets of a prompt's entry. Raises `UserError` for those of ComfyUI's own nodes."""
+    control = entry.get(CONTROL)
+    if control is None:
+        return WaitingControls()
+    if not isinstance(control, WaitingControls):
+        raise UserError(
+            f"The {side} prompt has a ControlNet of ComfyUI's own, which Parallel Sampler cannot send to the ranks.",
+            "Use Parallel ControlNet Loader and Parallel ControlNet Apply, or sample with KSampler.",
+        )
+    return control
+
+
+def travelling(
+    sides: Mapping[str, tuple[tuple[Conditioning, ...], list[Any]]],
+) -> tuple[dict[str, tuple[Conditioning, ...]], list[WaitingControl]]:
+    """The sides' entries, which name their controls, and these.
+
+    `sides`: by side the message's entries and the CONDITIONING that they come from.
+    """
+    controls: list[WaitingControl] = []
+    named: dict[str, tuple[Conditioning, ...]] = {}
+    for side, (entries, conditioning) in sides.items():
+        numbers = [[_number(controls, each) for each in waiting(side, entry)] for _, entry in conditioning]
+        named[side] = tuple(
+            entry.model_copy(update={"controls": tuple(own)}) for entry, own in zip(entries, numbers, strict=True)
+        )
+    return named, controls
+
+
+def _number(controls: list[WaitingControl], control: WaitingControl) -> int:
+    """Its place among `controls`, where it is put if it is not there yet: both prompts mostly have the same."""
+    for index, known in enumerate(controls):
+        if known is control:
+            return index
+    controls.append(control)
+    return len(controls) - 1
+
+
+def _with(conditioning: Sequence[Any], control: WaitingControl) -> list[Any]:
+    return [
+        [tokens, {**entry, CONTROL: WaitingControls((*waiting("", entry), control))}] for tokens, entry in conditioning
+    ]
+
+
+def _check_span(start: float, end: float) -> None:
+    if start > end:
+        raise UserError(
+            f"start_percent={start:g} is after end_percent={end:g}: the ControlNet would never work.",
+            "Make start_percent the smaller one.",
+        )
