@@ -168,7 +168,7 @@ class ParallelDiTControlNetApply:
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """`[B, H, W, 3]` cut in the middle to the proportions asked for, then resized, as ComfyUI does with such pictures."""
+    """`[B, H, W, 3]` cut in the middle to the proportions asked for, then resized, as ComfyUI does with one."""
     own_height, own_width = image.shape[1:3]
     top = max(0, round((own_height - own_width * height / width) / 2))
     left = max(0, round((own_width - own_height * width / height) / 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -234,7 +234,9 @@ def condition_of(
     entry: Conditioning, prefix: str, side: str, tensors: dict[str, Tensor], family: Family, batch: int
 ) -> Condition:
     """One entry with those of its tensors whose names begin with `prefix`; errors say that it is of `side`."""
-    given = {name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors}
+    given: dict[str, Any] = {
+        name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors
+    }
     check_condition_tensors(given, side, batch)
     condition = Condition(**given, guidance=entry.guidance, size=entry.size, target_size=entry.target_size)
     family.check_condition(condition)
