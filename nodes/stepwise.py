@@ -34,8 +34,9 @@ TAKES: dict[str, Mapping[str, str]] = {
 }
 """Per family: from the inputs of ComfyUI's network to the names of a condition's tensors."""
 
+CONTROLLED = ("flux", "sd3", "hunyuandit")
+"""Families whose networks add the residuals of ControlNets."""
 CANNOT_TRAVEL = {
-    "control": ("the residuals of a ControlNet", "Remove the Apply ControlNet node"),
     "ref_latents": ("reference latents", "Remove the ReferenceLatent node"),
     "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
     "style": ("a style", "Remove the node that sets it"),
@@ -106,6 +107,7 @@ class StepwiseModel:
                 f"Remove that node, or {OWN_LOADER}",
             )
         refuse_inputs(inputs)
+        residuals, residual_tensors = residuals_of(inputs.get("control"), run.handle.family)
         batch = latent.shape[0] // conditions
         starts = range(0, batch * conditions, batch)
         keys = tuple(self._key(run, inputs, slice(start, start + batch)) for start in starts)
@@ -128,8 +130,10 @@ class StepwiseModel:
             run=run.key,
             conditions=keys,
             adapters=Adapters(files=run.handle.loras, changes=changes),
+            residuals=residuals,
         )
-        return self._ask(run, message, {"latent": latent, "timestep": timestep}).to(latent.device)
+        tensors = {"latent": latent, "timestep": timestep, **residual_tensors}
+        return self._ask(run, message, tensors).to(latent.device)
 
     def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice) -> str:
         """The key of the condition of these rows; the ranks hear of it when they need it."""
@@ -168,6 +172,30 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> None:
                 f"The model is given {what}, which cannot be sent to the ranks.",
                 f"{advice}, or {OWN_LOADER}",
             )
+
+
+def residuals_of(control: Any, family: str) -> tuple[dict[str, tuple[int | None, ...]], dict[str, Tensor]]:
+    """What ComfyUI's ControlNets add in this step: the numbers of its lists, and the tensors, each of them once.
+
+    Raises `UserError` for a model that takes none.
+    """
+    if not control:
+        return {}, {}
+    if family not in CONTROLLED:
+        raise UserError(
+            f"The model is given the residuals of a ControlNet, which a {family} model does not take.",
+            f"Remove the Apply ControlNet node, or {OWN_LOADER}",
+        )
+    numbers: dict[int, int] = {}
+    kept: dict[str, Tensor] = {}
+    lists = {}
+    for name in ("input", "output"):
+        for tensor in control.get(name) or ():
+            if tensor is not None and id(tensor) not in numbers:
+                numbers[id(tensor)] = len(numbers)
+                kept[f"residual.{numbers[id(tensor)]}"] = tensor
+        lists[name] = tuple(None if tensor is None else numbers[id(tensor)] for tensor in control.get(name) or ())
+    return {name: own for name, own in lists.items() if own}, kept
 
 
 def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Conditioning:

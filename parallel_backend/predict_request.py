@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .adapters.residuals import given_residuals
 from .attention.core import make_attention
 from .comm import split_sizes
 from .errors import UserError
@@ -41,6 +43,7 @@ def predict(
     for key, entry in request.told.items():
         told[key] = condition_of(entry, f"{key}.0.", "prompt's", tensors, family, batch)
     conditions = [told[key] for key in request.conditions]
+    given = given_residuals(request.residuals, tensors, family, latent.shape) if request.residuals else None
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
     strategy = SequenceParallel(family, mesh.sequence, attention)
 
@@ -53,7 +56,10 @@ def predict(
         # Ranks without a condition of their own compute the last one again: weights are gathered by all together.
         index = min(first + mesh.cfg.rank, count - 1)
         rows = slice(index * batch + own.start, index * batch + own.stop)
-        output = strategy.predict(latent[rows], timestep[rows], conditions[index].part(own, batch)).float()
+        condition = conditions[index].part(own, batch)
+        if given:
+            condition = replace(condition, controls=(given.rows(rows),))
+        output = strategy.predict(latent[rows], timestep[rows], condition).float()
         together = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
         predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in together[: count - first]]
     prediction = torch.cat(predictions)

@@ -54,7 +54,9 @@ class GivenResiduals:
         return [each[:, shard.image] for each in self.given]
 
 
-def given_residuals(numbers: Numbers, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]) -> GivenResiduals:
+def given_residuals(
+    numbers: Numbers, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]
+) -> GivenResiduals:
     """Of a request for a latent of `shape` `[N, C, H, W]`. Raises `UserError` for those that do not fit the model."""
     places, blocks = places_of(family), {}
     for name, own in numbers.items():
@@ -62,7 +64,7 @@ def given_residuals(numbers: Numbers, tensors: Mapping[str, Tensor], family: Fam
         filled = [(place, number) for place, number in enumerate(own) if number is not None]
         if (family.name == "hunyuandit" and len(own) != len(known)) or any(place >= len(known) for place, _ in filled):
             raise UserError(
-                f"The ControlNet adds {len(own)} residuals ({name}), but this {family.name} model takes {len(known)} there.",
+                f"The ControlNet adds {len(own)} residuals ({name}); this {family.name} model takes {len(known)}.",
                 "Use a ControlNet that was made for the model.",
             )
         blocks |= {known[place]: number for place, number in filled}

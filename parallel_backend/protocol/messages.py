@@ -233,13 +233,17 @@ class Sample(Request):
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
+ResidualNumber = Annotated[int, Field(ge=0, le=1024)]
+
+
 class Predict(Request):
     """One prediction of the transformer for a sampler that runs in the client, for one or more conditions at once.
 
     `run` names the sampler's run. Its conditions are told once, in `told`, and named by their keys from then on; those
     of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
     `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Conditioning`
-    that is told (side = its key, index = 0).
+    that is told (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own ControlNets,
+    which `residuals` puts where ComfyUI's lists "input" and "output" have them.
 
     Reply tensor: `prediction` [N * B, C, H, W]; or `data` {"missing": [keys]} of conditions that are not held.
     """
@@ -251,6 +255,7 @@ class Predict(Request):
     conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
     told: dict[Key, Conditioning] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
+    residuals: dict[Literal["input", "output"], tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
 
 
 class EndRun(Request):

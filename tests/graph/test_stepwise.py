@@ -114,7 +114,6 @@ def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"control": {"output": [1]}}, "residuals of a ControlNet"),
         ({"ref_latents": [LATENT]}, "reference latents"),
         ({"attention_mask": LATENT}, "attention mask"),
         ({"c_size": torch.tensor([[8.0, 8.0]] * 4), "c_ar": torch.full((4, 1), 2.0)}, "aspect_ratio=2"),
@@ -125,4 +124,19 @@ def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry
 def test_inputs_that_the_ranks_do_not_take_are_refused_by_name(ask, changes, words):
     with pytest.raises(UserError, match=words):
         running().predict(LATENT, TIMESTEP, inputs(**changes), 2)
+    assert not ask.sent
+
+
+def test_residuals_of_comfyuis_controlnets_travel_once_each(ask):
+    one, other = torch.ones(4, 8, 6), torch.zeros(1, 8, 6)
+    running().predict(LATENT, TIMESTEP, inputs(control={"input": [one, None, one], "middle": [], "output": [other]}), 2)
+    message, tensors = ask.last(messages.Predict)
+    assert message.residuals == {"input": (0, None, 0), "output": (1,)}
+    assert torch.equal(tensors["residual.0"], one)
+    assert torch.equal(tensors["residual.1"], other)
+
+
+def test_residuals_for_a_model_that_takes_none_are_refused(ask):
+    with pytest.raises(UserError, match="residuals of a ControlNet"):
+        running("pixart-sigma").predict(LATENT, TIMESTEP, inputs(control={"output": [LATENT]}), 2)
     assert not ask.sent

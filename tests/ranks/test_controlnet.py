@@ -8,7 +8,7 @@ from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3Contr
 from paralleldit.parallel_backend.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.protocol.messages import Control, ControlNetRef, ModelRef, Sample
+from paralleldit.parallel_backend.protocol.messages import Control, ControlNetRef, ModelRef, Predict, Sample
 from paralleldit.tests.ranks.stale_flux import relative_error, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 from torch import nn
@@ -211,13 +211,12 @@ def expected(folders):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_controlnet_equals_diffusers(ranks, figures, folders, expected, name):
+def test_a_controlnet_equals_diffusers(ranks, folders, expected, name):
     layouts = LAYOUTS if name in ("flux", "flux union", "hunyuandit") else LAYOUTS[:3]
     controls, sigmas = two_controls(name, folders), [TINY_MODELS[NETS[name][0]].sigma, 0.0]
     for layout in layouts:
         for answer in ranks.run(layout.ranks, sampled, layout, name, folders, controls, sigmas):
             error = relative_error(answer, expected(name))
-            figures.note(f"{layout.ranks} | {layout} with ControlNets", name.split()[0], error)
             assert error <= 1e-5, layout
 
 
@@ -279,6 +278,67 @@ def test_what_does_not_fit_is_refused_by_name(ranks, folders, case):
     )
     (text,) = ranks.run(1, refusal_of, Layout(), name, folders, [control], SIGMAS, pictures)
     assert words in (text or "")
+
+
+def predicted(world, layout, model, path, residuals, tensors):
+    """A step that a sampler of the client asks for, under two prompts at once."""
+    latent, _, positive, negative = inputs(model)
+    keys = ("a" * 32, "b" * 32)
+    tiny = TINY_MODELS[model]
+    sampling, sigma = tiny.make_family(HEADS).model_sampling(None), torch.tensor(tiny.sigma)
+    request = Predict(
+        id=1,
+        model=ModelRef(path=str(path)),
+        layout=layout,
+        run="c" * 32,
+        conditions=keys,
+        told=dict(zip(keys, map(entry_of, (positive, negative)), strict=True)),
+        residuals=residuals,
+    )
+    both = torch.cat((latent, latent))
+    sent = {
+        "latent": sampling.calculate_input(sigma, both),
+        "timestep": sampling.timestep(sigma).float().expand(len(both)),
+        **{f"residual.{number}": tensor for number, tensor in enumerate(tensors)},
+    }
+    for key, condition in zip(keys, (positive, negative), strict=True):
+        sent |= {name.replace("told", key): each for name, each in tensors_of("told", condition).items()}
+    output = Engine(CPU).handle(request, sent, run_of(request)[0])[1]["prediction"]
+    return sampling.denoised(output, both, sigma)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(ulysses_degree=2), Layout(cfg_degree=2), Layout(data_degree=2)], ids=str
+)
+def test_residuals_of_the_clients_controlnets_are_added_where_comfyui_adds_them(ranks, folders, layout):
+    generator = torch.Generator().manual_seed(8)
+    tokens = HEIGHT * WIDTH // 4
+    own, shared = (torch.randn(rows, tokens, HEADS * 16, generator=generator) for rows in (2 * BATCH, 1))
+    for model, residuals, added in (
+        (
+            "flux dev",
+            {"input": (0, 0), "output": (None, 1)},
+            (("controlnet_block_samples", "dd"), ("controlnet_single_block_samples", "0s")),
+        ),
+        ("sd3.5 medium", {"output": (0, 1, 0)}, (("block_controlnet_hidden_states", "dsd0"),)),
+        ("hunyuandit 1.1", {"output": (1, 0)}, (("controlnet_block_samples", "sd"),)),
+    ):
+        latent, _, *conditions = inputs(model)
+        tiny = TINY_MODELS[model]
+        transformer = tiny.make(HEADS)
+        answers = ranks.run(layout.ranks, predicted, layout, model, folders / model, residuals, [own, shared])
+        for number, condition in enumerate(conditions):
+            rows = slice(number * BATCH, (number + 1) * BATCH)
+            kinds = {"d": own[rows], "s": shared, "0": torch.zeros_like(shared)}
+
+            def call(*args, kinds=kinds, added=added, transformer=transformer, **kwargs):
+                given = {name: [kinds[kind] for kind in places] for name, places in added}
+                return transformer(*args, **kwargs, **given)
+
+            with torch.inference_mode():
+                wanted = tiny.denoise(call, latent, condition)
+            for answer in answers:
+                assert relative_error(answer[rows], wanted) <= 1e-5, (model, number)
 
 
 def test_old_keys_and_a_controlnet_are_refused(ranks, folders):
