@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Conditioning, Control, ControlNetRef
 from ..parallel_backend.weights import open_checkpoint
 from . import paths
 from .validation import verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KIND = "controlnet"
 WHAT = "The ControlNet"
@@ -169,6 +169,8 @@ class ParallelDiTControlNetApply:
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
     """`[B, H, W, 3]` cut in the middle to the proportions asked for, then resized, as ComfyUI does with one."""
+    import torch.nn.functional as F
+
     own_height, own_width = image.shape[1:3]
     top = max(0, round((own_height - own_width * height / width) / 2))
     left = max(0, round((own_width - own_height * width / height) / 2))
