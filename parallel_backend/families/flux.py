@@ -131,14 +131,14 @@ class Flux(Family):
         timestep = timestep.to(self.dtype) * 1000
         assert condition.pooled is not None
         pooled = condition.pooled.to(self.dtype).expand(image.shape[0], -1)
-        if model.config["guidance_embeds"] and condition.guidance is None:
+        if not model.config["guidance_embeds"]:
+            modulation = model.time_text_embed(timestep, pooled)
+        elif condition.guidance is None:
             embed = cast(Any, model.time_text_embed)
             modulation = embed.timestep_embedder(embed.time_proj(timestep).to(self.dtype)) + embed.text_embedder(pooled)
-        elif model.config["guidance_embeds"]:
+        else:
             guidance = torch.full_like(timestep, condition.guidance) * 1000
             modulation = model.time_text_embed(timestep, guidance, pooled)
-        else:
-            modulation = model.time_text_embed(timestep, pooled)
         text_length = condition.tokens.shape[1]
         rotary = self._rotary(text_length, grid)
         return TokenState(
