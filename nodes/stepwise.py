@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..launcher.client import Client
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import Adapters, Conditioning, EndRun, Predict, WeightChange
+from ..parallel_backend.protocol.messages import Adapters, Conditioning, EndRun, Predict, ResidualList, WeightChange
 from . import host, patches, session
 from .handles import OWN_LOADER, ModelHandle
 from .layout import LayoutChoice
@@ -174,7 +174,7 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> None:
             )
 
 
-def residuals_of(control: Any, family: str) -> tuple[dict[str, tuple[int | None, ...]], dict[str, Tensor]]:
+def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[int | None, ...]], dict[str, Tensor]]:
     """What ComfyUI's ControlNets add in this step: the numbers of its lists, and the tensors, each of them once.
 
     Raises `UserError` for a model that takes none.
@@ -188,8 +188,9 @@ def residuals_of(control: Any, family: str) -> tuple[dict[str, tuple[int | None,
         )
     numbers: dict[int, int] = {}
     kept: dict[str, Tensor] = {}
-    lists = {}
-    for name in ("input", "output"):
+    lists: dict[ResidualList, tuple[int | None, ...]] = {}
+    names: tuple[ResidualList, ...] = ("input", "output")
+    for name in names:
         for tensor in control.get(name) or ():
             if tensor is not None and id(tensor) not in numbers:
                 numbers[id(tensor)] = len(numbers)

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..attention.site import Attention
 from ..errors import UserError
 from ..families.base import Condition, Family, Shard
+from ..protocol.messages import ResidualList
 
-Numbers = Mapping[str, Sequence[int | None]]
+Numbers = Mapping[ResidualList, Sequence[int | None]]
 """By ComfyUI's lists "input" and "output": the number of the residual at each of their places, if there is one."""
 
 
@@ -83,7 +84,7 @@ def given_residuals(
     return GivenResiduals(tuple(given), blocks)
 
 
-def places_of(family: Family) -> dict[str, Sequence[int]]:
+def places_of(family: Family) -> dict[ResidualList, Sequence[int]]:
     """The blocks behind which ComfyUI adds the residuals of its lists, in the lists' order."""
     count = len(family.blocks)
     match family.name:

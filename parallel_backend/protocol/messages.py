@@ -233,6 +233,7 @@ class Sample(Request):
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
+ResidualList = Literal["input", "output"]
 ResidualNumber = Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -255,7 +256,7 @@ class Predict(Request):
     conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
     told: dict[Key, Conditioning] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
-    residuals: dict[Literal["input", "output"], tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
+    residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
 
 
 class EndRun(Request):
