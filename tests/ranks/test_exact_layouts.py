@@ -1,5 +1,6 @@
 """Every exact layout gives what the plain diffusers transformer gives in one process."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -103,7 +104,9 @@ def make_inputs(model, height, width, text, batch):
     tiny = TINY_MODELS[model]
     latent = draw(batch, tiny.family.latent_channels, height, width)
     # The negative prompt has another length, and a text for every picture.
-    return latent, tiny.condition(draw, 1, text), tiny.condition(draw, batch, text + 3)
+    conditions = tiny.condition(draw, 1, text), tiny.condition(draw, batch, text + 3)
+    # As a request has it: a picture of which no size is told is told of its own, in pixels.
+    return latent, *(replace(each, size=each.size or (8 * height, 8 * width)) for each in conditions)
 
 
 def guided(world, degrees, cases, dtype):
