@@ -15,7 +15,9 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +44,8 @@ class Case:
     sampler: dict[str, Any] = field(default_factory=dict)
     entries: tuple[dict[str, Any], ...] = ({},)
     """What is set of each entry of the positive CONDITIONING. More than the usual one: for KSampler alone."""
+    node: str = "KSampler"
+    """The node of ComfyUI that samples, one of `WAYS`. Others than KSampler have no like among our nodes."""
 
 
 def sweep(samplers: tuple[str, ...], schedulers: tuple[str, ...]) -> dict[str, Case]:
@@ -70,6 +74,11 @@ CASES = {
         f"{name}, {what}": Case(name, (2,), 2, sampler={"cfg": 4.0}, entries=entries)
         for name in ("flux", "sd3")
         for what, entries in CONDITIONINGS.items()
+    },
+    **{
+        f"{name}, {node}": Case(name, sampler={"cfg": 4.0}, node=node)
+        for name in ("flux", "sd3")
+        for node in ("KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
     },
     "flux, odd size": Case("flux", size=(7, 9)),
     "sd3, odd size": Case("sd3", size=(7, 9)),
@@ -127,8 +136,6 @@ def main(folder: Path, ranks: list[int]) -> None:
     from paralleldit.nodes.layout import LayoutChoice
     from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
 
-    import nodes as host_nodes
-
     server.PromptServer.instance = SimpleNamespace(last_node_id=None)
     here = ComfyHost()
     here.takes_paths = True
@@ -146,15 +153,64 @@ def main(folder: Path, ranks: list[int]) -> None:
                 str(folder / f"{case.model}.safetensors"), "auto", choice
             )[0]
             errors[f"{name} [{count}]"] = compare(
-                case, native[case.model], model, host_nodes.KSampler, NODE_CLASS_MAPPINGS["ParallelDiTSampler"]
+                case, native[case.model], model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"]
             )
     sidecar.stop(here.spec.slot)
     (folder / "errors.json").write_text(json.dumps(errors))
 
 
+def call(node: str, **inputs: Any) -> Any:
+    """The outputs of a node of ComfyUI."""
+    kind = nodes_of_host()[node]
+    return getattr(kind(), kind.FUNCTION)(**inputs)
+
+
+@cache
+def nodes_of_host() -> dict[str, type]:
+    from comfy_extras import nodes_custom_sampler
+
+    import nodes as host_nodes
+
+    return host_nodes.NODE_CLASS_MAPPINGS | nodes_custom_sampler.NODE_CLASS_MAPPINGS
+
+
+def sample_advanced(*, seed: int, denoise: float, **settings: Any) -> Any:
+    """The second half of the steps alone, from a latent to which noise is added."""
+    half = {"start_at_step": STEPS // 2, "end_at_step": STEPS, "return_with_leftover_noise": "disable"}
+    return call("KSamplerAdvanced", noise_seed=seed, add_noise="enable", **half, **settings)
+
+
+def sample_custom(*, seed: int, **settings: Any) -> Any:
+    sampler, sigmas, rest = _custom(**settings)
+    return call("SamplerCustom", add_noise=True, noise_seed=seed, sampler=sampler, sigmas=sigmas, **rest)
+
+
+def sample_custom_advanced(*, seed: int, **settings: Any) -> Any:
+    sampler, sigmas, rest = _custom(**settings)
+    latent = rest.pop("latent_image")
+    noise, guider = call("RandomNoise", noise_seed=seed)[0], call("CFGGuider", **rest)[0]
+    return call(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
+    )
+
+
+def _custom(*, sampler_name: str, scheduler: str, steps: int, denoise: float, **rest: Any) -> tuple[Any, Any, Any]:
+    sigmas = call("BasicScheduler", model=rest["model"], scheduler=scheduler, steps=steps, denoise=denoise)[0]
+    return call("KSamplerSelect", sampler_name=sampler_name)[0], sigmas, rest
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "KSampler": lambda **settings: call("KSampler", **settings),
+    "KSamplerAdvanced": sample_advanced,
+    "SamplerCustom": sample_custom,
+    "SamplerCustomAdvanced": sample_custom_advanced,
+}
+"""From what is set of KSampler to the LATENT of a sampling node of ComfyUI."""
+
+
 @torch.inference_mode()
-def compare(case: Case, native: Any, ours: Any, stock: type, parallel: type) -> list[float]:
-    def latent(model: Any, sampler: type) -> Tensor:
+def compare(case: Case, native: Any, ours: Any, parallel: type) -> list[float]:
+    def latent(model: Any, sample: Callable[..., Any]) -> Tensor:
         positive, negative, image = inputs(case)
         settings = {
             "seed": 7,
@@ -165,11 +221,12 @@ def compare(case: Case, native: Any, ours: Any, stock: type, parallel: type) -> 
             "denoise": 1.0,
         }
         prompts = {"positive": positive, "negative": negative}
-        return sampler().sample(model=model, latent_image=image, **prompts, **(settings | case.sampler))[0]["samples"]
+        return sample(model=model, latent_image=image, **prompts, **(settings | case.sampler))[0]["samples"]
 
+    stock = WAYS[case.node]
     truth = latent(native, stock)
-    samplers = (stock, parallel) if case.entries == ({},) else (stock,)
-    return [float((found - truth).norm() / truth.norm()) for found in (latent(ours, each) for each in samplers)]
+    samples = (stock, parallel().sample) if (case.entries, case.node) == (({},), "KSampler") else (stock,)
+    return [float((found - truth).norm() / truth.norm()) for found in (latent(ours, each) for each in samples)]
 
 
 def native_model(told: Path) -> Any:
