@@ -46,14 +46,15 @@ class Held:
 
 
 class ModelStore:
-    """Loads by reference, and keeps what it loaded until the file changes, or another model needs the room.
+    """Loads by reference, and keeps what it loaded until the file changes, another part of it is asked for, or another
+    model needs the room.
 
-    Then the one goes that was used longest ago. All ranks let go of the same ones.
+    Then the one goes that was used longest ago. All ranks hold parts of the same models, used in the same order.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._held: OrderedDict[tuple[Ref, Part], Held] = OrderedDict()
+        self._held: OrderedDict[Ref, Held] = OrderedDict()
 
     def transformer(self, ref: ModelRef, run: Run, part: Part = WHOLE) -> Transformer:
         """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
@@ -121,30 +122,39 @@ class ModelStore:
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
     def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE) -> Any:
-        key, now = (ref, part), _fingerprint(Path(ref.path))
-        held = self._held.get(key)
-        if held is not None and held.fingerprint == now:
-            self._held.move_to_end(key)
-            return held.model
-        if held is not None:
-            del self._held[key], held
+        now = _fingerprint(Path(ref.path))
+        held = self._held.get(ref)
+        if held is not None and (held.part, held.fingerprint) != (part, now):
+            del self._held[ref]
+            held = None
             self._release()
-        self._make_room(ref, part, run)
+        self._make_room(ref, part, held is None, run)
+        if held is not None:
+            self._held.move_to_end(ref)
+            return held.model
         run.progress("load", 0, 1)
         model, size = load()
-        self._held[key] = Held(ref, part, now, model, size)
+        self._held[ref] = Held(ref, part, now, model, size)
         run.progress("load", 1, 1)
         return model
 
-    def _make_room(self, ref: Ref, part: Part, run: Run) -> None:
-        """A collective, but for text encoders: rank 0 alone has those, and only ever one set."""
+    def _make_room(self, ref: Ref, part: Part, missing: bool, run: Run) -> None:
+        """A collective, also of ranks that hold this part already: of another layout, others may have to load theirs.
+
+        But for text encoders: rank 0 alone has those, and only ever one set.
+        """
         is_text = isinstance(ref, TextRef)
-        while others := [key for key in self._held if isinstance(key[0], TextRef) == is_text]:
-            if not is_text and min(map(int, run.gather(self._spare(ref, part)))) >= 0:  # pyright: ignore[reportArgumentType]
+        while others := [each for each in self._held if each != ref and isinstance(each, TextRef) == is_text]:
+            if is_text:
+                enough = not missing
+            else:
+                spares = run.gather(self._spare(ref, part) if missing else 0)
+                enough = min(map(int, spares)) >= 0  # pyright: ignore[reportArgumentType]
+            if enough:
                 return
             del self._held[others[0]]
             self._release()
-            run.log("info", f"{Path(others[0][0].path).name} makes room for {Path(ref.path).name}.")
+            run.log("info", f"{Path(others[0].path).name} makes room for {Path(ref.path).name}.")
 
     def _spare(self, ref: Ref, part: Part) -> int:
         """Bytes that would be free, beyond what is to stay free, with this part of a model loaded as well."""

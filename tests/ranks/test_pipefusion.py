@@ -276,8 +276,8 @@ def engine_sampled(world, layout, folder, engine=None):
         if width:
             tensors[name] = torch.randn(*tensors[name].shape[:-1], width, generator=generator)
     _, answer = engine.handle(request, tensors, run_of(request)[0])
-    (held,) = engine.models.summary()
-    return answer["latent"], held["bytes"]
+    newest, *_ = engine.models.summary()
+    return answer["latent"], newest["bytes"]
 
 
 def test_ranks_load_the_weights_of_their_stage(ranks, tmp_path):
@@ -307,8 +307,10 @@ FOUR_RANKS = [
 
 
 def engine_sampled_in_turn(world, layouts, folder):
-    """As `engine_sampled`, by one engine after loading ahead for the first layout."""
+    """As `engine_sampled`, by one engine that has another model too, after loading ahead for the first layout."""
     engine = Engine(CPU)
+    other = messages.Load(id=1, ref=messages.ModelRef(path=folder, weight_dtype="bf16"), layout=layouts[0])
+    engine.handle(other, {}, run_of(other)[0])
     load = messages.Load(id=1, ref=messages.ModelRef(path=folder), layout=layouts[0])
     data, _ = engine.handle(load, {}, run_of(load)[0])
     answers = [engine_sampled(world, layout, folder, engine) for layout in layouts]
