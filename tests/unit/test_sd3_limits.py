@@ -12,13 +12,13 @@ FAMILY = TINY_MODELS["sd3.5 medium"].make_family(2)
 
 @pytest.mark.parametrize("size", [(18, 18), (17, 1), (1, 18)], ids=str)
 def test_picture_as_large_as_the_positions_is_taken(size):
-    check_latent(torch.zeros(1, 16, *size), FAMILY)
+    check_latent(torch.zeros(1, 16, *size), FAMILY, 16)
 
 
 @pytest.mark.parametrize("size", [(19, 8), (8, 19), (20, 20)], ids=str)
 def test_picture_beyond_the_positions_is_refused(size):
     with pytest.raises(UserError, match="10 rows or columns of tokens; this sd3 model has positions for 9"):
-        check_latent(torch.zeros(1, 16, *size), FAMILY)
+        check_latent(torch.zeros(1, 16, *size), FAMILY, 16)
 
 
 @pytest.mark.parametrize(
