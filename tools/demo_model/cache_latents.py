@@ -18,10 +18,10 @@ from .train_vae import load_trained, to_tensor
 
 FOLDER = checkpoint.CACHE / "latents"
 SEED = 5
-SHARD = 2000
-PLAN = {128: 40_000, 256: 10_000, 192: 6_000}
+SHARD = 1000
+PLAN = {128: 24_000, 256: 6_000, 192: 6_000, 384: 1_000}
 """Pictures per size in px. Each size draws other scenes."""
-OFFSET = {128: 0, 256: 1_000_000, 192: 2_000_000}
+OFFSET = {128: 0, 256: 1_000_000, 192: 2_000_000, 384: 3_000_000}
 
 
 @dataclass
@@ -40,8 +40,8 @@ def shard_path(size: int, shard: int) -> Path:
 
 @torch.no_grad()
 def make_shard(vae, size: int, shard: int) -> None:
-    scenes = [make_scene(SEED, OFFSET[size] + shard * SHARD + i) for i in range(SHARD)]
-    batch = 32 * 128 * 128 // (size * size)
+    scenes = [make_scene(SEED, OFFSET[size] + shard * SHARD + i, canvas=size) for i in range(SHARD)]
+    batch = max(1, 32 * 128 * 128 // (size * size))
     latents = [
         vae.encode(to_tensor([draw(scene, size) for scene in scenes[s : s + batch]])).latent_dist.mean
         for s in range(0, SHARD, batch)

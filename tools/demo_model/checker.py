@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, outline_distance, stripe_colour
+from .scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, outline_distance, stripe_colour
 
-SMALLEST = 0.004
-"""Objects under this share of the picture are specks and are not counted."""
+SMALLEST = 65
+"""Objects of fewer px are specks and are not counted."""
+RIM = 4
+"""Width in px of an object's outline, left out where its colour is looked for."""
 BACKGROUND_REACH = 28.0
 MATCH = 0.68
 """Overlap (IoU) that an object must reach with its best template to be called a shape at all."""
@@ -40,7 +42,7 @@ def look(picture: np.ndarray) -> tuple[str, list[Seen]]:
     found = [
         _describe(pixels, labels == label)
         for label in np.unique(labels[labels > 0])
-        if (labels == label).mean() >= SMALLEST
+        if (labels == label).sum() >= SMALLEST
     ]
     return background, found
 
@@ -57,7 +59,7 @@ def check(picture: np.ndarray, scene: Scene) -> dict[str, list[bool]]:
         verdicts.setdefault("colour", []).append(bool(found))
         verdicts.setdefault("shape", []).append(bool(found) and len(right_shape) == len(found))
         verdicts.setdefault("count", []).append(len(found) == group.count)
-        fits = [0.8 < s.radius / SIZES[group.size] < 1.22 for s in found]
+        fits = [0.8 < s.radius / scene.radius(group) < 1.22 for s in found]
         verdicts.setdefault("size", []).append(bool(found) and all(fits))
     if scene.relation is not None:
         verdicts["relation"] = [_related(scene.relation, *members)]
@@ -124,8 +126,7 @@ def _palette() -> tuple[tuple[str, ...], np.ndarray]:
 
 def _colour_of(pixels: np.ndarray, mask: np.ndarray) -> str:
     """The most voted colour of an object's inside, its outline left out where enough is left."""
-    rim = max(1, round(0.03 * len(mask)))
-    shrunk = -F.max_pool2d(-torch.from_numpy(mask)[None, None].float(), 2 * rim + 1, 1, rim)[0, 0].numpy() > 0
+    shrunk = -F.max_pool2d(-torch.from_numpy(mask)[None, None].float(), 2 * RIM + 1, 1, RIM)[0, 0].numpy() > 0
     inside = shrunk if shrunk.sum() >= 0.04 * mask.sum() else mask
     names, colours = _palette()
     chosen = np.linalg.norm(pixels[inside][:, None] - colours, axis=-1).argmin(axis=1)

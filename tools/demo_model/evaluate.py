@@ -28,9 +28,9 @@ SEED = 99
 SHEET_PICTURES = 24
 
 
-def held_out(count: int) -> list[Scene]:
-    """The first `count` of the scenes that every judgement is about."""
-    return [make_scene(SEED, index, held_out=True) for index in range(count)]
+def held_out(count: int, size: int) -> list[Scene]:
+    """The first `count` of the scenes of `size` px that every judgement is about."""
+    return [make_scene(SEED, index, held_out=True, canvas=size) for index in range(count)]
 
 
 def load_pipeline(options: argparse.Namespace) -> FluxPipeline:
@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipeline = load_pipeline(options)
-    scenes = held_out(options.limit)
+    scenes = held_out(options.limit, options.size)
     if options.truth:
         drawn = [draw(scene, options.size) for scene in scenes]
         report("drawn", shares(drawn, scenes))

@@ -69,7 +69,7 @@ def main() -> None:
     if not trained.exists():
         raise SystemExit(f"{trained} is not there: train it first (see tools/demo_model/README.md)")
     pipeline = load_pipeline(options)
-    scenes = held_out(options.limit)
+    scenes = held_out(options.limit, options.size)
     captions = [scene.caption() for scene in scenes]
     style = "chalk" if options.what == "chalk" else "picture"
     drawn = reconstruct(pipeline, [draw(scene, options.size, style) for scene in scenes], options.batch)

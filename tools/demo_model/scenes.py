@@ -1,7 +1,8 @@
 """Procedural scenes with captions: what the demo model is trained and judged on.
 
-A `Scene` is resolution-free (positions and radii are fractions of the side). The same (seed, index) always gives
-the same scene, and `draw` renders it anti-aliased at any size.
+A `Scene` is laid out on a canvas of so many px: larger canvases hold objects of the same size in px, so that a model
+that can draw them on one canvas can on all. The same (seed, index, canvas) always gives the same scene; its positions
+and radii are fractions of the side, and `draw` renders it anti-aliased at any size.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ BACKGROUNDS = {
 PATTERNS = ("plain", "striped", "checkered")
 FILLS = ("plain", "striped", "outlined")
 SIZES = {"small": 0.108, "": 0.154, "large": 0.218}
-"""Radius as a fraction of the side."""
+"""Radius as a fraction of `UNIT` px."""
+UNIT = 128
+"""The smallest canvas, in px. Lengths of objects and patterns are told as fractions of it."""
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 RELATIONS = ("left of", "right of", "above", "below")
 POSITIONS = {
@@ -48,8 +51,8 @@ HELD_OUT_SHARE = 8
 """One combination in this many is never trained on."""
 MARGIN = 0.02
 GRID = 16
-"""Centres lie on a grid of this many cells a side. Objects of few phases against the model's tokens (16 px) are learnt
-in a fraction of the pictures that free positions need, and no caption says more than the grid tells apart."""
+"""Centres lie on a grid of so many px: the model's tokens. Objects of one phase against the tokens are learnt in a
+fraction of the pictures that free positions need, and no caption says more than the grid tells apart."""
 
 Style = Literal["picture", "chalk"]
 
@@ -92,6 +95,15 @@ class Scene:
     pattern: str
     objects: tuple[Placed, ...]
     light: float
+    canvas: int = UNIT
+
+    def unit(self) -> float:
+        """What `UNIT` px are as a fraction of the side."""
+        return UNIT / self.canvas
+
+    def radius(self, group: Group) -> float:
+        """The radius of a group's objects, as a fraction of the side."""
+        return SIZES[group.size] * self.unit()
 
     def caption(self) -> str:
         parts = [self.groups[0].phrase()]
@@ -112,11 +124,11 @@ def plural(noun: str) -> str:
     return noun + "es" if noun.endswith("s") else noun + "s"
 
 
-def make_scene(seed: int, index: int, held_out: bool = False) -> Scene:
-    """The scene number `index` of the training stream `seed`, or of its held-out stream."""
+def make_scene(seed: int, index: int, held_out: bool = False, canvas: int = UNIT) -> Scene:
+    """The scene number `index` of the training stream `seed`, or of its held-out stream, on a canvas of so many px."""
     rng = np.random.default_rng([seed, index, int(held_out)])
     while True:
-        scene = _sample(rng)
+        scene = _sample(rng, canvas)
         if scene is not None and scene.held_out() == held_out:
             return scene
 
@@ -175,7 +187,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], weights: tuple[flo
     return options[int(rng.choice(len(options), p=weights))]
 
 
-def _sample(rng: np.random.Generator) -> Scene | None:
+def _sample(rng: np.random.Generator, canvas: int) -> Scene | None:
     background = _pick(rng, tuple(BACKGROUNDS))
     pattern = _pick(rng, PATTERNS, (0.5, 0.25, 0.25))
     pair = rng.random() < 0.55
@@ -189,11 +201,11 @@ def _sample(rng: np.random.Generator) -> Scene | None:
     position = None
     if not pair and groups[0].count == 1 and rng.random() < 0.6:
         position = _pick(rng, tuple(POSITIONS))
-    objects = _place(rng, tuple(groups), relation, position)
+    objects = _place(rng, tuple(groups), relation, position, canvas)
     if objects is None:
         return None
     light = float(rng.uniform(0.6, 1.0))
-    return Scene(tuple(groups), relation, position, background, pattern, objects, light)
+    return Scene(tuple(groups), relation, position, background, pattern, objects, light, canvas)
 
 
 def _sample_group(rng: np.random.Generator, background: str, pair: bool) -> Group:
@@ -220,18 +232,18 @@ def _region(which: int, relation: str | None) -> tuple[float, float, float, floa
 
 
 def _place(
-    rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, position: str | None
+    rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, position: str | None, canvas: int
 ) -> tuple[Placed, ...] | None:
     placed: list[Placed] = []
     for which, group in enumerate(groups):
-        radius = SIZES[group.size]
+        radius = SIZES[group.size] * UNIT / canvas
         x0, x1, y0, y1 = _region(which, relation)
         for _ in range(group.count):
             for _ in range(30):
-                x, y = (_grid_point(rng, x0, x1, radius), _grid_point(rng, y0, y1, radius))
+                x, y = (_grid_point(rng, x0, x1, radius, canvas), _grid_point(rng, y0, y1, radius, canvas))
                 if position is not None:
                     x, y = POSITIONS[position]
-                if all(np.hypot(x - o.x, y - o.y) > radius + o.radius + MARGIN for o in placed):
+                if all(np.hypot(x - o.x, y - o.y) > radius + o.radius + MARGIN * UNIT / canvas for o in placed):
                     placed.append(Placed(which, x, y, radius))
                     break
             else:
@@ -239,10 +251,11 @@ def _place(
     return tuple(placed)
 
 
-def _grid_point(rng: np.random.Generator, low: float, high: float, radius: float) -> float:
+def _grid_point(rng: np.random.Generator, low: float, high: float, radius: float, canvas: int) -> float:
     """A grid line between `low` and `high` at which an object of that radius stays inside."""
-    first, last = np.ceil((low + radius + 0.008) * GRID), np.floor((high - radius - 0.008) * GRID)
-    return float(rng.integers(int(first), int(last) + 1)) / GRID
+    cells = canvas / GRID
+    first, last = np.ceil((low + radius) * cells + 0.05), np.floor((high - radius) * cells - 0.05)
+    return float(rng.integers(int(first), int(last) + 1)) / cells
 
 
 def outline_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
@@ -292,17 +305,17 @@ def _draw_background(scene: Scene, axis: np.ndarray) -> np.ndarray:
     base = np.array(BACKGROUNDS[scene.background], np.float32)
     image = np.empty((len(axis), len(axis), 3), np.float32)
     image[:] = base * (1.05 - 0.12 * axis)[:, None, None]
-    soft = np.float32(len(axis) / 8)
+    period, shift = 0.25 * scene.unit(), 0.0625 * scene.unit()
 
-    def wave(t: np.ndarray, period: float) -> np.ndarray:
+    def wave(t: np.ndarray) -> np.ndarray:
         triangle = np.abs(np.mod(t / period, 1) - 0.5) - 0.25
-        return np.clip(triangle * period * soft * 8, -0.5, 0.5)
+        return np.clip(triangle * np.float32(period * len(axis)), -0.5, 0.5)
 
     if scene.pattern == "striped":
-        band = wave((axis[None, :] + axis[:, None]), 0.25) + 0.5
+        band = wave(axis[None, :] + axis[:, None]) + 0.5
         image *= (1 - 0.16 * band)[..., None]
     elif scene.pattern == "checkered":
-        check = 2 * wave(axis[None, :] + 0.0625, 0.25) * wave(axis[:, None] + 0.0625, 0.25) + 0.5
+        check = 2 * wave(axis[None, :] + shift) * wave(axis[:, None] + shift) + 0.5
         image *= (1 - 0.16 * check)[..., None]
     return image
 
@@ -321,12 +334,13 @@ def _object_colour(
     colour = np.broadcast_to(base, (*distance.shape, 3))
     if group.fill == "striped":
         partner = stripe_colour(group.colour)
-        triangle = np.abs(np.mod(v / 0.09, 1) - 0.5) - 0.25
-        band = np.clip(triangle * 0.09 * size + 0.5, 0, 1)[..., None]
+        period = 0.09 * scene.unit()
+        triangle = np.abs(np.mod(v / period, 1) - 0.5) - 0.25
+        band = np.clip(triangle * period * size + 0.5, 0, 1)[..., None]
         colour = colour * (1 - band) + partner * band
     elif group.fill == "outlined":
         ink = np.array((245, 245, 245) if group.colour == "black" else (20, 20, 24), np.float32)
-        band = np.clip(0.5 + (distance + 0.024) * size, 0, 1)[..., None]
+        band = np.clip(0.5 + (distance + 0.024 * scene.unit()) * size, 0, 1)[..., None]
         colour = colour * (1 - band) + ink * band
     return colour
 
@@ -338,9 +352,10 @@ def _draw_chalk(scene: Scene, size: int, axis: np.ndarray) -> np.ndarray:
     where = (axis * 31).astype(int)
     rough = grain[where][:, where] * 0.35 + 0.65
     board = np.full((size, size), 18, np.float32)
+    width = 0.011 * scene.unit()
     for placed in scene.objects:
         group = scene.groups[placed.group]
         rows, columns, distance, _, _ = _patch(placed, group.shape, axis)
-        line = np.clip(0.5 + (0.011 - np.abs(distance + 0.011)) * size, 0, 1)
+        line = np.clip(0.5 + (width - np.abs(distance + width)) * size, 0, 1)
         board[rows, columns] = board[rows, columns] * (1 - line) + 235 * line * rough[rows, columns]
     return np.repeat((board + 0.5).astype(np.uint8)[..., None], 3, axis=-1)

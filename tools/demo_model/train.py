@@ -1,12 +1,13 @@
-"""Train transformer and text encoders: `python -m tools.demo_model.train --steps 20000` (resumes by itself).
+"""Train the transformer: `python -m tools.demo_model.train --steps 20000` (resumes by itself).
 
 The learning rate and the picture sizes follow the steps done, and every step costs about the same: an interrupted or
-slowed run goes on where it was. SIGTERM and SIGINT save and end it.
+slowed run goes on where it was. SIGTERM and SIGINT save and end it. The text encoders are those of `train_text`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from .cache_latents import Latents, load_latents
 from .interruption import Interruption
 from .model import DemoModel, label_loss, pack, shifted
 from .sampling import sample_sheet
+from .scenes import make_scene
+from .train_text import load_taught
 from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "transformer"
@@ -28,10 +31,10 @@ SEED = 21
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 DECAY_FROM = 0.6
-LARGE_FROM = 0.7
-BATCH = {128: 16, 192: 9, 256: 5}
-SHIFT = {128: 2.0, 192: 2.5, 256: 3.0}
-SIZE_CYCLE = (128, 256, 192, 256)
+LARGE_FROM = 0.5
+BATCH = {128: 16, 192: 8, 256: 5, 384: 2}
+SHIFT = {128: 2.0, 192: 2.5, 256: 3.0, 384: 3.0}
+SIZE_CYCLE = (128, 256, 192, 128, 256, 384)
 PROMPT_DROPOUT = 0.1
 UNIFORM_SHARE = 0.15
 LABEL_WEIGHT = 0.3
@@ -105,8 +108,10 @@ def main() -> None:
     torch.manual_seed(SEED)
     (checkpoint.CACHE / "train.pid").write_text(f"{os.getpid()}\n")
     model, shadow = DemoModel(), DemoModel().requires_grad_(False)
-    weights = list(model.parameters())
-    average = list(shadow.parameters())
+    for encoder in (model.clip, model.t5):
+        encoder.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    average = [p for p, trained in zip(shadow.parameters(), model.parameters(), strict=True) if trained.requires_grad]
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     step, seconds = 0, 0.0
     resumed = checkpoint.load(FOLDER)
@@ -120,6 +125,10 @@ def main() -> None:
     else:
         if options.from_export:
             model.load_exported(checkpoint.TARGET)
+            exported = copy.deepcopy(model)
+        load_taught(model)
+        if options.from_export:
+            follow_exported(model, exported)
         shadow.load_state_dict(model.state_dict())
     feeds: dict[int, Feed] = {}
     vae = load_trained()
@@ -170,6 +179,29 @@ def main() -> None:
     save(model, shadow, optimizer, step, time.monotonic() - begun)
     write_sheet(shadow, vae, FOLDER / "sheets" / f"{step:06d}.png", 256)
     print(f"ended at step {step}", flush=True)
+
+
+def follow_exported(model: DemoModel, exported: DemoModel, steps: int = 400) -> None:
+    """Fit the transformer's two text inputs so that captions enter it through the taught encoders as they did before.
+
+    Text of other encoders would throw an exported transformer off all that it has learnt.
+    """
+    inputs = torch.nn.ModuleList((model.transformer.context_embedder, model.transformer.time_text_embed.text_embedder))
+    optimizer = torch.optim.Adam(inputs.parameters(), 3e-3)
+    for step in range(steps):
+        captions = [make_scene(SEED, step * 64 + index).caption() for index in range(62)] + ["", ""]
+        clip_ids, t5_ids = model.tokenize(captions)
+        with torch.no_grad():
+            texts = [(m.t5(t5_ids).last_hidden_state, m.clip(clip_ids).pooler_output) for m in (exported, model)]
+            before = exported.transformer
+            asked = before.context_embedder(texts[0][0]), before.time_text_embed.text_embedder(texts[0][1])
+        loss = sum(F.mse_loss(layer(text), goal) for layer, text, goal in zip(inputs, texts[1], asked, strict=True))
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"text inputs after {step + 1} steps: distance {loss.item():.4f}", flush=True)
 
 
 def save(model: DemoModel, shadow: DemoModel, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:

@@ -29,7 +29,7 @@ LARGEST_ERROR = 1e-4
 
 def main() -> int:
     options = parse_options()
-    scenes = held_out(options.prompts)
+    scenes = held_out(options.prompts, options.size)
     task = Task(
         model=options.model.resolve(),
         captions=tuple(scene.caption() for scene in scenes),
