@@ -1,8 +1,8 @@
 """Teach the text encoders what captions say: `python -m tools.demo_model.train_text` (resumes by itself).
 
-No pictures are needed: linear heads, dropped afterwards, must read the scene's attributes from CLIP's pooled vector, and
-from each T5 token those of the noun phrase that it belongs to. The transformer then starts with words bound to each
-other, which the picture loss alone teaches slowly. The encoders stay as they are while the transformer trains.
+No pictures are needed: linear heads, dropped afterwards, must read the scene's attributes from CLIP's pooled vector,
+and from each T5 token those of the noun phrase that it belongs to. The transformer then starts with words bound to
+each other, which the picture loss alone teaches slowly. The encoders stay as they are while the transformer trains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ from torch.nn import functional as F
 from . import checkpoint
 from .interruption import Interruption
 from .model import DemoModel
-from .scenes import BACKGROUNDS, COLOURS, FILLS, NUMBERS, PATTERNS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene, make_scene
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    FILLS,
+    NUMBERS,
+    PATTERNS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    make_scene,
+)
 from .text import T5_LENGTH, WIDTH
 
 FOLDER = checkpoint.CACHE / "text"
@@ -28,7 +40,13 @@ LEARNING_RATE = 1e-3
 DECAY_FROM = 0.5
 PRINT_STEPS = 100
 
-NOUN = {"count": list(NUMBERS), "size": list(SIZES), "fill": list(FILLS), "colour": list(COLOURS), "shape": list(SHAPES)}
+NOUN = {
+    "count": list(NUMBERS),
+    "size": list(SIZES),
+    "fill": list(FILLS),
+    "colour": list(COLOURS),
+    "shape": list(SHAPES),
+}
 """What a noun phrase says; class 0 of each is "nothing"."""
 PLACES = [None, *RELATIONS, *POSITIONS]
 """Where the objects of a noun phrase are: the second one of a relation has the opposite place."""
@@ -72,7 +90,7 @@ def pooled_truth(scene: Scene) -> list[int]:
 
 
 def classes_loss(logits: torch.Tensor, truth: torch.Tensor, classes: tuple[int, ...]) -> tuple[torch.Tensor, float]:
-    """Summed cross entropy of logits `[..., sum(classes)]` against classes `[..., len(classes)]`, and the worst accuracy."""
+    """Cross entropy, summed, of logits `[..., sum(classes)]` against `[..., len(classes)]`; the worst accuracy."""
     parts = logits.flatten(0, -2).split(classes, dim=-1)
     flat = truth.flatten(0, -2)
     losses = [F.cross_entropy(part, flat[:, index]) for index, part in enumerate(parts)]
@@ -106,7 +124,7 @@ def load_taught(model: DemoModel) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -141,7 +159,8 @@ def main() -> None:
         step += 1
         if step % PRINT_STEPS == 0:
             print(
-                f"step {step}, {time.monotonic() - begun:.0f} s: pooled loss {pooled_loss:.3f}, worst {pooled_right:.3f}; "
+                f"step {step}, {time.monotonic() - begun:.0f} s: "
+                f"pooled loss {pooled_loss:.3f}, worst {pooled_right:.3f}; "
                 f"tokens loss {token_loss:.3f}, worst {token_right:.3f}",
                 flush=True,
             )
