@@ -1,6 +1,7 @@
 """The pack's nodes for ComfyUI's graph."""
 
 from .controlnet import ParallelDiTControlNetApply, ParallelDiTControlNetLoader
+from .ip_adapter import ParallelDiTIPAdapter
 from .layout import ParallelDiTLayout
 from .loader import ParallelDiTLoader
 from .lora import ParallelDiTLora
@@ -22,6 +23,7 @@ NODE_CLASS_MAPPINGS = {
         ParallelDiTLora,
         ParallelDiTControlNetLoader,
         ParallelDiTControlNetApply,
+        ParallelDiTIPAdapter,
         ParallelDiTTextEncode,
         ParallelDiTSampler,
         ParallelDiTVAELoader,
@@ -38,6 +40,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTLora": "Parallel LoRA",
     "ParallelDiTControlNetLoader": "Parallel ControlNet Loader",
     "ParallelDiTControlNetApply": "Parallel ControlNet Apply",
+    "ParallelDiTIPAdapter": "Parallel IP-Adapter",
     "ParallelDiTTextEncode": "Parallel Text Encode",
     "ParallelDiTSampler": "Parallel Sampler",
     "ParallelDiTVAELoader": "Parallel VAE Loader",

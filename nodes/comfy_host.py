@@ -49,6 +49,9 @@ class ComfyHost(Host):
             prompt_server.send_progress_text(text, prompt_server.last_node_id)
 
     def folders(self, kind: str) -> Sequence[Path]:
+        if kind not in folder_paths.folder_names_and_paths:
+            # ComfyUI has no nodes of its own for every kind.
+            return [Path(folder_paths.models_dir) / kind]
         return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
 
     def progress(self, model: Any = None) -> OnProgress:

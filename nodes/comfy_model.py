@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..parallel_backend.errors import UserError
 from .handles import ATTACHMENT, OWN_LOADER, ModelHandle, handle_of
+from .ip_adapter import POSITIVE
 from .patches import changes_of
 from .stepwise import StepwiseModel
 
@@ -56,7 +57,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         """A sampler of ComfyUI starts."""
         check_stepwise(self)
         super().pre_run(*args, **kwargs)
-        self.model.stepwise.begin(handle_of(self), changes_of(self.patches))
+        sampling = self.get_model_object("model_sampling")
+        self.model.stepwise.begin(handle_of(self), changes_of(self.patches), sampling.percent_to_sigma)
 
     def cleanup(self, *args: Any, **kwargs: Any) -> None:
         super().cleanup(*args, **kwargs)
@@ -204,7 +206,9 @@ def _ask_ranks(network: Any, stepwise: StepwiseModel) -> None:
         options = inputs.pop("transformer_options", {})
         _check_options(options)
         latent, timestep = inputs.pop(latent_name), inputs.pop(timestep_name)
-        return stepwise.predict(latent, timestep, inputs, len(options.get("cond_or_uncond", (0,))))
+        sigmas = options.get("sigmas")
+        sigma = 0.0 if sigmas is None else float(sigmas[0])
+        return stepwise.predict(latent, timestep, inputs, options.get("cond_or_uncond", (POSITIVE,)), sigma)
 
     setattr(network, name, MethodType(forward, network))
 

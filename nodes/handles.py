@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import LoraRef, ModelRef
 from .layout import LayoutChoice
+
+if TYPE_CHECKING:
+    from .ip_adapter import ShownPicture
 
 ATTACHMENT = "paralleldit"
 """Under this name a MODEL of ComfyUI carries our handle."""
@@ -19,7 +22,7 @@ OWN_LOADER = "load the model with ComfyUI's own loader."
 class ModelHandle:
     """`family` and `config` (as diffusers names them) are what the checkpoint's header tells.
 
-    `loras`: the files that the ranks lay beside the weights.
+    `loras`: the files that the ranks lay beside the weights. `pictures`: what the model is shown beside the prompt.
     """
 
     ref: ModelRef
@@ -27,6 +30,7 @@ class ModelHandle:
     family: str
     config: dict[str, Any]
     loras: tuple[LoraRef, ...] = ()
+    pictures: tuple[ShownPicture, ...] = ()
 
 
 def handle_of(model: Any) -> ModelHandle:

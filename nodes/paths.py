@@ -12,7 +12,7 @@ from . import host
 PACK = Path(__file__).resolve().parent.parent
 BUNDLED = "demo_model"
 """Folder of the pack that holds the pipelines which come with it."""
-BUNDLED_FILES = {"loras": "lora-", "controlnet": "controlnet-"}
+BUNDLED_FILES = {"loras": "lora-", "controlnet": "controlnet-", "ipadapter": "ip-adapter-"}
 """How the folders begin that hold files of a kind which come with the pack."""
 DIFFUSERS = "diffusers"
 WEIGHTS = (".safetensors", ".sft")

@@ -8,7 +8,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.fitting import Work, check_layout
 from ..parallel_backend.protocol.messages import Adapters, Sample
 from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
-from . import conditioning, controlnet, host, latent, patches, session
+from . import conditioning, controlnet, host, ip_adapter, latent, patches, session
 from .handles import handle_of
 from .layout import LayoutChoice
 from .validation import verdict
@@ -104,6 +104,9 @@ class ParallelDiTSampler:
             negatives, negative_tensors = conditioning.travelling("negative", negative, handle.family)
         sides = {"positive": (positives, positive), "negative": (negatives, negative if negatives else [])}
         named, controls = controlnet.travelling(sides)
+        for side, entries in named.items():
+            named[side], shown = ip_adapter.travelling(entries, side, handle.pictures)
+            tensors |= shown
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= positive_tensors | negative_tensors | ({} if sigmas is None else {"sigmas": sigmas})
         batch = len(tensors["latent"])

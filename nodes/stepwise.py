@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..launcher.client import Client
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Adapters, Conditioning, EndRun, Predict, ResidualList, WeightChange
-from . import host, patches, session
+from . import host, ip_adapter, patches, session
 from .handles import OWN_LOADER, ModelHandle
 from .layout import LayoutChoice
 from .patches import SentChange
@@ -65,6 +65,8 @@ class _Run:
     key: str
     handle: ModelHandle
     client: Client
+    spans: Sequence[tuple[float, float]]
+    """Of each of the handle's pictures: the noise levels from which and down to which it works."""
     prompts: list[_Prompt] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
     delivered: set[WeightChange] = field(default_factory=set)
@@ -79,13 +81,23 @@ class StepwiseModel:
         """What lies beside the weights in the predictions that are asked for from now on."""
         self._run: _Run | None = None
 
-    def begin(self, handle: ModelHandle, changes: Sequence[SentChange] = ()) -> None:
-        """A sampler starts with the model of `handle`. Connects to the sidecar, started if need be."""
+    def begin(
+        self,
+        handle: ModelHandle,
+        changes: Sequence[SentChange],
+        percent_to_sigma: Callable[[float], float],
+    ) -> None:
+        """A sampler starts with the model of `handle`. Connects to the sidecar, started if need be.
+
+        `percent_to_sigma`: the noise level at a part of the run.
+        """
         self.end()
         layout = handle.layout
         client = session.client_for(layout.ranks if layout else None)
         self.changes = changes
-        self._run = _Run(uuid.uuid4().hex, handle, client)
+        shown = [picture.message for picture in handle.pictures]
+        spans = [(float(percent_to_sigma(each.start)), float(percent_to_sigma(each.end))) for each in shown]
+        self._run = _Run(uuid.uuid4().hex, handle, client, spans)
         host.current().beginning(client.welcome)
 
     def end(self) -> None:
@@ -94,11 +106,13 @@ class StepwiseModel:
         if run is not None and run.told and run.client.alive:
             session.ask(run.client, EndRun(id=0, run=run.key))
 
-    def predict(self, latent: Tensor, timestep: Tensor, inputs: Mapping[str, Any], conditions: int) -> Tensor:
-        """The network's output for `latent` `[N * B, C, H, W]` at `timestep` `[N * B]`.
+    def predict(
+        self, latent: Tensor, timestep: Tensor, inputs: Mapping[str, Any], sides: Sequence[int], sigma: float = 0.0
+    ) -> Tensor:
+        """The network's output for `latent` `[N * B, C, H, W]` at `timestep` `[N * B]`, the noise level `sigma`.
 
-        `inputs`: what ComfyUI's network would be given beside them, for each of N `conditions` after the other.
-        Raises `UserError` naming what cannot be sent to the ranks.
+        `inputs`: what ComfyUI's network would be given beside them, for each of N conditions after the other, which are
+        of the `sides` POSITIVE or NEGATIVE. Raises `UserError` naming what cannot be sent to the ranks.
         """
         run = self._run
         if run is None:
@@ -108,9 +122,10 @@ class StepwiseModel:
             )
         refuse_inputs(inputs)
         residuals, residual_tensors = residuals_of(inputs.get("control"), run.handle.family)
+        conditions = len(sides)
         batch = latent.shape[0] // conditions
-        starts = range(0, batch * conditions, batch)
-        keys = tuple(self._key(run, inputs, slice(start, start + batch)) for start in starts)
+        rows = [slice(start, start + batch) for start in range(0, batch * conditions, batch)]
+        keys = tuple(self._key(run, inputs, own, side, sigma) for own, side in zip(rows, sides, strict=True))
         choice = run.handle.layout or LayoutChoice()
         layout = choice.resolve(run.client.welcome.ranks, batch=batch, guided=conditions > 1)
         if layout.cfg_degree > conditions and not run.warned:
@@ -135,11 +150,18 @@ class StepwiseModel:
         tensors = {"latent": latent, "timestep": timestep, **residual_tensors}
         return self._ask(run, message, tensors).to(latent.device)
 
-    def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice) -> str:
+    def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice, side: int, sigma: float) -> str:
         """The key of the condition of these rows; the ranks hear of it when they need it."""
+        pictures = [
+            picture
+            for picture, (start, end) in zip(run.handle.pictures, run.spans, strict=True)
+            if picture.message.weight and end <= sigma <= start
+        ]
         names = TAKES[run.handle.family]
         tensors = {name: inputs[key][rows] for key, name in names.items() if inputs.get(key) is not None}
-        entry = entry_of_inputs(inputs, rows)
+        tensors |= ip_adapter.embeddings(pictures, side)
+        prompts = tuple(picture.message for picture in pictures)
+        entry = entry_of_inputs(inputs, rows).model_copy(update={"image_prompts": prompts})
         for prompt in run.prompts:
             if prompt.equals(entry, tensors):
                 return prompt.key

@@ -16,7 +16,7 @@ from .protocol import messages
 if TYPE_CHECKING:
     from .control import Run
 
-FileRef = messages.ModelRef | messages.VaeRef | messages.LoraRef | messages.ControlNetRef
+FileRef = messages.ModelRef | messages.VaeRef | messages.LoraRef | messages.ControlNetRef | messages.IPAdapterRef
 COMPONENTS = {"model": "transformer", "vae": "vae", "controlnet": "controlnet"}
 """The folder of a diffusers pipeline that a reference of that kind reads."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
@@ -52,6 +52,8 @@ def files_of(request: messages.AnyRequest) -> Iterator[FileRef]:
             yield from value.files
     for control in getattr(request, "controls", ()):
         yield control.net
+    for entry in messages.entries_of(request):
+        yield from (prompt.adapter for prompt in entry.image_prompts)
 
 
 def request_key(request: messages.AnyRequest, tensors: Mapping[str, Tensor]) -> str:

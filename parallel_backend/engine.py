@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,10 @@ from .stages import Stage
 from .told import ToldConditions
 
 if TYPE_CHECKING:
+    from .adapters.ip_adapter import IPAdapter
     from .control import Run
+    from .families.base import Family
+    from .transformer import Transformer
 
 Answer = tuple[dict[str, Any], dict[str, Tensor]]
 """The `data` and the tensors of a `Result`."""
@@ -104,9 +109,12 @@ class Engine:
         stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
         refs = [control.net for control in request.controls]
         nets = {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
+        prompts = [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
+        stage = replace(stage, sizes=request.layout.stage_blocks)
+        adapters = self._ip_adapters(prompts, transformer, family, stage, run)
         mesh.ledger.reset()
         started = time.monotonic()
-        latent = sample(request, tensors, family, mesh, run, nets)
+        latent = sample(request, tensors, family, mesh, run, nets, adapters)
         seconds = time.monotonic() - started
         memory = self.models.memory()
         run.memory(memory["used"], memory["free"])
@@ -123,8 +131,24 @@ class Engine:
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
         family = transformer.on(mesh)
         self.adapters.adapt(transformer, request.adapters, run)
+        told = [each.prompts for key in request.conditions if (each := self._told.get(key))]
+        prompts = [prompt for own in told for prompt in own]
+        prompts += [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
+        adapters = self._ip_adapters(prompts, transformer, family, Stage(), run)
         mesh.ledger.reset()
-        return {}, {"prediction": predict(request, tensors, self._told, family, mesh, run)}
+        return {}, {"prediction": predict(request, tensors, self._told, family, mesh, run, adapters)}
+
+    def _ip_adapters(
+        self,
+        prompts: Sequence[messages.ImagePrompt],
+        transformer: Transformer,
+        family: Family,
+        stage: Stage,
+        run: Run,
+    ) -> dict[str, IPAdapter]:
+        """By their paths, those that show `prompts`."""
+        refs = dict.fromkeys(prompt.adapter for prompt in prompts)
+        return {ref.path: self.models.ip_adapter(ref, family, transformer.cuts, stage, run) for ref in refs}
 
     def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
         self._told.end(request.run)

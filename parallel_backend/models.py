@@ -16,17 +16,20 @@ import torch.distributed as dist
 from .agreement import COMPONENTS
 from .errors import UserError
 from .parts import WHOLE, Part
-from .protocol.messages import ControlNetRef, ModelRef, TextRef, VaeRef
+from .protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
 
 if TYPE_CHECKING:
     from .adapters.controlnet import ControlNet
+    from .adapters.ip_adapter import IPAdapter
     from .control import Run
+    from .families.base import Family
     from .stages import Stage
     from .text.encoders import TextEncoders
     from .transformer import Transformer
     from .vae.load import LoadedVAE
+    from .weights.cuts import TensorCuts
 
-Ref = ModelRef | TextRef | VaeRef | ControlNetRef
+Ref = ModelRef | TextRef | VaeRef | ControlNetRef | IPAdapterRef
 
 KEPT_FREE = 0.4
 """Share of a device's memory that must stay free for the work itself, for a model to be kept beside another."""
@@ -77,6 +80,18 @@ class ModelStore:
             return net, net.bytes if stage.is_first else 0
 
         return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, Part(stage))
+
+    def ip_adapter(self, ref: IPAdapterRef, family: Family, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
+        """In the model's dtype, for the blocks of `stage`, and of their heads for what `cuts` say."""
+
+        def load() -> tuple[IPAdapter, int]:
+            from .adapters.ip_adapter import open_ip_adapter
+
+            adapter = open_ip_adapter(Path(ref.path), family, cuts, stage)
+            return adapter, adapter.bytes
+
+        part = Part(stage.settled(family.block_parameters), cuts.share)
+        return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part)
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
         """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""

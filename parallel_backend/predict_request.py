@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,27 @@ from .fitting import Work, check_layout
 from .layout import Layout
 from .mesh import Mesh
 from .protocol.messages import Predict
-from .sample_request import check_latent, condition_of
+from .sample_request import check_latent, condition_of, image_prompts_from, pictures_of
 from .strategies.sequence import SequenceParallel
+from .told import Told, ToldConditions
 
 if TYPE_CHECKING:
+    from .adapters.ip_adapter import IPAdapter
     from .control import Run
-    from .told import ToldConditions
 
 
 def predict(
-    request: Predict, tensors: dict[str, Tensor], told: ToldConditions, family: Family, mesh: Mesh, run: Run
+    request: Predict,
+    tensors: dict[str, Tensor],
+    told: ToldConditions,
+    family: Family,
+    mesh: Mesh,
+    run: Run,
+    adapters: Mapping[str, IPAdapter],
 ) -> Tensor:
     """The prediction for every row of the latent, fp32 on the CPU, the same on every rank. Exact.
+
+    `adapters`: the conditions' IP-Adapters by path.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` between two conditions.
@@ -41,8 +51,13 @@ def predict(
     check_exact(request.layout)
     check_layout(request.layout, Work(batch=batch))
     for key, entry in request.told.items():
-        told[key] = condition_of(entry, f"{key}.0.", "prompt's", tensors, family, batch)
-    conditions = [told[key] for key in request.conditions]
+        condition = condition_of(entry, f"{key}.0.", "prompt's", tensors, family, batch)
+        told[key] = Told(condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family))
+    conditions = []
+    for each in (told[key] for key in request.conditions):
+        asked = list(zip(each.prompts, each.pictures, strict=True))
+        prompts = image_prompts_from(asked, adapters, family, mesh, batch)
+        conditions.append(replace(each.condition, image_prompts=prompts))
     given = given_residuals(request.residuals, tensors, family, latent.shape) if request.residuals else None
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
     strategy = SequenceParallel(family, mesh.sequence, attention)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapters.controlnet import Control, ControlNet
+from .adapters.ip_adapter import ImagePrompt, IPAdapter, check_family
 from .attention.core import AttentionCore, make_attention
 from .attention.site import Attention
 from .comm import Axis, split_sizes
@@ -45,10 +46,11 @@ def sample(
     mesh: Mesh,
     run: Run,
     nets: Mapping[str, ControlNet] | None = None,
+    adapters: Mapping[str, IPAdapter] | None = None,
 ) -> Tensor:
     """The sampled latent `[B, C, H, W]`, unscaled, fp32 on the CPU, the same on every rank.
 
-    `nets`: the request's ControlNets by path.
+    `nets`: the request's ControlNets by path; `adapters`: its IP-Adapters.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` within a step of a cancel.
@@ -63,10 +65,16 @@ def sample(
         )
         for index, control in enumerate(request.controls)
     ]
-    positive = condition_from(request.positive, "positive", tensors, family, latent.shape, controls)
-    negative = None
-    if request.negative:
-        negative = condition_from(request.negative, "negative", tensors, family, latent.shape, controls)
+
+    def side(entries: tuple[Conditioning, ...], name: str) -> Condition:
+        condition = condition_from(entries, name, tensors, family, latent.shape, controls)
+        pictures = pictures_of(entries[0], f"{name}.0.", tensors, family)
+        asked = list(zip(entries[0].image_prompts, pictures, strict=True))
+        prompts = image_prompts_from(asked, adapters or {}, family, mesh, batch, model_sampling)
+        return replace(condition, image_prompts=prompts)
+
+    positive = side(request.positive, "positive")
+    negative = side(request.negative, "negative") if request.negative else None
     token_rows = -(-latent.shape[2] // family.patch_size)
     work = Work(
         batch=batch,
@@ -261,21 +269,51 @@ def control_from(
             "Look at the node that made it, and at its VAE.",
         )
 
-    def at(percent: float) -> float:
-        """The model's clock at that part of the run; beyond all of its times at the ends."""
-        if percent in (0.0, 1.0):
-            return math.inf if percent == 0.0 else -math.inf
-        return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
-
     shift = family.latent_shift if net.latent_shift else 0.0
     return Control(
         net,
         ((picture.float() - shift) * family.latent_scale).to(family.device),
         control.strength,
         control.mode,
-        start=at(control.start),
-        end=at(control.end),
+        start=clock_at(control.start, model_sampling),
+        end=clock_at(control.end, model_sampling),
     )
+
+
+def pictures_of(entry: Conditioning, prefix: str, tensors: dict[str, Tensor], family: Family) -> list[Tensor]:
+    """The pictures of an entry's image prompts, on the family's device. Raises `UserError` when one is missing."""
+    names = [f"{prefix}image.{number}" for number in range(len(entry.image_prompts))]
+    if missing := [name for name in names if name not in tensors]:
+        raise UserError(f"The request carries no {missing[0]}.", "Use one version of this node pack on all sides.")
+    return [tensors[name].to(family.device, family.dtype) for name in names]
+
+
+def image_prompts_from(
+    asked: Sequence[tuple[messages.ImagePrompt, Tensor]],
+    adapters: Mapping[str, IPAdapter],
+    family: Family,
+    mesh: Mesh,
+    batch: int,
+    model_sampling: ModelSampling | None = None,
+) -> tuple[ImagePrompt, ...]:
+    """Pictures at work in a run, in parts of it where the `model_sampling` is told. Raises `UserError` for misfits."""
+    prompts = []
+    for prompt, picture in asked:
+        adapter = adapters[prompt.adapter.path]
+        check_family(adapter.info, family)
+        adapter.check_picture(picture, batch)
+        start, end = math.inf, -math.inf
+        if model_sampling:
+            start, end = (clock_at(percent, model_sampling) for percent in (prompt.start, prompt.end))
+        prompts.append(ImagePrompt(adapter, picture, prompt.weight, start, end, mesh.tensor))
+    return tuple(prompts)
+
+
+def clock_at(percent: float, model_sampling: ModelSampling) -> float:
+    """The model's clock at that part of the run; beyond all of its times at the ends."""
+    if percent in (0.0, 1.0):
+        return math.inf if percent == 0.0 else -math.inf
+    return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
 
 
 def check_condition_tensors(given: dict[str, Tensor], side: str, batch: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -42,6 +42,10 @@ class Stage:
     def owners(self, parameters: Sequence[int]) -> list[int]:
         """The index of the stage that holds each of a model's blocks."""
         return [index for index, size in enumerate(self._sizes(parameters)) for _ in range(size)]
+
+    def settled(self, parameters: Sequence[int]) -> Stage:
+        """The same stage of such a model, its sizes said."""
+        return replace(self, sizes=self._sizes(parameters))
 
     def _sizes(self, parameters: Sequence[int]) -> tuple[int, ...]:
         return self.sizes or balanced_sizes(tuple(parameters), self.count)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .protocol.messages import ModelRef
+from .protocol.messages import ImagePrompt, ModelRef
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .families.base import Condition
 
 
-class ToldConditions(dict[str, "Condition"]):
+@dataclass(frozen=True)
+class Told:
+    """A condition without its picture prompts; these, and their pictures: adapters may have to be loaded again."""
+
+    condition: Condition
+    prompts: Sequence[ImagePrompt]
+    pictures: Sequence[Tensor]
+
+
+class ToldConditions(dict[str, Told]):
     """The conditions of one run, by their keys. Those of another run, or for another model, are forgotten."""
 
     def __init__(self) -> None:

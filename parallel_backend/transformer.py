@@ -26,6 +26,7 @@ class Transformer:
         self.bytes = loaded.bytes
         self._family = build_family(loaded, path)
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
+        self.cuts = loaded.cuts
         self.names = Names(loaded.family, loaded.shapes)
         self.adapted = AdaptedLayers(loaded, self._tensor)
         self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comm import Axis, split_sizes
 from ..layout import AttentionKernel
 from .kernels import Kernel, select_kernel
-from .site import Attention, Sent, Tokens, lengths_by_tokens
+from .site import Attention, KeysValues, Sent, Tokens, lengths_by_tokens
 from .yunchang import YunchangAttention
 
 
@@ -33,6 +33,8 @@ def make_attention(
 class AttentionCore:
     """Called by every attention site of a model with this rank's tokens of all heads, `[B, S, H, D]`."""
 
+    keeps = False
+
     def __init__(self, ulysses: Axis, ring: Axis, kernel: Kernel) -> None:
         self.ulysses = ulysses
         self.ring = ring
@@ -45,14 +47,14 @@ class AttentionCore:
             raise ValueError(f"{len(text)} and {len(image)} lengths for {ranks} sequence-parallel ranks")
         self._lengths = lengths_by_tokens(text, image)
 
-    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
         """Attention of this rank's queries over all ranks' keys and values: its own tokens, `[B, S, H, D]`."""
         size, lengths = self.ulysses.size, self._lengths[q.tokens]
         chunks = [sum(lengths[index * size : (index + 1) * size]) for index in range(self.ring.size)]
         # The values were sent first and are here first.
         values = v.wait()
         keys_values = (k.wait(), values)
-        return self.gather(self.attend(q.wait(), keys_values, chunks), q)
+        return self.gather(self.attend(q.wait(), keys_values, chunks, beside), q)
 
     def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
         """Start to trade this rank's tokens of all heads, `[B, S, H, D]`, for all tokens of some heads."""
@@ -75,13 +77,26 @@ class AttentionCore:
         )
         return Sent(x, tokens, exchange, sum(lengths), own_heads)
 
-    def attend(self, q: Tensor, keys_values: Tensor | tuple[Tensor, Tensor], chunks: Sequence[int]) -> Tensor:
-        """Queries over this chunk's keys and values, and over those of the ring's other chunks, `chunks` long each."""
+    def attend(
+        self,
+        q: Tensor,
+        keys_values: Tensor | tuple[Tensor, Tensor],
+        chunks: Sequence[int],
+        beside: KeysValues | None = None,
+    ) -> Tensor:
+        """Queries over this chunk's keys and values, and over those of the ring's other chunks, `chunks` long each.
+
+        `beside`: as in `Attention.__call__`, of all heads.
+        """
+        own_beside = None if beside is None else self._own_heads(beside)
         if self.ring.size > 1:
             stacked = keys_values if isinstance(keys_values, Tensor) else torch.stack(keys_values)
-            return self._ring_attention(q, stacked, chunks)
+            return self._ring_attention(q, stacked, chunks, own_beside)
         # A rank without heads (more Ulysses ranks than heads) has nothing to compute, and kernels crash on empty input.
-        return self.kernel.attend(q, keys_values[0], keys_values[1]) if q.numel() else torch.empty_like(q)
+        if not q.numel():
+            return torch.empty_like(q)
+        keys, values = _with(keys_values, own_beside)
+        return self.kernel.attend(q, keys, values)
 
     def gather(self, attended: Tensor, q: Sent) -> Tensor:
         """The inverse of `send`, for what `q` attended to, `[B, h, S_chunk, D]`: this rank's tokens of all heads."""
@@ -111,8 +126,17 @@ class AttentionCore:
         start = self.ring.rank * self.ulysses.size
         return self._lengths[tokens][start : start + self.ulysses.size]
 
-    def _ring_attention(self, q: Tensor, keys_values: Tensor, chunks: Sequence[int]) -> Tensor:
-        """Queries `[B, h, S, D]` over the keys and values `[2, B, h, S_chunk, D]` of every ring rank.
+    def _own_heads(self, whole: KeysValues) -> tuple[Tensor, Tensor]:
+        """From tokens of all heads `[B, S, H, D]` to this rank's heads of them, `[B, h, S, D]`."""
+        counts = split_sizes(whole[0].shape[2], self.ulysses.size)
+        start = sum(counts[: self.ulysses.rank])
+        keys, values = (each.narrow(2, start, counts[self.ulysses.rank]).transpose(1, 2) for each in whole)
+        return keys, values
+
+    def _ring_attention(
+        self, q: Tensor, keys_values: Tensor, chunks: Sequence[int], beside: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Queries `[B, h, S, D]` over the keys and values `[2, B, h, S_chunk, D]` of every ring rank, and `beside`.
 
         Partial results merge by log-sum-exp in fp32, while the next block is on its way.
         """
@@ -125,12 +149,21 @@ class AttentionCore:
                 source = (self.ring.rank - hop - 1) % self.ring.size
                 received = keys_values.new_empty((two, batch, heads, chunks[source], dim))
                 shift = self.ring.start_shift(block, received)
-            if q.numel() and block.numel():
-                partial, partial_lse = self.kernel.attend_with_lse(q, block[0], block[1])
+            # What is beside them is not passed on: every rank adds it to its own block.
+            keys, values = _with(block, None if hop else beside)
+            if q.numel() and keys.numel():
+                partial, partial_lse = self.kernel.attend_with_lse(q, keys, values)
                 out, lse = _merge(out, lse, partial, partial_lse)
             if shift is not None:
                 block = shift.wait()
         return torch.empty_like(q) if out is None else out.to(q.dtype)
+
+
+def _with(keys_values: Tensor | tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, h, S, D]`, followed by `more` of them."""
+    if more is None:
+        return keys_values[0], keys_values[1]
+    return torch.cat((keys_values[0], more[0]), dim=2), torch.cat((keys_values[1], more[1]), dim=2)
 
 
 def _merge(out: Tensor | None, lse: Tensor | None, partial: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:

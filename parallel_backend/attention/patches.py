@@ -12,7 +12,7 @@ from torch import Tensor
 from ..comm import split_sizes
 from ..families.base import Shard
 from .core import AttentionCore
-from .site import Sent, Tokens, lengths_by_tokens
+from .site import KeysValues, Sent, Tokens, lengths_by_tokens
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class PatchAttention:
     passes them on whole, so that each patch costs the hops that a whole picture costs without PipeFusion.
     """
 
+    keeps = True
+
     def __init__(self, core: AttentionCore, plans: Sequence[PatchPlan]) -> None:
         """`plans`: one for each condition that is evaluated here."""
         self._core = core
@@ -117,7 +119,7 @@ class PatchAttention:
     def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
         return self._core.send(x, tokens)
 
-    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
         """Attention of this rank's queries over the newest keys and values of all tokens, `[B, S, H, D]`."""
         core, plan = self._core, self._plans[self._condition]
         values = v.wait()
@@ -126,7 +128,8 @@ class PatchAttention:
         seen = plan.lengths(self._seen, q.tokens)
         kept = self._kept_by_site(keys_values[0], self._chunks(totals)[core.ring.rank])
         self._keep(kept, keys_values, q.tokens, totals)
-        return core.gather(core.attend(q.wait(), self._begun(kept, seen, totals), self._chunks(seen)), q)
+        begun = self._begun(kept, seen, totals)
+        return core.gather(core.attend(q.wait(), begun, self._chunks(seen), beside), q)
 
     def _chunks(self, lengths: Sequence[int]) -> list[int]:
         """The lengths of the chunks that the ranks of the ring hold, from those of all ranks."""

@@ -18,6 +18,10 @@ def lengths_by_tokens(text: Sequence[int], image: Sequence[int]) -> dict[Tokens,
     return {"all": [sum(both) for both in zip(text, image, strict=True)], "image": list(image)}
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values, `[B, S, H, D]` each."""
+
+
 class Sent:
     """A projection of this rank's tokens, on its way to the ranks that attend with it."""
 
@@ -40,8 +44,11 @@ class Sent:
 class Attention(Protocol):
     """What every attention site of a model calls: `send` with each projection as soon as it is there, then itself.
 
-    The site computes what it can between the two: the exchange goes on behind it.
+    The site computes what it can between the two: the exchange goes on behind it. Where attention `keeps` keys and
+    values for the next evaluation, every site is called in every evaluation, in the same order.
     """
+
+    keeps: bool
 
     def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
         """Say how many tokens each sequence-parallel rank holds, in the order ring-major, Ulysses-minor."""
@@ -51,4 +58,6 @@ class Attention(Protocol):
         """Start to send this rank's `tokens`, `[B, S, H, D]`: of "all", the text comes first."""
         ...
 
-    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor: ...
+    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
+        """`beside`: keys and values of all heads that every rank has, to be attended to once as well."""
+        ...

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..comm import Axis, Exchange
 from .core import AttentionCore
-from .site import Sent, Tokens, lengths_by_tokens
+from .site import KeysValues, Sent, Tokens, lengths_by_tokens
 
 
 @dataclass
@@ -32,6 +32,8 @@ class StaleAttention:
     They are on their way from this site until the same site of the next evaluation, behind everything between. Tokens
     are shared out over `axis` first, then over the ring and Ulysses ranks of `core`.
     """
+
+    keeps = True
 
     def __init__(self, core: AttentionCore, axis: Axis, *, in_turn: bool) -> None:
         """`in_turn`: one rank's keys and values are sent each evaluation, each rank's in its turn, not all ranks'."""
@@ -68,7 +70,7 @@ class StaleAttention:
     def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
         return self._core.send(x, tokens)
 
-    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
         """Attention of this rank's queries over the newest keys and values at hand of all tokens, `[B, S, H, D]`."""
         core = self._core
         values = v.wait()
@@ -82,7 +84,7 @@ class StaleAttention:
         self._start(kept, own, places)
         if self._is_synchronous:
             self._take_in(kept, places)
-        return core.gather(core.attend(q.wait(), kept.whole, chunks), q)
+        return core.gather(core.attend(q.wait(), kept.whole, chunks, beside), q)
 
     def _parts(self, tokens: Tokens, ring: int) -> list[int]:
         """Of the tokens of the ring rank `ring`, those that each rank of `axis` computes."""

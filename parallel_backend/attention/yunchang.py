@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ..comm import Axis, new_group
 from ..errors import UserError
-from .site import Sent, Tokens, lengths_by_tokens
+from .site import KeysValues, Sent, Tokens, lengths_by_tokens
 
 
 class YunchangAttention:
     """As `AttentionCore`, for shares of equal length and heads that the Ulysses degree divides."""
+
+    keeps = False
 
     def __init__(self, ulysses: Axis, ring: Axis, device: torch.device, dtype: torch.dtype) -> None:
         missing = [package for package in ("yunchang", "flash_attn") if find_spec(package) is None]
@@ -52,8 +54,13 @@ class YunchangAttention:
             )
         return Sent(x, tokens)
 
-    def __call__(self, q: Sent, k: Sent, v: Sent) -> Tensor:
+    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
         """Attention of this rank's queries over all ranks' keys and values, `[B, S, H, D]`."""
+        if beside is not None:
+            raise UserError(
+                "attention=yunchang takes no keys beside the tokens', as an IP-Adapter for this model has them.",
+                "Choose attention=auto.",
+            )
         if q.heads % self._ulysses_degree:
             raise UserError(
                 f"attention=yunchang needs heads that ulysses_degree divides: {q.heads} by {self._ulysses_degree}.",

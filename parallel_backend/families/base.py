@@ -55,13 +55,39 @@ class Control(Protocol):
         ...
 
 
+class ShownPrompt(Protocol):
+    """A picture prompt at one moment of a run, as the model's attention sites see it."""
+
+    def added(self, site: int, own: Sequence[Tensor], attention: Attention) -> Tensor:
+        """What it adds at that site to what this rank's image tokens have attended to, `[B, Si, H * D]`.
+
+        `own`: the projections of these tokens that the family's sites hand over, `[B, Si, H, D]` each.
+        """
+        ...
+
+
+class ImagePrompt(Protocol):
+    """A picture as a prompt, which the model sees through an IP-Adapter."""
+
+    def part(self, part: slice, batch: int) -> ImagePrompt:
+        """For the pictures `part` of a batch."""
+        ...
+
+    def is_active(self, timestep: float) -> bool: ...
+
+    def at(self, timestep: Tensor) -> ShownPrompt:
+        """At the times `timestep` `[B]`. While it is not active, what it adds is zero."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Condition:
     """What guides one prediction; which of it a model needs, its family knows. Equal to no other.
 
     `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
     `pooled` `[B, Cp]`; the distilled `guidance` scale (None: the model is told of none); what the model is told of the
-    picture's `size` and `target_size` (height and width, in pixels); the `controls` that add to it.
+    picture's `size` and `target_size` (height and width, in pixels); the `controls` that add to it; the pictures that
+    it is shown.
     """
 
     tokens: Tensor
@@ -73,6 +99,7 @@ class Condition:
     size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     def part(self, part: slice, batch: int) -> Condition:
         """The condition of the pictures `part` of a batch; one text for all of them stays one."""
@@ -81,7 +108,22 @@ class Condition:
             return tensor[part] if tensor.shape[0] == batch else tensor[:1]
 
         tensors = {name: of(tensor) for name in CONDITION_TENSORS if (tensor := getattr(self, name)) is not None}
-        return replace(self, **tensors, controls=tuple(control.part(part, batch) for control in self.controls))
+        return replace(
+            self,
+            **tensors,
+            controls=tuple(control.part(part, batch) for control in self.controls),
+            image_prompts=tuple(prompt.part(part, batch) for prompt in self.image_prompts),
+        )
+
+    def prompts_at(self, timestep: Tensor, attention: Attention) -> tuple[ShownPrompt, ...]:
+        """The picture prompts to show the blocks at `timestep` `[B]`: the active ones.
+
+        All of them where `attention` keeps keys and values, so that its sites are the same ones in every evaluation.
+        """
+        if not self.image_prompts:
+            return ()
+        now = float(timestep[0])
+        return tuple(each.at(timestep) for each in self.image_prompts if attention.keeps or each.is_active(now))
 
 
 CONDITION_TENSORS = {"tokens": 3, "pooled": 2, "mask": 2, "tokens_2": 3, "mask_2": 2}
@@ -102,7 +144,7 @@ class TokenState:
 
     `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`; for the families that turn their queries and keys,
     `rotary` `[St + Si, D / 2]` (attention.rotary); `skips`: image tokens that a later block takes in, by the number of
-    the block that gave them.
+    the block that gave them; `prompts`: the pictures that its blocks are shown.
     """
 
     image: Tensor
@@ -110,6 +152,7 @@ class TokenState:
     modulation: Tensor
     rotary: Tensor | None = None
     skips: Mapping[int, Tensor] = field(default_factory=dict)
+    prompts: tuple[ShownPrompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +201,8 @@ class Family(ABC):
         self.blocks: Sequence[Block] = ()
         self.skips: Mapping[int, int] = {}
         """From each block that leaves a skip in the state to the later one that takes it."""
+        self.prompt_sites: Sequence[int] = ()
+        """The block of each attention site that can be shown a picture, in the sites' order."""
         shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
         self.block_parameters: Sequence[int] = list(block_parameters(shapes).values())
         """How many parameters each block has, in the whole model where `transformer` is a part of one."""

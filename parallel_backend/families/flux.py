@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from ..attention.rotary import rotate, rotations
 from ..attention.site import Attention
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
-from .base import Block, Condition, Family, Shard, TokenState, check_widths
+from .base import Block, Condition, Family, Shard, ShownPrompt, TokenState, check_widths
 
 
 class JointSite:
     """The attention processor of a double block: projections, norms and rotary embedding here, the rest in `attention`.
 
-    Values, keys and queries are sent in that order, each while the next is computed.
+    Values, keys and queries are sent in that order, each while the next is computed. Picture prompts are given the
+    image's queries with their norm, and before their turn.
     """
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, number: int) -> None:
         self.attention = attention
+        self.number = number
 
     def __call__(
         self,
@@ -36,7 +38,8 @@ class JointSite:
         encoder_hidden_states: Tensor,
         attention_mask: None,
         image_rotary_emb: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        prompts: tuple[ShownPrompt, ...] = (),
+    ) -> tuple[Tensor, ...]:
         text, image, rotary, send = encoder_hidden_states, hidden_states, image_rotary_emb, self.attention.send
 
         def heads(x: Tensor) -> Tensor:
@@ -45,11 +48,14 @@ class JointSite:
         value = send(torch.cat((heads(attn.add_v_proj(text)), heads(attn.to_v(image))), dim=1))
         text_key = attn.norm_added_k(heads(attn.add_k_proj(text)))
         key = send(rotate(torch.cat((text_key, attn.norm_k(heads(attn.to_k(image)))), dim=1), rotary))
-        text_query = attn.norm_added_q(heads(attn.add_q_proj(text)))
-        query = send(rotate(torch.cat((text_query, attn.norm_q(heads(attn.to_q(image)))), dim=1), rotary))
+        text_query, own_query = attn.norm_added_q(heads(attn.add_q_proj(text))), attn.norm_q(heads(attn.to_q(image)))
+        query = send(rotate(torch.cat((text_query, own_query), dim=1), rotary))
         attended = self.attention(query, key, value).flatten(2).to(image.dtype)
         attended_text, attended_image = attended.split((text.shape[1], image.shape[1]), dim=1)
-        return attn.to_out[0](attended_image), attn.to_add_out(attended_text)
+        outputs = attn.to_out[0](attended_image), attn.to_add_out(attended_text)
+        added = [each.added(self.number, [own_query], self.attention) for each in prompts]
+        # The block adds a third output to the image tokens when it is done with them.
+        return (*outputs, sum(added[1:], start=added[0])) if added else outputs
 
 
 class SingleBlock:
@@ -94,6 +100,7 @@ class Flux(Family):
         self.hidden_size = self.transformer.inner_dim
         self._single_blocks = [SingleBlock(layer) for layer in self.transformer.single_transformer_blocks]
         self.blocks = [*map(_double_block, self.transformer.transformer_blocks), *self._single_blocks]
+        self.prompt_sites = range(len(self.transformer.transformer_blocks))
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
     @property
@@ -101,8 +108,8 @@ class Flux(Family):
         return self.transformer.config["in_channels"] // self.patch_size**2
 
     def use_attention(self, attention: Attention) -> None:
-        for layer in self.transformer.transformer_blocks:
-            cast(Any, layer.attn).set_processor(JointSite(attention))
+        for number, layer in enumerate(self.transformer.transformer_blocks):
+            cast(Any, layer.attn).set_processor(JointSite(attention, number))
         for block in self._single_blocks:
             block.attention = attention
 
@@ -167,6 +174,7 @@ def _double_block(layer: nn.Module) -> Block:
             encoder_hidden_states=state.text,
             temb=state.modulation,
             image_rotary_emb=state.rotary,
+            joint_attention_kwargs={"prompts": state.prompts} if state.prompts else None,
         )
         return replace(state, image=image, text=text)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..attention.site import Attention, Sent
 from ..sampling.model_sampling import DiscreteFlow, ModelSampling
-from .base import Block, Condition, Family, Shard, TokenState, check_widths
+from .base import Block, Condition, Family, Shard, ShownPrompt, TokenState, check_widths
 
 SHIFT = 3.0
 
@@ -26,12 +26,13 @@ class Site:
     """The attention processor of one site: projections and norms here, the rest in `attention`.
 
     Without text it attends over the image alone. Values, keys and queries are sent in that order, each while the next
-    is computed.
+    is computed. Picture prompts are given those of the image, without their norms.
     """
 
-    def __init__(self, attention: Attention, head_dim: int) -> None:
+    def __init__(self, attention: Attention, head_dim: int, number: int) -> None:
         self.attention = attention
         self.head_dim = head_dim
+        self.number = number
 
     def __call__(
         self,
@@ -39,26 +40,36 @@ class Site:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        prompts: tuple[ShownPrompt, ...] = (),
     ) -> Tensor | tuple[Tensor, Tensor]:
         image, text = hidden_states, encoder_hidden_states
+        own: list[Tensor] = []
 
-        def heads(x: Tensor, project: nn.Module, norm: nn.Module | None) -> Tensor:
-            projected = project(x).unflatten(-1, (-1, self.head_dim))
-            return projected if norm is None else norm(projected)
+        def heads(x: Tensor, project: nn.Module) -> Tensor:
+            return project(x).unflatten(-1, (-1, self.head_dim))
+
+        def normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+            return x if norm is None else norm(x)
 
         def send(project: Any, norm: Any, text_project: Any, text_norm: Any) -> Sent:
-            of_image = heads(image, project, norm)
+            of_image = heads(image, project)
+            if prompts:
+                own.append(of_image)
+            of_image = normed(of_image, norm)
             if text is None:
                 return self.attention.send(of_image, "image")
-            return self.attention.send(torch.cat((heads(text, text_project, text_norm), of_image), dim=1))
+            return self.attention.send(torch.cat((normed(heads(text, text_project), text_norm), of_image), dim=1))
 
         value = send(attn.to_v, None, attn.add_v_proj, None)
         key = send(attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k)
         query = send(attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q)
         attended = self.attention(query, key, value).flatten(2).to(image.dtype)
+        text_length = attended.shape[1] - image.shape[1]
+        attended_text, attended_image = attended.split((text_length, image.shape[1]), dim=1)
+        for prompt in prompts:
+            attended_image = attended_image + prompt.added(self.number, own, self.attention)
         if text is None:
-            return attn.to_out[0](attended)
-        attended_text, attended_image = attended.split((text.shape[1], image.shape[1]), dim=1)
+            return attn.to_out[0](attended_image)
         # The last block has no use for what the text has attended to.
         return attn.to_out[0](attended_image), attended_text if attn.context_pre_only else attn.to_add_out(
             attended_text
@@ -78,14 +89,12 @@ class SD3(Family):
         self.max_side = self.transformer.config["pos_embed_max_size"]
         self.hidden_size = self.transformer.inner_dim
         self.blocks = [_as_block(layer) for layer in self.transformer.transformer_blocks]
+        self.prompt_sites = [block for block, _ in self._sites()]
         self._positions = lru_cache(maxsize=2)(self._crop_positions)
 
     def use_attention(self, attention: Attention) -> None:
-        site = Site(attention, self.transformer.config["attention_head_dim"])
-        for layer in self.transformer.transformer_blocks:
-            for attn in (layer.attn, layer.attn2):
-                if attn is not None:
-                    cast(Any, attn).set_processor(site)
+        for number, (_, attn) in enumerate(self._sites()):
+            attn.set_processor(Site(attention, self.transformer.config["attention_head_dim"], number))
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
@@ -117,6 +126,11 @@ class SD3(Family):
         # The model's channels come last within a token, the latent's come first.
         return prediction.unflatten(-1, (self.patch_size**2, -1)).transpose(-1, -2).flatten(-2)
 
+    def _sites(self) -> list[tuple[int, Any]]:
+        """The attention sites in the order of computation, each with the number of its block."""
+        layers = enumerate(self.transformer.transformer_blocks)
+        return [(block, attn) for block, layer in layers for attn in (layer.attn, layer.attn2) if attn is not None]
+
     def _crop_positions(self, grid: tuple[int, int]) -> Tensor:
         """`[S, h]`: the middle of the square of positions that the model was trained with."""
         side = cast(int, self.max_side)
@@ -129,7 +143,12 @@ def _as_block(layer: nn.Module) -> Block:
     block = cast(JointTransformerBlock, layer)
 
     def run(state: TokenState) -> TokenState:
-        text, image = block(hidden_states=state.image, encoder_hidden_states=state.text, temb=state.modulation)
+        text, image = block(
+            hidden_states=state.image,
+            encoder_hidden_states=state.text,
+            temb=state.modulation,
+            joint_attention_kwargs={"prompts": state.prompts} if state.prompts else None,
+        )
         return replace(state, image=image, text=state.text if text is None else text)
 
     return run

@@ -113,6 +113,29 @@ class Control(Message):
     mode: int | None = Field(default=None, ge=0, le=1000)
 
 
+class IPAdapterRef(Message):
+    """An IP-Adapter: a safetensors file, as the ranks' host sees the path.
+
+    `dtype`: what the ranks have loaded it in; the client leaves it empty.
+    """
+
+    kind: Literal["ip_adapter"] = "ip_adapter"
+    path: str
+    dtype: str = ""
+
+
+class ImagePrompt(Message):
+    """A picture that an IP-Adapter shows the model, from `start` to `end` of the run.
+
+    In a `Predict`, whose run the client knows, it is named while it is to work, and works.
+    """
+
+    adapter: IPAdapterRef
+    weight: Strength = 1.0
+    start: Percent = 0.0
+    end: Percent = 1.0
+
+
 class WeightChange(Message):
     """A change of the parameter `key` (as the original model and ComfyUI name it), or of `rows` (start, length) of it.
 
@@ -176,7 +199,8 @@ class Schedule(Message):
 
 class Conditioning(Message):
     """One entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, as far as the model takes them, `….pooled`
-    [B or 1, Cp], `….mask` [B or 1, St], and the second text encoder's `….tokens_2` and `….mask_2`.
+    [B or 1, Cp], `….mask` [B or 1, St], and the second text encoder's `….tokens_2` and `….mask_2`; for each of the
+    `image_prompts` `….image.<number>` [B or 1, …], the picture as the IP-Adapter's image encoder gives it.
 
     `size` and `target_size`: height and width in pixels, for models that are told of them.
     """
@@ -185,6 +209,7 @@ class Conditioning(Message):
     size: Size | None = None
     target_size: Size | None = None
     controls: tuple[int, ...] = Field(default=(), description="indices into the request's controls")
+    image_prompts: tuple[ImagePrompt, ...] = Field(default=(), max_length=16)
 
 
 class FindChanges(Request):
@@ -257,6 +282,16 @@ class Predict(Request):
     told: dict[Key, Conditioning] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
     residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
+
+
+def entries_of(request: Request) -> tuple[Conditioning, ...]:
+    """The conditions that a request brings."""
+    match request:
+        case Sample():
+            return (*request.positive, *request.negative)
+        case Predict():
+            return tuple(request.told.values())
+    return ()
 
 
 class EndRun(Request):

@@ -306,7 +306,7 @@ class PipeFusion:
         # Without a warm-up, the first question finds no keys and values of the patches that are still to come.
         seen = len(self.strips) if unit.question else unit.patches[-1] + 1
         self.attention.begin(index, unit.patches, seen=seen)
-        state = replace(state, skips=skips)
+        state = replace(state, skips=skips, prompts=condition.prompts_at(timestep, self.attention))
         for number, block in enumerate(self.blocks, self.first_block):
             state = block(state)
             if number in added:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -56,6 +56,7 @@ class SequenceParallel:
         self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
         family.use_attention(self.attention)
         state = family.embed(latent_tokens, timestep, condition, plan.shard(self.axis.rank), grid)
+        state = replace(state, prompts=condition.prompts_at(timestep, self.attention))
         for number, block in enumerate(family.blocks):
             state = block(state)
             if number in residuals:

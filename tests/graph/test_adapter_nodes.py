@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,3 +228,57 @@ def test_old_keys_and_a_controlnet_are_refused_before_the_run(client, net):
     with pytest.raises(UserError, match="distrifusion_degree=2"):
         sample(load(layout), positive=positive)
     assert not [message for message, _ in client.sent if isinstance(message, messages.Sample)]
+
+
+# -- IP-Adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(models):
+    """As XLabs names them, of the tiny model's width."""
+    path = models / "ipadapter" / "look.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = {"ip_adapter_proj_model.proj.weight": torch.ones(96, 20)}
+    for leaf, shape in (("weight", (64, 24)), ("bias", (64,))):
+        tensors[f"double_blocks.0.processor.ip_adapter_double_stream_k_proj.{leaf}"] = torch.ones(*shape)
+    save_file(tensors, path)
+    return path
+
+
+def seen(**fields):
+    """A CLIP_VISION_OUTPUT."""
+    return SimpleNamespace(**{"image_embeds": torch.ones(1, 20), "penultimate_hidden_states": None, **fields})
+
+
+def test_a_picture_travels_with_both_prompts_and_the_model_before_it_is_as_it_was(client, adapter):
+    plain = load()
+    once = node("IPAdapter").show(plain, "look.safetensors", seen(), 0.5, 0.0, 0.8)[0]
+    twice = node("IPAdapter").show(
+        once, "look.safetensors", seen(), 1.0, 0.1, 1.0, seen(image_embeds=torch.full((1, 20), 2.0))
+    )[0]
+    for model, weights in ((plain, []), (once, [0.5]), (twice, [0.5, 1.0])):
+        sample(model, negative=conditioning(), cfg=2.0)
+        message, tensors = client.last(messages.Sample)
+        assert [each.weight for each in message.positive[0].image_prompts] == weights
+        assert message.positive[0].image_prompts == message.negative[0].image_prompts
+        assert [f"positive.0.image.{number}" in tensors for number in range(3)].count(True) == len(weights)
+    assert message.positive[0].image_prompts[0].end == 0.8
+    assert message.positive[0].image_prompts[0].adapter.path == str(adapter)
+    sides = ("positive.0.image.0", "negative.0.image.0", "positive.0.image.1", "negative.0.image.1")
+    assert [tensors[name].mean() for name in sides] == [1.0, 0.0, 1.0, 2.0]
+
+
+def test_a_picture_that_cannot_be_shown_is_refused_before_the_run(client, adapter, lora):
+    assert "0.9" in str(node("IPAdapter").VALIDATE_INPUTS("look.safetensors", 0.9, 0.1))
+    assert "not found" in str(node("IPAdapter").VALIDATE_INPUTS("none.safetensors", 0.0, 1.0))
+    for output, words in (
+        (seen(image_embeds=torch.ones(1, 21)), "width 20; the vision model gives a width of 21"),
+        (seen(image_embeds=None), "gives none"),
+    ):
+        with pytest.raises(UserError, match=words):
+            node("IPAdapter").show(load(), "look.safetensors", output, 1.0, 0.0, 1.0)
+    with pytest.raises(UserError, match="no IP-Adapter that is known"):
+        node("IPAdapter").show(load(), str(lora), seen(), 1.0, 0.0, 1.0)
+    other = replace(load(), family="sd3")
+    with pytest.raises(UserError, match="an IP-Adapter for flux models"):
+        node("IPAdapter").show(other, "look.safetensors", seen(), 1.0, 0.0, 1.0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from paralleldit.nodes.handles import ModelHandle
+from paralleldit.nodes.ip_adapter import ShownPicture
 from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.nodes.stepwise import StepwiseModel
 from paralleldit.parallel_backend.errors import UserError
@@ -39,9 +41,13 @@ def handle(family: str = "flux") -> ModelHandle:
     return ModelHandle(REF, LayoutChoice(ranks=2), family, {})
 
 
+def percent_to_sigma(percent: float) -> float:
+    return 1.0 - percent
+
+
 def running(family: str = "flux") -> StepwiseModel:
     stepwise = StepwiseModel()
-    stepwise.begin(handle(family))
+    stepwise.begin(handle(family), (), percent_to_sigma)
     return stepwise
 
 
@@ -54,7 +60,7 @@ def inputs(**changes: Any) -> dict[str, Any]:
 def test_conditions_are_told_once_and_one_row_of_each(ask):
     stepwise = running()
     for _ in range(3):
-        assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), 2), LATENT + 1)
+        assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1)), LATENT + 1)
     stepwise.end()
     first, second, third, end = ask.sent
     assert first[0].layout == Layout(cfg_degree=2)
@@ -68,16 +74,16 @@ def test_conditions_are_told_once_and_one_row_of_each(ask):
 
 def test_what_the_ranks_have_lost_is_told_again(ask):
     stepwise = running()
-    stepwise.predict(LATENT, TIMESTEP, inputs(), 2)
+    stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1))
     lost = [ask.sent[0][0].conditions[1]]
     MISSING.append(lost)
-    assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), 2), LATENT + 1)
+    assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1)), LATENT + 1)
     assert [list(message.told) for message, _ in ask.sent[1:]] == [[], lost]
 
 
 def test_texts_of_single_pictures_stay_apart(ask):
     stepwise = running()
-    stepwise.predict(LATENT[:2], TIMESTEP[:2], inputs(context=PROMPTS), 1)
+    stepwise.predict(LATENT[:2], TIMESTEP[:2], inputs(context=PROMPTS), (0,))
     (message, tensors), key = ask.last(messages.Predict), ask.sent[0][0].conditions[0]
     assert tensors[f"{key}.0.tokens"].shape == (2, 5, 8)
     assert message.layout == Layout(ulysses_degree=2)
@@ -86,8 +92,8 @@ def test_texts_of_single_pictures_stay_apart(ask):
 def test_a_new_run_is_told_all_again(ask):
     stepwise = running()
     for _ in range(2):
-        stepwise.begin(handle())
-        stepwise.predict(LATENT, TIMESTEP, inputs(), 2)
+        stepwise.begin(handle(), (), percent_to_sigma)
+        stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1))
     first, _, second = (message for message, _ in ask.sent)
     assert first.run != second.run
     assert len(second.told) == 2
@@ -106,7 +112,7 @@ def test_a_new_run_is_told_all_again(ask):
     ],
 )
 def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
-    running(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, 1)
+    running(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, (0,))
     told = ask.last(messages.Predict)[0].told
     assert list(told.values()) == [messages.Conditioning(**entry)]
 
@@ -123,13 +129,15 @@ def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry
 )
 def test_inputs_that_the_ranks_do_not_take_are_refused_by_name(ask, changes, words):
     with pytest.raises(UserError, match=words):
-        running().predict(LATENT, TIMESTEP, inputs(**changes), 2)
+        running().predict(LATENT, TIMESTEP, inputs(**changes), (0, 1))
     assert not ask.sent
 
 
 def test_residuals_of_comfyuis_controlnets_travel_once_each(ask):
     one, other = torch.ones(4, 8, 6), torch.zeros(1, 8, 6)
-    running().predict(LATENT, TIMESTEP, inputs(control={"input": [one, None, one], "middle": [], "output": [other]}), 2)
+    running().predict(
+        LATENT, TIMESTEP, inputs(control={"input": [one, None, one], "middle": [], "output": [other]}), (0, 1)
+    )
     message, tensors = ask.last(messages.Predict)
     assert message.residuals == {"input": (0, None, 0), "output": (1,)}
     assert torch.equal(tensors["residual.0"], one)
@@ -138,5 +146,25 @@ def test_residuals_of_comfyuis_controlnets_travel_once_each(ask):
 
 def test_residuals_for_a_model_that_takes_none_are_refused(ask):
     with pytest.raises(UserError, match="residuals of a ControlNet"):
-        running("pixart-sigma").predict(LATENT, TIMESTEP, inputs(control={"output": [LATENT]}), 2)
+        running("pixart-sigma").predict(LATENT, TIMESTEP, inputs(control={"output": [LATENT]}), (0, 1))
     assert not ask.sent
+
+
+def shown(**changes: Any) -> ShownPicture:
+    message = messages.ImagePrompt(adapter=messages.IPAdapterRef(path="/models/picture"), **changes)
+    return ShownPicture(message, (torch.ones(1, 8), torch.zeros(1, 8)))
+
+
+def test_pictures_are_told_with_the_prompts_while_they_work(ask):
+    stepwise = StepwiseModel()
+    always, early = shown(weight=0.5), shown(end=0.5)
+    stepwise.begin(replace(handle(), pictures=(always, early, shown(weight=0.0))), (), percent_to_sigma)
+    for sigma in (0.9, 0.7, 0.3, 0.1):
+        stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1), sigma)
+    told = [message.told for message, _ in ask.sent]
+    assert [len(each) for each in told] == [2, 0, 2, 0]
+    assert [entry.image_prompts for entry in told[0].values()] == [(always.message, early.message)] * 2
+    assert [entry.image_prompts for entry in told[2].values()] == [(always.message,)] * 2
+    first, tensors = ask.sent[0]
+    means = [tensors[f"{key}.0.image.1"].mean() for key in first.conditions]
+    assert means == [1.0, 0.0], "the negative prompt sees zeros"

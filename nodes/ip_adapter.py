@@ -1,0 +1,166 @@
+"""Parallel IP-Adapter: a picture as a prompt, which the ranks show the model beside the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.protocol.messages import Conditioning, ImagePrompt, IPAdapterRef
+from ..parallel_backend.weights.ip_adapter import IPAdapterInfo, read_ip_adapter
+from . import host, paths
+from .handles import handle_of
+from .validation import verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "ipadapter"
+WHAT = "The IP-Adapter"
+EMBEDDINGS = {"flux": "image_embeds", "sd3": "penultimate_hidden_states"}
+"""By the family that an IP-Adapter is for: what of a CLIP_VISION_OUTPUT it takes."""
+POSITIVE, NEGATIVE = 0, 1
+"""As ComfyUI numbers the sides of a prompt."""
+MOST = 100.0
+
+
+@dataclass(frozen=True, eq=False)
+class ShownPicture:
+    """A picture that a MODEL is shown; `embeddings` `[B, …]`: for the positive prompt and for the negative one."""
+
+    message: ImagePrompt
+    embeddings: tuple[Tensor, Tensor]
+
+
+class ParallelDiTIPAdapter:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = (
+        "Shows the model a picture beside the prompt, through an IP-Adapter in the ranks. Works with Parallel Sampler "
+        "and with ComfyUI's own samplers."
+    )
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The model that sees the picture, for another Parallel IP-Adapter or a sampler.",)
+    FUNCTION = "show"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        share = {"min": 0.0, "max": 1.0, "step": 0.001}
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From Parallel Loader or another of our nodes."}),
+                "ip_adapter": (
+                    paths.names(KIND),
+                    {
+                        "tooltip": "A safetensors file in models/ipadapter: XLabs' for Flux.1, or InstantX' for Stable "
+                        "Diffusion 3.5."
+                    },
+                ),
+                "clip_vision_output": (
+                    "CLIP_VISION_OUTPUT",
+                    {
+                        "tooltip": "The picture, from CLIP Vision Encode: with CLIP-L (ViT-L/14) for Flux.1, with "
+                        "SigLIP (so400m, 384 pixels) for Stable Diffusion 3.5."
+                    },
+                ),
+                "weight": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -MOST,
+                        "max": MOST,
+                        "step": 0.01,
+                        "tooltip": "How strongly the picture counts. At 0 it is not looked at.",
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {"default": 0.0, **share, "tooltip": "The part of the run after which it begins to work."},
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {"default": 1.0, **share, "tooltip": "The part of the run after which it works no more."},
+                ),
+            },
+            "optional": {
+                "negative": (
+                    "CLIP_VISION_OUTPUT",
+                    {
+                        "tooltip": "The picture that the negative prompt sees, such as a black one. Without it: an "
+                        "embedding of zeros."
+                    },
+                )
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, ip_adapter: str, start_percent: float, end_percent: float) -> bool | str:
+        named = verdict(lambda name: paths.resolve(name, KIND, WHAT), ip_adapter)
+        return named if named is not True else verdict(_check_span, start_percent, end_percent)
+
+    def show(
+        self,
+        model: Any,
+        ip_adapter: str,
+        clip_vision_output: Any,
+        weight: float,
+        start_percent: float,
+        end_percent: float,
+        negative: Any = None,
+    ) -> tuple[Any]:
+        _check_span(start_percent, end_percent)
+        handle = handle_of(model)
+        path = paths.resolve(ip_adapter, KIND, WHAT)
+        info = read_ip_adapter(path)
+        if info.family != handle.family:
+            raise UserError(
+                f"{path.name} is an IP-Adapter for {info.family} models, and this model is of the family "
+                f"{handle.family}.",
+                "Choose an IP-Adapter that was trained for the model.",
+            )
+        positive = _embedding(info, clip_vision_output)
+        message = ImagePrompt(adapter=IPAdapterRef(path=str(path)), weight=weight, start=start_percent, end=end_percent)
+        against = positive.new_zeros(positive.shape) if negative is None else _embedding(info, negative)
+        picture = ShownPicture(message, (positive, against))
+        return (host.current().with_handle(model, replace(handle, pictures=(*handle.pictures, picture))),)
+
+
+def travelling(
+    entries: tuple[Conditioning, ...], side: str, pictures: Sequence[ShownPicture]
+) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
+    """The message's entries of one `side` (positive or negative) with the model's pictures, and their tensors."""
+    messages = tuple(picture.message for picture in pictures)
+    number = POSITIVE if side == "positive" else NEGATIVE
+    tensors = {
+        f"{side}.{index}.{name}": tensor
+        for index in range(len(entries))
+        for name, tensor in embeddings(pictures, number).items()
+    }
+    return tuple(entry.model_copy(update={"image_prompts": messages}) for entry in entries), tensors
+
+
+def embeddings(pictures: Sequence[ShownPicture], side: int) -> Mapping[str, Tensor]:
+    """By the names of a condition's tensors, what one side of the prompt is shown."""
+    return {f"image.{number}": picture.embeddings[side] for number, picture in enumerate(pictures)}
+
+
+def _embedding(info: IPAdapterInfo, output: Any) -> Tensor:
+    """What the IP-Adapter takes of a CLIP_VISION_OUTPUT. Raises `UserError` for that of another vision model."""
+    name = EMBEDDINGS[info.family]
+    found = getattr(output, name, None)
+    if found is None or found.shape[-1] != info.picture_width:
+        given = "none" if found is None else f"a width of {found.shape[-1]}"
+        raise UserError(
+            f"{info.name} takes {name} of width {info.picture_width}; the vision model gives {given}.",
+            "Encode the picture with the vision model that belongs to the IP-Adapter: CLIP-L (ViT-L/14) for Flux.1, "
+            "SigLIP (so400m, 384 pixels) for Stable Diffusion 3.5.",
+        )
+    return found.float().cpu()
+
+
+def _check_span(start: float, end: float) -> None:
+    if start > end:
+        raise UserError(
+            f"start_percent={start:g} is after end_percent={end:g}: the picture would never be looked at.",
+            "Make start_percent the smaller one.",
+        )
