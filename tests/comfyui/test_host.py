@@ -119,7 +119,7 @@ def contrast(pixels: np.ndarray) -> np.ndarray:
 def test_the_nodes_are_there_with_help(host):
     listed = host.get("/object_info")
     names = [name for name in listed if name.startswith("ParallelDiT")]
-    assert len(names) == 13
+    assert len(names) == 14
     assert all(listed[name]["category"] == "ParallelDiT" for name in names)
     models = listed["ParallelDiTLoader"]["input"]["required"]["model"][0]
     assert {"diffusers/guided", NAME, "sd3.safetensors"} <= set(models)
