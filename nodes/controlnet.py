@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Conditioning, Control, ControlNetRef
-from ..parallel_backend.weights import open_checkpoint
+from ..parallel_backend.weights.controlnet import read_controlnet
 from . import paths
 from .validation import verdict
 
@@ -22,6 +22,13 @@ CONTROL = "control"
 CELL = 8
 """Pixels of a picture for a cell of its latent, in both directions."""
 NO_MODE = -1
+PREPARED: dict[int | None, Callable[[Tensor], Tensor]] = {
+    # Its VAE was shown edges of half of 255, not of 1: that is twice this, less 1.
+    1: lambda edges: 63.75 * edges + 0.75,
+    # It was trained on depths, of which other programs draw the near ones bright.
+    2: lambda depth: 1.0 - depth,
+}
+"""What Stability's ControlNets for 3.5 Large make of a picture in 0..1, by the number of its kind in the file."""
 
 
 class WaitingControls(tuple["WaitingControl", ...]):
@@ -38,16 +45,21 @@ class WaitingControls(tuple["WaitingControl", ...]):
 
 @dataclass(frozen=True)
 class WaitingControl:
-    """A ControlNet and its picture `[B, H, W, 3]` in 0..1, encoded by `vae` when the latent's size is known."""
+    """A ControlNet and its picture `[B, H, W, 3]` in 0..1, encoded by `vae` when the latent's size is known.
+
+    Without one: the ControlNet takes pixels.
+    """
 
     message: Control
     image: Tensor
     vae: Any
 
-    def latent(self, like: Tensor) -> Tensor:
-        """The picture's latent, of the size of the latent `like` `[B, C, h, w]`."""
+    def picture(self, like: Tensor) -> Tensor:
+        """What travels of the picture, for a latent `like` `[B, C, h, w]`: its latent of that size, or its pixels."""
         height, width = (CELL * side for side in like.shape[2:])
-        picture = resized(self.image[..., :3], height, width)
+        picture = resized(self.image, height, width)
+        if self.vae is None:
+            return picture.movedim(-1, 1).float().contiguous()
         return self.vae.encode(picture)[:, :, : like.shape[2], : like.shape[3]].float()
 
 
@@ -66,8 +78,8 @@ class ParallelDiTControlNetLoader:
                 "controlnet": (
                     paths.names(KIND),
                     {
-                        "tooltip": "A safetensors file in models/controlnet, in the diffusers layout: for Flux.1, "
-                        "Stable Diffusion 3 or HunyuanDiT."
+                        "tooltip": "A safetensors file in models/controlnet: for Flux.1, Stable Diffusion 3 and 3.5, "
+                        "or HunyuanDiT."
                     },
                 )
             }
@@ -79,7 +91,7 @@ class ParallelDiTControlNetLoader:
 
     def load(self, controlnet: str) -> tuple[ControlNetRef]:
         path = paths.resolve(controlnet, KIND, WHAT)
-        open_checkpoint(path)
+        read_controlnet(path)
         return (ControlNetRef(path=str(path)),)
 
 
@@ -104,10 +116,6 @@ class ParallelDiTControlNetApply:
                 "image": (
                     "IMAGE",
                     {"tooltip": "The control picture: edges, depth, a pose, as the ControlNet expects."},
-                ),
-                "vae": (
-                    "VAE",
-                    {"tooltip": "The model's VAE, from Parallel VAE Loader or ComfyUI's own: encodes the picture."},
                 ),
                 "strength": (
                     "FLOAT",
@@ -136,7 +144,16 @@ class ParallelDiTControlNetApply:
                         "tooltip": "The kind of picture, by its number in a union ControlNet. -1 for any other.",
                     },
                 ),
-            }
+            },
+            "optional": {
+                "vae": (
+                    "VAE",
+                    {
+                        "tooltip": "The model's VAE, from Parallel VAE Loader or ComfyUI's own: encodes the picture. "
+                        "Only XLabs' ControlNets for Flux.1 need none."
+                    },
+                )
+            },
         }
 
     @classmethod
@@ -149,11 +166,11 @@ class ParallelDiTControlNetApply:
         negative: list[Any],
         controlnet: ControlNetRef,
         image: Tensor,
-        vae: Any,
         strength: float,
         start_percent: float,
         end_percent: float,
         mode: int,
+        vae: Any = None,
     ) -> tuple[list[Any], list[Any]]:
         _check_span(start_percent, end_percent)
         message = Control(
@@ -163,7 +180,11 @@ class ParallelDiTControlNetApply:
             end=end_percent,
             mode=None if mode == NO_MODE else mode,
         )
-        control = WaitingControl(message, image, vae)
+        info = read_controlnet(controlnet.path)
+        if vae is None and not info.takes_pixels:
+            raise UserError(f"{info.name} takes the latent of its picture.", "Connect the model's VAE.")
+        prepare = PREPARED.get(info.picture_type, lambda picture: picture)
+        control = WaitingControl(message, prepare(image[..., :3]), None if info.takes_pixels else vae)
         return _with(positive, control), _with(negative, control)
 
 

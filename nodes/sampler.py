@@ -116,7 +116,7 @@ class ParallelDiTSampler:
         client = session.client_for(handle.layout.ranks if handle.layout else None)
         layout = choice.resolve(client.welcome.ranks, batch=batch, guided=bool(negatives))
         check_layout(layout, Work(batch=batch, cfg=cfg, has_negative=negative is not None, controls=len(controls)))
-        tensors |= {f"control.{index}": control.latent(tensors["latent"]) for index, control in enumerate(controls)}
+        tensors |= {f"control.{index}": control.picture(tensors["latent"]) for index, control in enumerate(controls)}
         patches.deliver(client, changes)
         message = Sample(
             id=0,

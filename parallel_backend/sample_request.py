@@ -260,19 +260,20 @@ def control_from(
     latent: Tensor,
 ) -> Control:
     """A ControlNet at work in a run over `latent`. Raises `UserError` for what does not fit together."""
-    net.check(family, control.mode)
-    name = net.info.checkpoint.source.name
-    if picture is None or picture.shape[0] not in (1, len(latent)) or picture.shape[1:] != latent.shape[1:]:
+    net.work_with(family, control.mode)
+    wanted = list(latent.shape[1:])
+    if net.info.takes_pixels:
+        wanted = [3, latent.shape[2] * CELL, latent.shape[3] * CELL]
+    if picture is None or picture.shape[0] not in (1, len(latent)) or list(picture.shape[1:]) != wanted:
         found = "is missing" if picture is None else f"has the shape {list(picture.shape)}"
+        what = "control picture" if net.info.takes_pixels else "latent of the control picture"
         raise UserError(
-            f"The latent of the control picture for {name} {found}; the run's is {list(latent.shape)}.",
+            f"The {what} for {net.info.name} {found}; this run takes {[len(latent), *wanted]}.",
             "Look at the node that made it, and at its VAE.",
         )
-
-    shift = family.latent_shift if net.latent_shift else 0.0
     return Control(
         net,
-        ((picture.float() - shift) * family.latent_scale).to(family.device),
+        net.see(picture),
         control.strength,
         control.mode,
         start=clock_at(control.start, model_sampling),

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ..attention.site import Attention
 from ..errors import UserError
-from ..families.base import Condition, Family, Shard, TokenState
+from ..families.base import Block, Condition, Family, Shard, TokenState
 from ..families.flux import Flux
 from ..families.hunyuandit import HunyuanDiT, as_block
 from ..families.sd3 import SD3
-from ..weights.controlnet import ControlNetInfo, load_controlnet
+from ..weights.controlnet import ControlNetInfo
+from ..weights.controlnet_load import load_controlnet
 
 
 class ControlNet(ABC):
@@ -32,6 +33,8 @@ class ControlNet(ABC):
     extra_text = 0
     latent_shift = True
     """Whether the control picture's latent is shifted as the model's own are."""
+    model: Family
+    """The model of the run at hand."""
     view_class: type[Family]
 
     def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -40,8 +43,9 @@ class ControlNet(ABC):
         self.view = self.view_class(module, dtype, device)
         self.bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
-    def check(self, family: Family, mode: int | None) -> None:
-        """Raise `UserError` for a model that it was not made for, or a kind of picture that it does not know."""
+    def work_with(self, family: Family, mode: int | None) -> None:
+        """From now on with this model. Raises `UserError` for one that it was not made for, or an unknown `mode`."""
+        self.model = family
         name, width, modes = self.info.checkpoint.source.name, self.module.inner_dim, self.info.modes
         if (self.info.family, width) != (family.name, family.hidden_size):
             raise UserError(
@@ -58,6 +62,11 @@ class ControlNet(ABC):
         if mode is not None and not modes:
             raise UserError(f"{name} is no union ControlNet; the mode is {mode}.", "Set the mode to none (-1).")
 
+    def see(self, picture: Tensor) -> Tensor:
+        """What `embed` is given tokens of, `[B, C, H, W]`: the control picture's latent, in the model's space."""
+        shift = self.model.latent_shift if self.latent_shift else 0.0
+        return ((picture.float() - shift) * self.model.latent_scale).to(self.model.device)
+
     @abstractmethod
     def embed(
         self,
@@ -69,7 +78,7 @@ class ControlNet(ABC):
         shard: Shard,
         grid: tuple[int, int],
     ) -> TokenState:
-        """As `Family.embed`; `picture`: the tokens of the control picture's latent, `[B, S, c]`."""
+        """As `Family.embed`; `picture`: the tokens of what it sees of the control picture, `[B, S, c]`."""
 
     @abstractmethod
     def outputs(self) -> Sequence[nn.Module]:
@@ -89,13 +98,24 @@ class ControlNet(ABC):
 
 
 class FluxControlNet(ControlNet):
-    """For Flux.1. A union ControlNet is told the kind of its picture by a token before the text."""
+    """For Flux.1. A union ControlNet is told the kind of its picture by a token before the text.
+
+    Those that take pixels (XLabs') make of them what is in a latent's place.
+    """
 
     view_class = Flux
 
     def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(info, module, dtype, device)
         self.extra_text = int(info.modes > 0)
+
+    def see(self, picture: Tensor) -> Tensor:
+        hint: nn.Module | None = self.module.input_hint_block
+        if hint is None:
+            return super().see(picture)
+        if self.module.x_embedder.weight.is_meta:
+            return picture  # another stage evaluates it
+        return hint((2 * picture - 1).to(self.model.device, self.model.dtype))
 
     def embed(
         self,
@@ -126,7 +146,9 @@ class FluxControlNet(ControlNet):
         own_double, own_single = len(self.module.controlnet_blocks), len(self.module.controlnet_single_blocks)
         model: Any = family.transformer
         double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
-        targets = _spread(own_double, double)
+        # XLabs' take turns; the others' residuals are each for a run of blocks.
+        in_turn = self.info.takes_pixels
+        targets = {block: block % own_double for block in range(double)} if in_turn else _spread(own_double, double)
         return targets | {double + block: own_double + own for block, own in _spread(own_single, single).items()}
 
 
@@ -164,6 +186,45 @@ class SD3ControlNet(ControlNet):
         # The last block, which gives no text, gets none.
         count, own = len(family.blocks), len(self.module.controlnet_blocks)
         return {block: int(block / (count / own)) for block in range(count - 1)}
+
+
+class SD3ImageBlocks(SD3):
+    """Blocks over the image alone."""
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
+        super().__init__(transformer, dtype, device, **latent)
+        self.blocks = [_as_image_block(layer) for layer in self.transformer.transformer_blocks]
+
+    def sites(self) -> list[tuple[int, Any]]:
+        return [(block, layer.attn) for block, layer in enumerate(self.transformer.transformer_blocks)]
+
+
+class SD3ImageControlNet(ControlNet):
+    """Stability's for 3.5 Large: it sees no text tokens, and begins with the image tokens as the model embeds them."""
+
+    view_class = SD3ImageBlocks
+
+    def embed(
+        self,
+        tokens: Tensor,
+        picture: Tensor,
+        mode: int | None,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+    ) -> TokenState:
+        assert isinstance(self.model, SD3)
+        control = _patches(self.module.pos_embed_input, picture[:, shard.image], self.view)
+        image = self.model.embed_image(tokens, shard, grid) + control
+        return self.view.resume(image, image[:, :0], timestep, condition, shard, grid)
+
+    def outputs(self) -> Sequence[nn.Module]:
+        return self.module.controlnet_blocks
+
+    def targets(self, family: Family) -> dict[int, int]:
+        # As in Stability's own code and in ComfyUI, behind the last block too; diffusers leaves that out.
+        return _spread(len(self.module.controlnet_blocks), len(family.blocks))
 
 
 class HunyuanBlocks(HunyuanDiT):
@@ -205,14 +266,15 @@ class HunyuanControlNet(ControlNet):
 CONTROLNETS: dict[str, type[ControlNet]] = {
     "flux": FluxControlNet,
     "sd3": SD3ControlNet,
+    "sd3 image": SD3ImageControlNet,
     "hunyuandit": HunyuanControlNet,
 }
-"""By the family of the models that they are for."""
+"""By their kind."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet at work on a control picture. `picture`: its latent `[B, C, H, W]`, in the model's space.
+    """A ControlNet at work on a control picture. `picture`: what it sees of it, `[B, C, H, W]`.
 
     It works while the model's clock is from `start` down to `end`.
     """
@@ -261,13 +323,20 @@ class Control:
 def open_controlnet(path: Path, device: torch.device, dtype: torch.dtype) -> ControlNet:
     """The ControlNet in a file. Raises `UserError` when there is none that is known."""
     info, module = load_controlnet(path, device, dtype)
-    return CONTROLNETS[info.family](info, module, dtype, device)
+    return CONTROLNETS[info.kind](info, module, dtype, device)
 
 
 def _spread(own: int, count: int) -> dict[int, int]:
     """From each of `count` blocks to the one of `own` residuals that is added behind it."""
     interval = math.ceil(count / own) if own else 0
     return {block: block // interval for block in range(count)} if own else {}
+
+
+def _as_image_block(layer: nn.Module) -> Block:
+    def run(state: TokenState) -> TokenState:
+        return replace(state, image=layer(hidden_states=state.image, temb=state.modulation))
+
+    return run
 
 
 def _patches(embedder: Any, tokens: Tensor, view: Family) -> Tensor:

@@ -89,11 +89,11 @@ class SD3(Family):
         self.max_side = self.transformer.config["pos_embed_max_size"]
         self.hidden_size = self.transformer.inner_dim
         self.blocks = [_as_block(layer) for layer in self.transformer.transformer_blocks]
-        self.prompt_sites = [block for block, _ in self._sites()]
+        self.prompt_sites = [block for block, _ in self.sites()]
         self._positions = lru_cache(maxsize=2)(self._crop_positions)
 
     def use_attention(self, attention: Attention) -> None:
-        for number, (_, attn) in enumerate(self._sites()):
+        for number, (_, attn) in enumerate(self.sites()):
             attn.set_processor(Site(attention, self.transformer.config["attention_head_dim"], number))
 
     def check_condition(self, condition: Condition) -> None:
@@ -108,11 +108,15 @@ class SD3(Family):
         self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
     ) -> TokenState:
         text = condition.tokens[:, shard.text].to(self.dtype).expand(tokens.shape[0], -1, -1)
+        image = self.embed_image(tokens, shard, grid)
+        return self.resume(image, self.transformer.context_embedder(text), timestep, condition, shard, grid)
+
+    def embed_image(self, tokens: Tensor, shard: Shard, grid: tuple[int, int]) -> Tensor:
+        """The image tokens in `shard`, embedded and with their positions."""
         # A convolution whose stride is its size is a matrix over the values of a token.
         project = self.transformer.pos_embed.proj
         image = F.linear(tokens[:, shard.image].to(self.dtype), project.weight.flatten(1), project.bias)
-        image = image + self._positions(grid)[shard.image]
-        return self.resume(image, self.transformer.context_embedder(text), timestep, condition, shard, grid)
+        return image + self._positions(grid)[shard.image]
 
     def resume(
         self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
@@ -126,7 +130,7 @@ class SD3(Family):
         # The model's channels come last within a token, the latent's come first.
         return prediction.unflatten(-1, (self.patch_size**2, -1)).transpose(-1, -2).flatten(-2)
 
-    def _sites(self) -> list[tuple[int, Any]]:
+    def sites(self) -> list[tuple[int, Any]]:
         """The attention sites in the order of computation, each with the number of its block."""
         layers = enumerate(self.transformer.transformer_blocks)
         return [(block, attn) for block, layer in layers for attn in (layer.attn, layer.attn2) if attn is not None]

@@ -103,7 +103,8 @@ Percent = Annotated[float, Field(ge=0.0, le=1.0)]
 class Control(Message):
     """A ControlNet at work, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
 
-    Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it.
+    Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it; for one that takes
+    pixels [B or 1, 3, 8 h, 8 w], the control picture in 0..1.
     """
 
     net: ControlNetRef

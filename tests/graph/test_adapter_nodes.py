@@ -147,10 +147,25 @@ def test_a_model_without_patches_asks_the_ranks_for_nothing(client):
 
 @pytest.fixture
 def net(models):
-    path = models / "controlnet" / "edges.safetensors"
+    return loaded_net(
+        models,
+        "edges",
+        {
+            "controlnet_x_embedder.weight": (64, 64),
+            "x_embedder.weight": (64, 64),
+            "context_embedder.weight": (64, 24),
+            "time_text_embed.text_embedder.linear_1.weight": (64, 12),
+            "transformer_blocks.0.attn.norm_added_q.weight": (16,),
+        },
+    )
+
+
+def loaded_net(models, name, shapes):
+    """A file of which the header is that of a ControlNet; a shape of none stands for the number 1."""
+    path = models / "controlnet" / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_file({"controlnet_x_embedder.weight": torch.ones(2, 2)}, path)
-    return node("ControlNetLoader").load("edges.safetensors")[0]
+    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, path)
+    return node("ControlNetLoader").load(path.name)[0]
 
 
 class Vae:
@@ -201,6 +216,58 @@ def test_at_cfg_1_the_positive_prompt_alone_has_its_controlnet(client, net):
     assert message.positive[0].controls == (0,)
     assert (len(message.controls), message.negative) == (1, ())
     assert "control.0" in tensors
+
+
+def test_pixels_travel_to_a_controlnet_that_takes_them(client, models, net):
+    pixels = loaded_net(
+        models,
+        "pixels",
+        {
+            "double_blocks.0.img_attn.qkv.weight": (192, 64),
+            "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
+            "pos_embed_input.weight": (64, 64),
+            "input_hint_block.14.weight": (16, 16, 3, 3),
+            "img_in.weight": (64, 64),
+            "txt_in.weight": (64, 24),
+            "vector_in.in_layer.weight": (64, 12),
+        },
+    )
+    positive, _ = controlled(pixels, None)
+    sample(positive=positive, latent_image={"samples": torch.zeros(1, 16, 4, 6)})
+    assert client.last(messages.Sample)[1]["control.0"].shape == (1, 3, 32, 48)
+    with pytest.raises(UserError, match="Connect the model's VAE"):
+        controlled(net, None)
+
+
+def test_stabilitys_edges_are_drawn_as_it_was_trained(client, models):
+    edges = loaded_net(
+        models,
+        "canny",
+        {
+            "pos_embed_input.proj.weight": (64, 16, 2, 2),
+            "transformer_blocks.0.adaLN_modulation.1.weight": (384, 64),
+            "time_text_embed.text_embedder.linear_1.weight": (64, 12),
+            "control_type": (),
+        },
+    )
+    vae = Vae()
+    positive, _ = controlled(edges, vae)
+    sample(positive=positive, latent_image={"samples": torch.zeros(1, 16, 4, 6)})
+    seen_by_vae = 2 * vae.pictures[0] - 1
+    assert seen_by_vae.unique() == 255 * 0.5 + 0.5
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"controlnet_blocks.0.linear.weight": (2, 2)}, "Mistoline"),
+        ({"x_embedder.weight": (2, 2)}, "no ControlNet that is known"),
+        ({"controlnet_x_embedder.weight": (2, 2), "x_embedder.weight": (2, 2)}, "It has no context_embedder"),
+    ],
+)
+def test_a_file_that_is_no_such_controlnet_is_refused_by_its_header(client, models, shapes, words):
+    with pytest.raises(UserError, match=words):
+        loaded_net(models, "other", shapes)
 
 
 def test_a_control_picture_is_cut_in_the_middle():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel
+from paralleldit.parallel_backend.adapters.controlnet import FluxControlNet
 from paralleldit.parallel_backend.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Control, ControlNetRef, ModelRef, Predict, Sample
+from paralleldit.parallel_backend.weights.controlnet import STABILITY_RULES, TENCENT_RULES, XLABS_RULES
+from paralleldit.parallel_backend.weights.keymap import joined
 from paralleldit.tests.ranks.stale_flux import relative_error, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+from safetensors.torch import save_file
 from torch import nn
 
 HEADS, HEIGHT, WIDTH, TEXT, BATCH = 4, 8, 6, 5, 2
@@ -31,7 +38,29 @@ NETS = {
         "flux dev",
         lambda: FluxControlNetModel(num_layers=1, num_single_layers=2, num_mode=4, guidance_embeds=True, **FLUX),
     ),
+    "flux pixels": (
+        "flux dev",
+        lambda: FluxControlNetModel(
+            num_layers=1,
+            num_single_layers=0,
+            patch_size=2,
+            conditioning_embedding_channels=16,
+            guidance_embeds=True,
+            **FLUX,
+        ),
+    ),
     "sd3": ("sd3.5 medium", lambda: sd3_controlnet(zeros=True)),
+    "sd3 image": (
+        "sd3.5 medium",
+        lambda: sd3_controlnet(
+            zeros=False,
+            joint_attention_dim=None,
+            dual_attention_layers=(),
+            qk_norm=None,
+            pos_embed_type=None,
+            use_pos_embed=False,
+        ),
+    ),
     "sd3 pooled": ("sd3.5 medium", lambda: sd3_controlnet(zeros=False)),
     "hunyuandit": (
         "hunyuandit 1.1",
@@ -51,6 +80,12 @@ NETS = {
         ),
     ),
 }
+ORIGINAL = {
+    "flux pixels": XLABS_RULES,
+    "sd3 image": STABILITY_RULES,
+    "hunyuandit": TENCENT_RULES,
+}
+"""ControlNets that are written in their makers' layout as well."""
 LAYOUTS = [
     Layout(),
     Layout(ulysses_degree=2),
@@ -62,19 +97,20 @@ LAYOUTS = [
 ]
 
 
-def sd3_controlnet(zeros):
-    return SD3ControlNetModel(
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=HEADS,
-        joint_attention_dim=24,
-        caption_projection_dim=HEADS * 16,
-        pooled_projection_dim=12,
-        pos_embed_max_size=9,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-        force_zeros_for_pooled_projection=zeros,
-    )
+def sd3_controlnet(zeros, **changes):
+    config = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": HEADS * 16,
+        "pooled_projection_dim": 12,
+        "pos_embed_max_size": 9,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+        "force_zeros_for_pooled_projection": zeros,
+    }
+    return SD3ControlNetModel(**(config | changes))
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +127,42 @@ def folders(tmp_path_factory):
                 if "controlnet_" in key or key.startswith(("input_block", "pos_embed_input")):
                     nn.init.normal_(parameter, std=0.2)
         net.save_pretrained(place / name)
+        if name in ORIGINAL:
+            write_original(net, ORIGINAL[name], place / f"{name} original")
     return place
 
 
-def inputs(model):
-    """A latent, two control pictures, a positive and a negative condition."""
+def write_original(net, rules, folder):
+    """The weights under their makers' names, with what they do not tell in a config."""
+    folder.mkdir()
+    weights, tensors = net.state_dict(), {}
+    for rule in rules:
+        for number in range(8) if "{i}" in rule.source else [0]:
+            for suffix, own in rule.suffixes.items():
+                keys = [joined(target, own).replace("{i}", str(number)) for target in rule.targets]
+                if "{last}" not in rule.source and all(key in weights for key in keys):
+                    fused = torch.cat([weights.pop(key) for key in keys])
+                    tensors[joined(rule.source, suffix).replace("{i}", str(number))] = fused
+    save_file(tensors | weights, folder / "controlnet.safetensors")
+    (folder / "config.json").write_text(json.dumps({"attention_head_dim": 16}))
+
+
+def inputs(model, pixels=False):
+    """A latent, two control pictures (of `pixels`, or their latents), a positive and a negative condition."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny = TINY_MODELS[model]
     size = (tiny.family.latent_channels, HEIGHT, WIDTH)
     pictures = draw(1, *size), draw(BATCH, *size)
+    if pixels:
+        pictures = tuple(torch.rand(rows, 3, HEIGHT * 8, WIDTH * 8, generator=generator) for rows in (1, BATCH))
     return draw(BATCH, *size), pictures, tiny.condition(draw, 1, TEXT), tiny.condition(draw, BATCH, TEXT + 3)
 
 
 def sampled(world, layout, name, folder, controls, sigmas, pictures=None):
     """A guided run through the engine: from the tiny model's one noise level to none, or over `sigmas`."""
     model, _ = NETS[name]
-    latent, drawn, positive, negative = inputs(model)
+    latent, drawn, positive, negative = inputs(model, name == "flux pixels")
     used = tuple(range(len(controls)))
     request = Sample(
         id=1,
@@ -153,10 +208,22 @@ class Controlled:
 
     def __call__(self, *args, **kwargs):
         ran = [self.residuals(number, *args, **kwargs) for number in range(len(self.pictures))]
+        if getattr(self.net, "context_embedder", self) is None:
+            return self.with_last(ran, *args, **kwargs)
         added = {
             key: [sum(each) for each in zip(*(one[key] for one in ran), strict=True)] for key in ran[0] if ran[0][key]
         }
         return self.transformer(*args, **kwargs, **added)
+
+    def with_last(self, ran, *args, **kwargs):
+        """As Stability's own code: behind every block, also the last one, which diffusers leaves out."""
+        added = [sum(each) for each in zip(*(one["block_controlnet_hidden_states"] for one in ran), strict=True)]
+        last = self.transformer.transformer_blocks[-1]
+        hook = last.register_forward_hook(lambda block, given, output: (output[0], output[1] + added[-1]))
+        try:
+            return self.transformer(*args, **kwargs, block_controlnet_hidden_states=added)
+        finally:
+            hook.remove()
 
     def residuals(self, number, *args, **kwargs):
         picture, strength = self.pictures[number], (STRENGTH, -0.5)[number]
@@ -164,12 +231,15 @@ class Controlled:
         told = {"conditioning_scale": strength, "return_dict": False}
         if self.family.name == "flux":
             guided = self.net.config.guidance_embeds
-            tokens = picture.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+            if self.net.input_hint_block is not None:
+                told |= {"controlnet_cond": picture.expand(batch, -1, -1, -1)}
+            else:
+                tokens = picture.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+                told |= {"controlnet_cond": tokens.expand(batch, -1, -1)}
             mode = modes_of("flux union" if self.net.union else "flux")[number]
             double, single = self.net(
                 **{**kwargs, "guidance": kwargs["guidance"] if guided else None},
                 **told,
-                controlnet_cond=tokens.expand(batch, -1, -1),
                 controlnet_mode=None if mode is None else torch.full((batch, 1), mode),
             )
             return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
@@ -178,6 +248,11 @@ class Controlled:
             zeros = self.net.config.force_zeros_for_pooled_projection
             pooled = kwargs["pooled_projections"]
             own = kwargs | {"pooled_projections": torch.zeros_like(pooled) if zeros else pooled}
+            if self.net.context_embedder is None:
+                own |= {
+                    "encoder_hidden_states": None,
+                    "hidden_states": self.transformer.pos_embed(own["hidden_states"]),
+                }
             return {"block_controlnet_hidden_states": self.net(**own, **told, controlnet_cond=picture)[0]}
         return {"controlnet_block_samples": self.net(*args, **kwargs, **told, controlnet_cond=picture)[0]}
 
@@ -191,12 +266,14 @@ def expected(folders):
         if name not in answers:
             model, _ = NETS[name]
             tiny = TINY_MODELS[model]
-            latent, pictures, positive, negative = inputs(model)
+            latent, pictures, positive, negative = inputs(model, name == "flux pixels")
             transformer = tiny.make(HEADS)
             net = type(NETS[name][1]()).from_pretrained(folders / name)
             family = tiny.make_family(HEADS)
-            shift = 0.0 if name == "sd3" else family.latent_shift
-            seen = [(picture - shift) * family.latent_scale for picture in pictures]
+            shift, scale = 0.0 if name == "sd3" else family.latent_shift, family.latent_scale
+            if name == "flux pixels":
+                shift, scale = 0.5, 2.0
+            seen = [(picture - shift) * scale for picture in pictures]
             controlled = Controlled(transformer, net, tiny.family, seen)
             sigma, sampling = torch.tensor(tiny.sigma), family.model_sampling(None)
             x = sampling.noise_scaling(sigma, torch.zeros_like(latent), family.process_in(latent))
@@ -213,11 +290,35 @@ def expected(folders):
 @pytest.mark.parametrize("name", NETS)
 def test_a_controlnet_equals_diffusers(ranks, folders, expected, name):
     layouts = LAYOUTS if name in ("flux", "flux union", "hunyuandit") else LAYOUTS[:3]
+    if name in ("flux pixels", "sd3 image"):
+        # What they begin with is made on the first stage alone.
+        layouts = [LAYOUTS[0], LAYOUTS[1], LAYOUTS[4]]
     controls, sigmas = two_controls(name, folders), [TINY_MODELS[NETS[name][0]].sigma, 0.0]
     for layout in layouts:
         for answer in ranks.run(layout.ranks, sampled, layout, name, folders, controls, sigmas):
             error = relative_error(answer, expected(name))
             assert error <= 1e-5, layout
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_the_makers_own_layout_is_read_as_that_of_diffusers(ranks, folders, expected, name):
+    net = ControlNetRef(path=str(folders / f"{name} original" / "controlnet.safetensors"))
+    controls = [control.model_copy(update={"net": net}) for control in two_controls(name, folders)]
+    sigmas = [TINY_MODELS[NETS[name][0]].sigma, 0.0]
+    (answer,) = ranks.run(1, sampled, Layout(), name, folders, controls, sigmas)
+    (same,) = ranks.run(1, sampled, Layout(), name, folders, two_controls(name, folders), sigmas)
+    assert torch.equal(answer, same)
+    assert relative_error(answer, expected(name)) <= 1e-5
+
+
+@pytest.mark.parametrize(("pixels", "expected_double"), [(True, [0, 1, 0, 1, 0]), (False, [0, 0, 0, 1, 1])])
+def test_residuals_of_xlabs_take_turns(pixels, expected_double):
+    net = SimpleNamespace(
+        module=SimpleNamespace(controlnet_blocks=[0] * 2, controlnet_single_blocks=[]),
+        info=SimpleNamespace(takes_pixels=pixels),
+    )
+    family = SimpleNamespace(transformer=SimpleNamespace(transformer_blocks=[0] * 5, single_transformer_blocks=[0]))
+    assert FluxControlNet.targets(net, family) == dict(enumerate(expected_double))
 
 
 WINDOWS = [(0.0, 0.5), (0.3, 1.0), (0.4, 0.6)]
@@ -266,6 +367,7 @@ REFUSED = {
     "mode beyond": ("flux union", "flux union", {"mode": 4}, None, "the mode is 4"),
     "mode of no union": ("flux", "flux", {"mode": 1}, None, "no union"),
     "no ControlNet": ("flux", "flux dev", {}, None, "no ControlNet that is known"),
+    "latent instead of pixels": ("flux", "flux pixels", {}, [torch.zeros(1, 16, HEIGHT, WIDTH)], "[2, 3, 64, 48]"),
     "picture of another size": ("flux", "flux", {}, [torch.zeros(1, 16, 2, 2)], "[1, 16, 2, 2]"),
 }
 

@@ -39,7 +39,6 @@ LAYOUTS = [
     Layout(ring_degree=2),
     Layout(tensor_degree=2),
     Layout(cfg_degree=2),
-    Layout(pipefusion_degree=2, num_patches=1),
     Layout(pipefusion_degree=2, num_patches=3, warmup_steps=1),
     Layout(distrifusion_degree=2, warmup_steps=1),
     Layout(ulysses_degree=2, data_degree=2, weights="sharded"),
