@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import torch
+from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
 
 from ..parallel_backend.errors import UserError
@@ -29,6 +31,18 @@ HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
 """What a network of ComfyUI obeys of `transformer_options`: functions and settings for layers that are not here."""
+
+
+class Operations(comfy.ops.disable_weight_init):
+    """Layers that have their parameters at once, if only on the meta device.
+
+    Where ComfyUI manages memory dynamically (since 2026), its own wait for a file, and LoRA nodes would find no keys.
+    """
+
+    class Linear(comfy.ops.disable_weight_init.Linear):
+        def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+            """Not ComfyUI's: that is how it tells which layers are to wait."""
+            torch.nn.Linear._load_from_state_dict(self, *args, **kwargs)
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -75,6 +89,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def get_key_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse_weights()
 
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """ComfyUI's nodes that spread prompts over GPUs of its own process ask for this since 2026."""
+        raise UserError(
+            "All ranks compute this model already, so ComfyUI cannot copy it to other GPUs.",
+            "Remove the node that does; Parallel Layout says how many GPUs there are and what they share.",
+        )
+
 
 class RanksMemory(RemotePatcher):
     """Stands for all that the ranks hold, among the models that ComfyUI has loaded and may unload."""
@@ -110,6 +131,7 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle.family](handle.config))
     # The ranks convert what they are sent to what they compute in; nothing is to be lost on the way.
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = Operations
     model = config.get_model({}, device=META)
     model.stepwise = StepwiseModel()
     _ask_ranks(model.diffusion_model, model.stepwise)
@@ -238,7 +260,10 @@ def _refuse_weights(*args: Any, **kwargs: Any) -> NoReturn:
 def _flux(config: dict[str, Any]) -> dict[str, Any]:
     patch = 2
     head_dim = config["attention_head_dim"]
+    # Of Flux.2, which ComfyUI has built from the same class since 2026.
+    of_newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     return {
+        **of_newer,
         "image_model": "flux",
         "in_channels": config["in_channels"] // patch**2,
         "out_channels": (config.get("out_channels") or config["in_channels"]) // patch**2,

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import UserError
 from .keymap import Cut, FileFamily, Rule, Shapes, count_blocks
 
-NORM = {"scale": "weight"}
+NORM = {"scale": "weight", "weight": "weight"}
+"""Black Forest Labs' files say `scale`, what ComfyUI has saved since 2026 says `weight`."""
 
 RULES = (
     Rule("img_in", ("x_embedder",)),
@@ -78,7 +79,6 @@ LANDMARKS = {
         "image": "img_in.weight",
         "text": "txt_in.weight",
         "pooled": "vector_in.in_layer.weight",
-        "head_norm": "double_blocks.0.img_attn.norm.query_norm.scale",
         "single": "single_blocks.0.linear1.weight",
         "output": "final_layer.linear.weight",
     },
@@ -86,10 +86,13 @@ LANDMARKS = {
         "image": "x_embedder.weight",
         "text": "context_embedder.weight",
         "pooled": "time_text_embed.text_embedder.linear_1.weight",
-        "head_norm": "transformer_blocks.0.attn.norm_added_q.weight",
         "single": "single_transformer_blocks.0.proj_mlp.weight",
         "output": "proj_out.weight",
     },
+}
+HEAD_NORM = {
+    "original": "double_blocks.0.img_attn.norm.query_norm",
+    "diffusers": "transformer_blocks.0.attn.norm_added_q",
 }
 BLOCKS = {
     "original": ("double_blocks", "single_blocks", "guidance_in.in_layer.weight"),
@@ -107,9 +110,10 @@ def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> d
     That is patch_size (1 if not declared) and axes_dims_rope (see `rotary_axes`).
     """
     shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    if len(shape["head_norm"]) != 1 or any(len(size) != 2 for fact, size in shape.items() if fact != "head_norm"):
-        raise UserError(f"The tensors of this Flux model have unexpected shapes: {shape}.")
-    (hidden, in_channels), (head_dim,) = shape["image"], shape["head_norm"]
+    head_norm = next((shapes[key] for name in NORM if (key := f"{HEAD_NORM[layout]}.{name}") in shapes), ())
+    if len(head_norm) != 1 or any(len(size) != 2 for size in shape.values()):
+        raise UserError(f"The tensors of this Flux model have unexpected shapes: {shape | {'head_norm': head_norm}}.")
+    (hidden, in_channels), (head_dim,) = shape["image"], head_norm
     if head_dim == 0 or hidden == 0 or hidden % head_dim:
         raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim}.")
     double, single, guidance = BLOCKS[layout]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.weights import detect, open_checkpoint
-from paralleldit.parallel_backend.weights.flux_keys import LANDMARKS, rotary_axes
+from paralleldit.parallel_backend.weights.flux_keys import HEAD_NORM, LANDMARKS, rotary_axes
 from paralleldit.parallel_backend.weights.header import read_header
 from paralleldit.parallel_backend.weights.load import load_transformer
 from safetensors.torch import save_file
@@ -114,7 +114,7 @@ def test_no_flipped_byte_or_cut_breaks_the_header_reader(position: int, value: i
 def tiny_folder(folder: Path, extra: str = "", **config: Any) -> None:
     """A component folder with the landmarks of a Flux model and `extra`; `config` goes into its config.json."""
     tensors = {key: torch.zeros(32, 8) for key in LANDMARKS["diffusers"].values()}
-    tensors[LANDMARKS["diffusers"]["head_norm"]] = torch.zeros(16)
+    tensors[f"{HEAD_NORM['diffusers']}.weight"] = torch.zeros(16)
     tensors |= {extra: torch.zeros(1)} if extra else {}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **config}))
@@ -155,7 +155,7 @@ def pipe(path: Path) -> Path:
 
 def blocks_with_a_hole(folder: Path) -> Path:
     tensors = {key: torch.zeros(32, 8) for key in LANDMARKS["original"].values()}
-    tensors[LANDMARKS["original"]["head_norm"]] = torch.zeros(16)
+    tensors[f"{HEAD_NORM['original']}.scale"] = torch.zeros(16)
     tensors["double_blocks.999999999.img_mod.lin.bias"] = torch.zeros(1)
     save_file(tensors, folder / "m.safetensors")
     return folder / "m.safetensors"

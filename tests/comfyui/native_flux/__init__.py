@@ -12,6 +12,7 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 
 class NativeFluxLoader:
@@ -45,6 +46,7 @@ class NativeFluxLoader:
                 "theta": 10000,
                 "qkv_bias": True,
                 "guidance_embed": config["guidance_embeds"],
+                **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
             }
         )
         model_config.set_inference_dtype(torch.float32, None)
