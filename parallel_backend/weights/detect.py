@@ -11,6 +11,7 @@ from .flux_keys import FLUX
 from .hunyuandit_keys import HUNYUANDIT
 from .keymap import FileFamily, Piece, Shapes, identity_map, ruled_map
 from .pixart_keys import PIXART_ALPHA, PIXART_SIGMA
+from .quantized import FORMAT, refuse_unread
 from .sd3_keys import SD3
 
 FAMILIES: tuple[FileFamily, ...] = (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT)
@@ -41,7 +42,10 @@ class Detected:
 
 
 def detect(checkpoint: Checkpoint) -> Detected:
-    """Raises UserError naming the file, what was looked at and the known families when none matches."""
+    """Raises UserError naming the file, what was looked at and the known families when none matches; for quantized
+    weights that cannot be read, too.
+    """
+    refuse_unread(checkpoint)
     for prefix in PREFIXES:
         shapes = {
             key.removeprefix(prefix): info.shape for key, info in checkpoint.tensors.items() if key.startswith(prefix)
@@ -77,5 +81,7 @@ def _detected(checkpoint: Checkpoint, row: FileFamily, layout: str, prefix: str,
                 f"{checkpoint.source}: config.json says {name} = {told!r}, but the weights' shapes say {value!r}.",
                 "Config and weights must come from the same model.",
             )
-    weights = {key: shape for key, shape in shapes.items() if key not in row.not_weights}
+    weights = {
+        key: shape for key, shape in shapes.items() if key not in row.not_weights and key.rsplit(".", 1)[-1] != FORMAT
+    }
     return Detected(row.name, row.class_name, layout, prefix, config, weights, row)

@@ -15,7 +15,11 @@ from ..errors import UserError
 
 BLOCK_INDEX = re.compile(r"(\w+)\.(\d{1,9})\.")
 SUFFIXES = {"weight": "weight", "bias": "bias"}
-SCALES = ("scale_weight", "scale_input")  # scaled fp8: factor of a matrix; of its input (for fp8 matrix units only)
+WEIGHT_SCALES = (
+    "scale_weight",
+    "weight_scale",
+)  # scaled fp8: the factor of a matrix, in ComfyUI's files since 2026 last
+SCALES = (*WEIGHT_SCALES, "scale_input", "input_scale")  # that of its input is for fp8 matrix units only
 SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
 
 
@@ -150,13 +154,14 @@ def _checked(
         needed = (sum(expected[target][0] for target in targets), *expected[targets[0]][1:])
         if shapes[key] != needed:
             wrong.append(f"{key} is {list(shapes[key])}, expected {list(needed)}")
-        scale = f"{key.rsplit('.', 1)[0]}.scale_weight" if key.endswith(".weight") else ""
+        module = key.removesuffix(".weight") if key.endswith(".weight") else None
+        scale = next((name for each in WEIGHT_SCALES if (name := f"{module}.{each}") in shapes), None)
         start = 0
         for target in targets:
             stop = start + expected[target][0]
             middle = (start + stop) // 2
             cuts = [(middle, stop), (start, middle)] if swap_halves else [(start, stop)]
-            pieces[target] = [Piece(key, *cut, scale if scale in shapes else None) for cut in cuts]
+            pieces[target] = [Piece(key, *cut, scale) for cut in cuts]
             start = stop
     faults = [
         f"{len(items)} {what}: {'; '.join(items[:3])}{' …' if len(items) > 3 else ''}"

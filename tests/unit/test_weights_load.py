@@ -43,7 +43,7 @@ def forward(model: nn.Module, dtype: torch.dtype, guidance: bool = True) -> torc
 
 @dataclass(frozen=True)
 class Case:
-    form: str  # "pipeline", "component", "sharded", "index", "diffusers_file", "original"
+    form: str  # "pipeline", "component", "sharded", "index", "diffusers_file", "original", "saved_by_comfyui"
     dtype: str
     prefix: str = ""
     guidance: bool = True
@@ -61,6 +61,7 @@ CASES = [
     *(Case(form, dtype) for form in ("component", "sharded", "diffusers_file") for dtype in DTYPES),
     Case("pipeline", "bf16"),
     Case("index", "bf16"),
+    Case("saved_by_comfyui", "bf16"),
     Case("original", "bf16", guidance=False),
     Case("component", "bf16", guidance=False),
 ]
@@ -68,8 +69,10 @@ CASES = [
 
 def write(case: Case, weights: dict[str, torch.Tensor], folder: Path) -> Path:
     """Writes `weights` (diffusers names) as `case` says; returns the path to load."""
-    if case.form in ("original", "diffusers_file"):
-        named = original_layout(weights) if case.form == "original" else weights
+    if case.form in ("original", "saved_by_comfyui", "diffusers_file"):
+        named = weights if case.form == "diffusers_file" else original_layout(weights)
+        if case.form == "saved_by_comfyui":
+            named = {key.replace("_norm.scale", "_norm.weight"): value for key, value in named.items()}
         named = {case.prefix + key: value.contiguous() for key, value in named.items()}
         if case.prefix == "model.diffusion_model.":
             named["vae.decoder.conv_in.weight"] = torch.ones(3)
@@ -130,19 +133,35 @@ def test_original_layout_agrees_with_diffusers_own_conversion() -> None:
         assert torch.equal(torch.cat(rows), expected), name
 
 
-@pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_scaled_fp8_multiplies_by_the_scale(layout: str, tmp_path: Path) -> None:
+def format_of(layer: str) -> torch.Tensor:
+    """As ComfyUI tells it since 2026."""
+    return torch.tensor(list(json.dumps({"format": layer}).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "weight_scale", "input_scale"),
+    [
+        ("original", "scale_weight", "scale_input"),
+        ("original", "weight_scale", "input_scale"),
+        ("diffusers", "scale_weight", "scale_input"),
+    ],
+)
+def test_scaled_fp8_multiplies_by_the_scale(layout: str, weight_scale: str, input_scale: str, tmp_path: Path) -> None:
     plain = tiny_flux()
     weights = original_layout(plain.state_dict()) if layout == "original" else dict(plain.state_dict())
-    stored, dequantized = {"scaled_fp8": torch.empty(0, dtype=FP8)}, {}
+    is_newer = weight_scale == "weight_scale"
+    stored = {} if is_newer else {"scaled_fp8": torch.empty(0, dtype=FP8)}
+    dequantized = {}
     for key, value in weights.items():
         dequantized[key] = value.to(FP8).float()
         stored[key] = value.to(FP8)
         if key.endswith(".weight") and value.ndim == 2:
             scale = value.abs().max() / 448
             stored[key] = (value / scale).to(FP8)
-            stored[key.removesuffix("weight") + "scale_weight"] = scale
-            stored[key.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+            stored[key.removesuffix("weight") + weight_scale] = scale
+            stored[key.removesuffix("weight") + input_scale] = torch.tensor(1.0)
+            if is_newer:
+                stored[key.removesuffix("weight") + "comfy_quant"] = format_of("float8_e4m3fn")
             dequantized[key] = stored[key].float() * scale
     save_file(stored, tmp_path / "scaled.safetensors")
     save_file(dequantized, tmp_path / "plain.safetensors")
@@ -185,6 +204,25 @@ def test_mixed_dtypes_become_the_one_of_most_weights(tmp_path: Path) -> None:
     loaded = load_transformer(write(Case("original", "fp16"), weights, tmp_path), device="cpu")
     assert loaded.compute_dtype == torch.float16
     assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("strange", "metadata", "name"),
+    [
+        ({"img_in.comfy_quant": format_of("nvfp4")}, {}, "nvfp4"),
+        ({"img_in.comfy_quant": format_of("int8_tensorwise")}, {}, "int8_tensorwise"),
+        ({}, {"_quantization_metadata": '{"layers": {"img_in": {"format": "mxfp8"}}}'}, "mxfp8"),
+        ({"img_in.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}, {}, "bitsandbytes"),
+        ({"single_blocks.0.linear1.qweight": torch.zeros(4, dtype=torch.int8)}, {}, "Nunchaku"),
+        ({"img_in.comfy_quant": torch.zeros(4, dtype=torch.uint8)}, {}, "does not tell the format"),
+        ({}, {"_quantization_metadata": "[]"}, "does not tell the format"),
+    ],
+)
+def test_quantized_formats_that_are_not_read_are_refused_by_name(strange, metadata, name, tmp_path: Path) -> None:
+    save_file(original_layout(tiny_flux().state_dict()) | strange, tmp_path / "strange.safetensors", metadata)
+    with pytest.raises(UserError, match=name) as refusal:
+        load_transformer(tmp_path / "strange.safetensors", device="cpu")
+    assert "does not tell" in name or "bf16 or fp8 file" in refusal.value.hint
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""In which quantized formats a checkpoint is. Only ComfyUI's scaled fp8 is read, with one factor for a matrix."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from ..errors import UserError
+from .checkpoint import Checkpoint
+
+READ = ("float8_e4m3fn", "float8_e5m2")
+"""Of the formats that ComfyUI has told since 2026, layer by layer, in tensors or in the header's metadata."""
+FORMAT = "comfy_quant"
+METADATA = "_quantization_metadata"
+OTHERS = (
+    (re.compile(r"\.quant_state\.bitsandbytes__|\.weight\.absmax$"), "bitsandbytes"),
+    (re.compile(r"\.(qweight|wscales|wtscale|qzeros)$"), "SVDQuant (Nunchaku), GPTQ or AWQ"),
+)
+"""By the keys that only such files have."""
+
+
+def refuse_unread(checkpoint: Checkpoint) -> None:
+    """Raises `UserError` naming the formats of `checkpoint` that the ranks do not read."""
+    unread = sorted(set(_formats(checkpoint)) - set(READ))
+    if unread:
+        raise UserError(
+            f"{checkpoint.source} is quantized as {', '.join(unread)}, which the ranks do not read.",
+            "Use the model's bf16 or fp8 file. To save memory with it, choose fp8 as weight_dtype of Parallel Loader, "
+            "or weights sharded or offloaded in Parallel Layout.",
+        )
+
+
+def _formats(checkpoint: Checkpoint) -> Iterator[str]:
+    if METADATA in checkpoint.metadata:
+        yield from _told(checkpoint, checkpoint.metadata[METADATA].encode(), METADATA)
+    for key in checkpoint.tensors:
+        if key.rsplit(".", 1)[-1] == FORMAT:
+            yield from _told(checkpoint, bytes(checkpoint.tensor(key).flatten().tolist()), key)
+        else:
+            yield from (name for mark, name in OTHERS if mark.search(key))
+
+
+def _told(checkpoint: Checkpoint, text: bytes, place: str) -> Iterator[str]:
+    """The formats that a JSON text names: of one layer, or of all `layers`."""
+    try:
+        told = json.loads(text)
+        for layer in told["layers"].values() if place == METADATA else (told,):
+            yield str(layer["format"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{checkpoint.source}: {place} does not tell the format of quantized layers.") from error
