@@ -57,7 +57,7 @@ class SidecarSpec:
     compute_timeout: float = 0.0
     hang_timeout: float = 30.0
     idle_timeout: float = 1800.0
-    grace: float = 30.0
+    grace: float = 60.0
     max_body: int = frames.MAX_BODY
     log_bytes: int = 16 << 20
     worker: str = "parallel_backend.worker"
@@ -97,6 +97,18 @@ def start(spec: SidecarSpec, on_progress: Say = lambda text: None, *, owned: boo
         if life is not None:
             _replace(life, settings, on_progress)
         return _launch(slot, spec, settings, owner, on_progress)
+
+
+def inherit(slot: Slot) -> bool:
+    """Own the sidecar of a process that has ended, so that it is still there for the first request, which adopts it or
+    ends it if another one is wanted. False when there is none.
+    """
+    life = current(slot)
+    owner = life.owner if life else None
+    if life is None or owner is None or owner.alive or not (life.is_alive and life.is_ready) or life.end is not None:
+        return False
+    life.own(records.this_process())
+    return True
 
 
 def stop(slot: Slot, on_progress: Say = lambda text: None) -> bool:

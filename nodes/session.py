@@ -49,6 +49,12 @@ def client_for(ranks: int | None) -> Client:
         return sidecar.ensure_sidecar(spec, say, owned=here.owned)
 
 
+def inherit() -> None:
+    """Keep the ranks of a ComfyUI that has ended: this one's first prompt adopts them, or ends them."""
+    if sidecar.inherit(SidecarSpec().slot):
+        host.logger.info("The ranks of the last ComfyUI are still up: they are kept for the first prompt.")
+
+
 def running() -> SidecarSpec | None:
     """The specification of the sidecar that runs now, None when none does."""
     spec = host.current().spec

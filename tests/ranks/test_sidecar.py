@@ -16,7 +16,7 @@ import pytest
 import torch
 from paralleldit.launcher import sidecar
 from paralleldit.launcher.client import SidecarError
-from paralleldit.launcher.sidecar import SidecarSpec, connect, current, ensure_sidecar
+from paralleldit.launcher.sidecar import SidecarSpec, connect, current, ensure_sidecar, inherit
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.protocol import messages, records
 
@@ -237,7 +237,7 @@ def test_the_commands_show_and_stop_a_sidecar(client, spec):
 # -- the end of owners -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_some_time_after_the_owner_was_killed(tmp_path):
+def test_after_the_owner_was_killed_another_inherits_or_nothing_is_left(tmp_path):
     spec = spec_in(tmp_path / "run")
     code = f"""
 import sys; sys.path.insert(0, {str(PACK / "tests")!r})
@@ -251,7 +251,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     owner = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
     assert owner.returncode == -signal.SIGKILL
     life = current(spec.slot)
+    dead = life.owner
+    assert inherit(spec.slot)
+    time.sleep(spec.grace + 1)
     assert len(alive(life)) == 3
+    assert not inherit(spec.slot)
+    life.own(dead)
     wait_for(lambda: not alive(life), spec.grace + 8)
     assert "owned the sidecar has been gone" in life.end.message
 
