@@ -57,7 +57,14 @@ class ParallelVAE:
         """Pixels per latent row or column."""
         return self.header.scale
 
+    @property
+    def latent_channels(self) -> int:
+        return self.header.kind.latent_channels(self.header.config)
+
     def spacial_compression_decode(self) -> int:
+        return self.header.scale
+
+    def spacial_compression_encode(self) -> int:
         return self.header.scale
 
     def temporal_compression_decode(self) -> int | None:

@@ -386,7 +386,8 @@ def test_a_vae_decodes_and_encodes(client):
 def test_stock_vae_nodes_find_what_they_ask_of_a_vae(client):
     vae = node("VAELoader").load(NAME, "fp32")[0]
     ratio = vae.downscale_ratio
-    assert (ratio, vae.spacial_compression_decode(), vae.temporal_compression_decode()) == (8, 8, None)
+    assert (ratio, vae.spacial_compression_decode(), vae.spacial_compression_encode()) == (8, 8, 8)
+    assert (vae.temporal_compression_decode(), vae.latent_channels) == (None, 16)
     assert vae.decode(torch.zeros(1, 16, 4, 6)).shape == (1, 32, 48, 3)
     assert vae.encode(torch.zeros(1, 16, 16, 4)).shape == (1, 1, 2, 2)
     vae.decode_tiled(torch.zeros(1, 16, 4, 6), tile_x=4, tile_y=4, overlap=1, tile_t=None, overlap_t=None)
