@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 PACK = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).resolve().parent / "shim"
@@ -27,7 +28,7 @@ PACK_NAME = "ComfyUI-ParallelDiT"
 CLIENT = "tests"
 PREVIEW_IMAGE = b"\x00\x00\x00\x01"
 """How the binary messages of the websocket that carry a preview begin."""
-START_S = 120.0
+START_S = 300.0
 RUN_S = 180.0
 
 
@@ -37,6 +38,8 @@ class Run:
 
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
+    phases: set[str] = field(default_factory=set)
+    """What the ranks have been at meanwhile."""
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [data for name, data in self.events if name == kind]
@@ -84,15 +87,35 @@ class Host:
                 return process
             except (urllib.error.URLError, ConnectionError):
                 assert process.poll() is None, f"ComfyUI did not start:\n{self.tail()}"
-                assert time.monotonic() < deadline, f"ComfyUI is not up after {START_S:g} s:\n{self.tail()}"
+                if time.monotonic() > deadline:
+                    process.kill()
+                    pytest.fail(f"ComfyUI is not up after {START_S:g} s:\n{self.tail()}")
                 time.sleep(0.3)
 
     def stop(self) -> None:
         """Ends ComfyUI, and its sidecar without the grace time."""
         self._process.terminate()
         self._process.wait(timeout=30)
+        self.stop_ranks()
+
+    def restart(self) -> None:
+        """Ends ComfyUI as a user does, and starts it again; the sidecar is left alone."""
+        self._process.terminate()
+        self._process.wait(timeout=30)
+        self._process = self._start()
+
+    def stop_ranks(self) -> None:
+        """Ends the sidecar from outside, as `launcher stop` does."""
         env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(self.runtime)}
         subprocess.run([sys.executable, str(PACK / "launcher"), "stop"], env=env, capture_output=True, check=False)
+
+    def ranks(self) -> list[int]:
+        """The process ids of the ranks."""
+        return [rank["pid"] for rank in self.get("/paralleldit/status")["details"].get("ranks", ())]
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the ranks say that they hold."""
+        return self.get("/paralleldit/status")["details"].get("models", [])
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
@@ -102,11 +125,23 @@ class Host:
             body = answer.read()
         return json.loads(body) if answer.headers.get_content_type() == "application/json" else body
 
-    def post(self, path: str, data: dict[str, Any]) -> None:
+    def post(self, path: str, data: dict[str, Any]) -> bytes:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(data).encode(), {"Content-Type": "application/json"}
         )
-        urllib.request.urlopen(request, timeout=10).close()
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.read()
+
+    def queue(self, prompts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Queues all `prompts` at once and waits for them: what the history says of each."""
+        ids = [json.loads(self.post("/prompt", {"prompt": api}))["prompt_id"] for api in prompts]
+        deadline = time.monotonic() + RUN_S
+        while True:
+            history = self.get("/history")
+            if history.keys() >= set(ids):
+                return [history[each] for each in ids]
+            assert time.monotonic() < deadline, f"{len(ids)} prompts took more than {RUN_S:g} s:\n{self.tail()}"
+            time.sleep(0.3)
 
     def view(self, picture: dict[str, str]) -> bytes:
         return self.get(f"/view?{urllib.parse.urlencode(picture)}")
@@ -138,6 +173,8 @@ class Host:
                         continue
                     event = json.loads(message.data)
                     kind, data = event["type"], event.get("data", {})
+                    if kind == "paralleldit" and data["phase"]:
+                        run.phases.add(data["phase"]["name"])
                     if data.get("prompt_id") != prompt:
                         continue
                     run.events.append((kind, data))

@@ -6,109 +6,24 @@ import copy
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from paralleldit.nodes import NODE_CLASS_MAPPINGS
+from paralleldit.tests.comfyui.graphs import NAME, STEPS, demo_with, picture, psnr, stock
+from paralleldit.tests.comfyui.host import PACK
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 pytestmark = [
     pytest.mark.comfyui,
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
 ]
-
-PACK = Path(__file__).resolve().parents[2]
-NAME = "diffusers/tiny"
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    from paralleldit.tests import tiny_sd3
-    from paralleldit.tests.comfyui.host import prepare
-    from paralleldit.tests.tiny_flux import write_pipeline
-
-    folder = tmp_path_factory.mktemp("comfyui")
-    pipelines = tmp_path_factory.mktemp("pipelines")
-    tiny = write_pipeline(pipelines / "tiny")
-    guided = write_pipeline(pipelines / "guided", guidance_embeds=True)
-    sd3 = tiny_sd3.tiny_transformer(heads=2, layers=2, dual=(0,), qk_norm="rms_norm", side=16)
-    piped_sd3 = tiny_sd3.write_pipeline(pipelines / "sd3", sd3)
-    files = [tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3)]
-    prepare(folder / "base", {"tiny": tiny, "guided": guided, "sd3": piped_sd3}, files)
-    write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3)
-    return folder / "base"
-
-
-def write_loras(folder: Path, flux: Path, sd3: Any) -> None:
-    """LoRAs of some formats for both models, by the names of their original files and by those of diffusers."""
-    from diffusers import FluxTransformer2DModel
-    from paralleldit.tests import lora_files, tiny_sd3
-    from paralleldit.tests.unit.flux_original_layout import original_layout
-
-    folder.mkdir()
-    flux_weights = FluxTransformer2DModel.from_pretrained(flux).state_dict()
-    for name, weights, original in (
-        ("flux", flux_weights, original_layout(flux_weights)),
-        ("sd3", sd3.state_dict(), tiny_sd3.original_layout(sd3.state_dict())),
-    ):
-        for format, prefix, matrices in (
-            ("kohya", "lora_unet_", original),
-            ("lokr", "lora_unet_", original),
-            ("dora_of_outputs", "lora_unet_", original),
-            ("peft", "transformer.", weights),
-            ("loha", "transformer.", weights),
-        ):
-            modules = [
-                key.removesuffix(".weight") for key, each in matrices.items() if "blocks." in key and each.ndim == 2
-            ]
-            modules.append("final_layer.linear" if prefix == "lora_unet_" else "norm_out.linear")
-            names = {
-                f"{each}.weight": prefix + (each.replace(".", "_") if prefix[-1] == "_" else each) for each in modules
-            }
-            tensors, _ = lora_files.merged(matrices, names, lora_files.FORMATS[format])
-            save_file(tensors, folder / f"{name} {format}.safetensors")
-
-
-@pytest.fixture(scope="module")
-def host(base):
-    from paralleldit.tests.comfyui.host import Host
-
-    running = Host(base, base.parent / "runtime")
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def demo() -> dict[str, Any]:
-    return demo_with(NAME)
-
-
-def demo_with(pipeline: str, **sampler: Any) -> dict[str, Any]:
-    api = json.loads((PACK / "workflows" / "api" / "demo_txt2img.api.json").read_text())
-    for key, name in (("2", "model"), ("3", "text_encoders"), ("4", "text_encoders"), ("7", "vae")):
-        api[key]["inputs"][name] = pipeline
-    api["5"]["inputs"] |= {"width": 128, "height": 96}
-    api["6"]["inputs"] |= {"steps": STEPS, **sampler}
-    return api
-
-
-def picture(host, run) -> np.ndarray:
-    assert not run.error, run.error
-    with Image.open(io.BytesIO(host.view(run.pictures()[0]))) as image:
-        return np.array(image)
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    error = float(((one.astype(float) - other.astype(float)) ** 2).mean())
-    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def contrast(pixels: np.ndarray) -> np.ndarray:
@@ -119,7 +34,7 @@ def contrast(pixels: np.ndarray) -> np.ndarray:
 def test_the_nodes_are_there_with_help(host):
     listed = host.get("/object_info")
     names = [name for name in listed if name.startswith("ParallelDiT")]
-    assert len(names) == 14
+    assert set(names) == set(NODE_CLASS_MAPPINGS)
     assert all(listed[name]["category"] == "ParallelDiT" for name in names)
     models = listed["ParallelDiTLoader"]["input"]["required"]["model"][0]
     assert {"diffusers/guided", NAME, "sd3.safetensors"} <= set(models)
@@ -286,59 +201,6 @@ def test_an_interrupt_ends_the_run_within_a_step_and_the_next_prompt_works(host,
     assert time.monotonic() - began < 20, "the sidecar was not warm"
 
 
-def test_a_killed_rank_is_an_error_in_the_graph_and_the_next_prompt_works(host, demo):
-    demo["6"]["inputs"] |= {"steps": 1000, "seed": 3}
-    picture(host, host.run(demo_with(NAME, seed=33)))
-    status = json.loads(launcher(host, "status", "--json"))
-    victim = subprocess.Popen(
-        [sys.executable, "-c", f"import os, time; time.sleep(2); os.kill({rank_pid(status)}, {signal.SIGKILL})"]
-    )
-    run = host.run(demo)
-    victim.wait()
-    assert "SIGKILL" in run.error or "killed" in run.error, run.error
-    picture(host, host.run(demo_with(NAME, seed=4)))
-
-
-def launcher(host, *arguments: str) -> str:
-    """What a command of the launcher prints, for the sidecar of `host`."""
-    env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(host.runtime)}
-    command = [sys.executable, str(PACK / "launcher"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
-
-
-def test_a_model_that_comfyui_has_cached_works_in_a_new_sidecar(host, demo):
-    demo["6"] = stock(seed=5)
-    picture(host, host.run(demo))
-    launcher(host, "stop")
-    demo["6"] = stock(seed=6)
-    run = host.run(demo)
-    picture(host, run)
-    assert "2" in run.of("execution_cached")[0]["nodes"]
-
-
-@pytest.mark.parametrize("sampler", ["stock", "parallel"])
-def test_freeing_comfyuis_memory_frees_that_of_the_ranks(host, demo, sampler):
-    demo["6"] = stock(seed=7) if sampler == "stock" else demo["6"]
-    demo["6"]["inputs"]["seed"] = 7
-    picture(host, host.run(demo))
-    assert {"model", "vae"} <= kinds_held(host)
-    host.post("/free", {"unload_models": True, "free_memory": True})
-    deadline = time.monotonic() + 30
-    while kinds_held(host) and time.monotonic() < deadline:
-        time.sleep(0.3)
-    assert not kinds_held(host)
-    demo["6"]["inputs"]["seed"] = 8
-    picture(host, host.run(demo))
-
-
-def kinds_held(host) -> set[str]:
-    return {model["kind"] for model in json.loads(launcher(host, "status", "--json"))["models"]}
-
-
-def rank_pid(status: dict[str, Any]) -> int:
-    return status["ranks"][-1]["pid"]
-
-
 def test_a_layout_that_cannot_work_is_refused_by_the_queue(host, demo):
     demo["1"]["inputs"]["ulysses_degree"] = 3
     answer = host.refusal(demo)
@@ -377,13 +239,6 @@ def test_a_picture_is_changed_only_where_the_mask_says(host, demo):
     difference = (after - before).abs()
     assert difference[..., :7].max() < 1e-4
     assert difference[..., 9:].mean() > 0.1
-
-
-def stock(**changes: Any) -> dict[str, Any]:
-    """KSampler in the place of Parallel Sampler."""
-    links = {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
-    settings = {"seed": 0, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    return {"class_type": "KSampler", "inputs": links | settings | changes}
 
 
 STOCK = stock()

@@ -1,0 +1,88 @@
+"""One ComfyUI for all tests that queue prompts: its models are tiny, of random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    from paralleldit.tests import tiny_sd3
+    from paralleldit.tests.comfyui.host import prepare
+    from paralleldit.tests.tiny_flux import write_pipeline
+
+    folder = tmp_path_factory.mktemp("comfyui")
+    pipelines = tmp_path_factory.mktemp("pipelines")
+    tiny = write_pipeline(pipelines / "tiny")
+    guided = write_pipeline(pipelines / "guided", guidance_embeds=True)
+    sd3 = tiny_sd3.tiny_transformer(heads=2, layers=2, dual=(0,), qk_norm="rms_norm", side=16)
+    piped_sd3 = tiny_sd3.write_pipeline(pipelines / "sd3", sd3)
+    video = write_video_vae(pipelines / "video")
+    files = [tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3)]
+    prepare(folder / "base", {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video}, files)
+    write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3)
+    return folder / "base"
+
+
+def write_video_vae(folder: Path) -> Path:
+    import diffusers
+    import torch
+    from paralleldit.tests.tiny_vaes import CASES
+
+    name, config = CASES["AutoencoderKLWan (2.1)"]
+    torch.manual_seed(0)
+    getattr(diffusers, name)(**config).save_pretrained(folder / "vae")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", name]}))
+    return folder
+
+
+def write_loras(folder: Path, flux: Path, sd3: Any) -> None:
+    """LoRAs of some formats for both models, by the names of their original files and by those of diffusers."""
+    from diffusers import FluxTransformer2DModel
+    from paralleldit.tests import lora_files, tiny_sd3
+    from paralleldit.tests.unit.flux_original_layout import original_layout
+
+    folder.mkdir()
+    flux_weights = FluxTransformer2DModel.from_pretrained(flux).state_dict()
+    for name, weights, original in (
+        ("flux", flux_weights, original_layout(flux_weights)),
+        ("sd3", sd3.state_dict(), tiny_sd3.original_layout(sd3.state_dict())),
+    ):
+        for format, prefix, matrices in (
+            ("kohya", "lora_unet_", original),
+            ("lokr", "lora_unet_", original),
+            ("dora_of_outputs", "lora_unet_", original),
+            ("peft", "transformer.", weights),
+            ("loha", "transformer.", weights),
+        ):
+            modules = [
+                key.removesuffix(".weight") for key, each in matrices.items() if "blocks." in key and each.ndim == 2
+            ]
+            modules.append("final_layer.linear" if prefix == "lora_unet_" else "norm_out.linear")
+            names = {
+                f"{each}.weight": prefix + (each.replace(".", "_") if prefix[-1] == "_" else each) for each in modules
+            }
+            tensors, _ = lora_files.merged(matrices, names, lora_files.FORMATS[format])
+            save_file(tensors, folder / f"{name} {format}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def host(base) -> Iterator[Any]:
+    from paralleldit.tests.comfyui.host import Host
+
+    running = Host(base, base.parent / "runtime")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def demo() -> dict[str, Any]:
+    from paralleldit.tests.comfyui.graphs import NAME, demo_with
+
+    return demo_with(NAME)

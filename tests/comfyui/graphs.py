@@ -1,0 +1,42 @@
+"""Workflows in API format for the tests that queue prompts, and what becomes of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+from paralleldit.tests.comfyui.host import PACK, Host, Run
+from PIL import Image
+
+NAME = "diffusers/tiny"
+STEPS = 4
+
+
+def demo_with(pipeline: str, **sampler: Any) -> dict[str, Any]:
+    api = json.loads((PACK / "workflows" / "api" / "demo_txt2img.api.json").read_text())
+    for key, name in (("2", "model"), ("3", "text_encoders"), ("4", "text_encoders"), ("7", "vae")):
+        api[key]["inputs"][name] = pipeline
+    api["5"]["inputs"] |= {"width": 128, "height": 96}
+    api["6"]["inputs"] |= {"steps": STEPS, **sampler}
+    return api
+
+
+def stock(**changes: Any) -> dict[str, Any]:
+    """KSampler in the place of Parallel Sampler."""
+    links = {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
+    settings = {"seed": 0, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return {"class_type": "KSampler", "inputs": links | settings | changes}
+
+
+def picture(host: Host, run: Run, file: dict[str, str] | None = None) -> np.ndarray:
+    """The first picture of a run, or `file` of it: `[H, W, 3]`."""
+    assert not run.error, run.error
+    with Image.open(io.BytesIO(host.view(file or run.pictures()[0]))) as image:
+        return np.array(image)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = float(((one.astype(float) - other.astype(float)) ** 2).mean())
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
