@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,34 +34,38 @@ Draw = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class TinyModel:
-    """`build(heads)` makes the diffusers transformer, `condition(draw, batch, text)` a conditioning of `text` tokens.
+    """`build(heads, depth)` makes the diffusers transformer, `condition(draw, batch, text)` a conditioning of `text`
+    tokens. `depth`: how many there are of each kind of block; 2 where something depends on there being more than one.
 
     `denoise(model, latent, condition)` is the clean latent that the stock forward predicts at `sigma`, with code of its
     own around it.
     """
 
     family: type[Family]
-    build: Callable[[int], Any]
+    build: Callable[[int, int], Any]
     condition: Callable[[Draw, int, int], Condition]
     sigma: float
     denoise: Callable[[Any, Tensor, Condition], Tensor]
 
-    def make(self, heads: int) -> Any:
+    def make(self, heads: int, depth: int = 2) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(11)
-            return self.build(heads).eval()
+            return self.build(heads, depth).eval()
 
-    def make_family(self, heads: int, dtype: torch.dtype = torch.float32) -> Family:
-        return self.family(self.make(heads).to(dtype), dtype, CPU)
+    @lru_cache(maxsize=16)  # noqa: B019 there are eight of this class, for as long as the process lives
+    def make_family(self, heads: int, dtype: torch.dtype = torch.float32, depth: int = 2) -> Family:
+        """The same one at every call, as an engine keeps its models from one run to the next."""
+        transformer = self.make(heads, depth)
+        return self.family(transformer if dtype == torch.float32 else transformer.to(dtype), dtype, CPU)
 
 
 def _flux(guidance: bool) -> TinyModel:
     sigma = 0.7
 
-    def build(heads: int) -> FluxTransformer2DModel:
+    def build(heads: int, depth: int) -> FluxTransformer2DModel:
         return FluxTransformer2DModel(
-            num_layers=2,
-            num_single_layers=2,
+            num_layers=depth,
+            num_single_layers=depth,
             attention_head_dim=16,
             num_attention_heads=heads,
             joint_attention_dim=24,
@@ -93,19 +98,19 @@ def _flux(guidance: bool) -> TinyModel:
     return TinyModel(Flux, build, condition, sigma, denoise)
 
 
-def _sd3(dual: tuple[int, ...], qk_norm: str | None) -> TinyModel:
+def _sd3(dual: bool, qk_norm: str | None) -> TinyModel:
     sigma = 0.7
 
-    def build(heads: int) -> SD3Transformer2DModel:
+    def build(heads: int, depth: int) -> SD3Transformer2DModel:
         return SD3Transformer2DModel(
-            num_layers=4,
+            num_layers=2 * depth,
             attention_head_dim=16,
             num_attention_heads=heads,
             joint_attention_dim=24,
             caption_projection_dim=heads * 16,
             pooled_projection_dim=12,
             pos_embed_max_size=9,
-            dual_attention_layers=dual,
+            dual_attention_layers=tuple(range(depth if dual else 0)),
             qk_norm=qk_norm,
         )
 
@@ -128,11 +133,11 @@ def _sd3(dual: tuple[int, ...], qk_norm: str | None) -> TinyModel:
 def _pixart(family: type[Family], told_size: bool) -> TinyModel:
     clean_share = _clean_share("linear", 0.0001, 0.02)
 
-    def build(heads: int) -> PixArtTransformer2DModel:
+    def build(heads: int, depth: int) -> PixArtTransformer2DModel:
         model = PixArtTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=24,
-            num_layers=4,
+            num_layers=2 * depth,
             cross_attention_dim=heads * 24,
             caption_channels=20,
             sample_size=16,
@@ -171,14 +176,14 @@ def _pixart(family: type[Family], told_size: bool) -> TinyModel:
 def _hunyuandit(told_size: bool) -> TinyModel:
     clean_share = _clean_share("scaled_linear", 0.00085, 0.03 if told_size else 0.018)
 
-    def build(heads: int) -> HunyuanDiT2DModel:
+    def build(heads: int, depth: int) -> HunyuanDiT2DModel:
         return HunyuanDiT2DModel(
             num_attention_heads=heads,
             attention_head_dim=16,
             in_channels=4,
             patch_size=2,
             hidden_size=heads * 16,
-            num_layers=6,
+            num_layers=2 * depth + 2,
             mlp_ratio=2.0,
             cross_attention_dim=24,
             cross_attention_dim_t5=40,
@@ -264,8 +269,8 @@ def whole_patches(latent: Tensor) -> Tensor:
 TINY_MODELS = {
     "flux dev": _flux(guidance=True),
     "flux schnell": _flux(guidance=False),
-    "sd3 medium": _sd3(dual=(), qk_norm=None),
-    "sd3.5 medium": _sd3(dual=(0, 1), qk_norm="rms_norm"),
+    "sd3 medium": _sd3(dual=False, qk_norm=None),
+    "sd3.5 medium": _sd3(dual=True, qk_norm="rms_norm"),
     "pixart alpha": _pixart(PixArtAlpha, told_size=True),
     "pixart sigma": _pixart(PixArtSigma, told_size=False),
     "hunyuandit 1.1": _hunyuandit(told_size=True),

@@ -41,6 +41,7 @@ class RankPool:
         self.generation = self.world_size = 0
         self.pipes: list[Connection] = []
         self.processes = []
+        self.known: dict[str, list[Any]] = {}
         for rank in range(POOL_SIZE):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, there, port), daemon=True)
@@ -71,6 +72,13 @@ class RankPool:
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
         return [answers[rank][1] for rank in range(n)]
+
+    def once(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As `run`, for what many tests compare with: the same question is put to the ranks once in a session."""
+        question = f"{n} {function.__module__} {function.__name__} {args}"
+        if question not in self.known:
+            self.known[question] = self.run(n, function, *args)
+        return self.known[question]
 
     def close(self) -> None:
         for pipe in self.pipes:

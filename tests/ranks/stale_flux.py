@@ -4,34 +4,21 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from paralleldit.parallel_backend import sample_request
 from paralleldit.parallel_backend.control import Control, Run
-from paralleldit.parallel_backend.families.flux import Flux
+from paralleldit.parallel_backend.families.base import Family
 from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.protocol import messages
+from paralleldit.tests.tiny_models import GUIDANCE, TINY_MODELS
 
-CPU = torch.device("cpu")
-CFG, GUIDANCE = 3.0, 2.5
+CFG = 3.0
 HEADS, HEAD_DIM, TEXT = 4, 16, 5
 WIDTH = HEADS * HEAD_DIM
 
 
-def make_family() -> Flux:
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        transformer = FluxTransformer2DModel(
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=HEADS,
-            joint_attention_dim=24,
-            pooled_projection_dim=12,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        )
-    return Flux(transformer.eval(), torch.float32, CPU)
+def make_family() -> Family:
+    return TINY_MODELS["flux dev"].make_family(HEADS)
 
 
 def request_of(layout, steps, size, sampler, *, preview=False):

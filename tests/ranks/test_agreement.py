@@ -9,7 +9,8 @@ from paralleldit.parallel_backend.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import ModelRef, VaeRef
-from paralleldit.tests.ranks.stale_flux import CPU, request_of, run_of
+from paralleldit.tests.ranks.stale_flux import request_of, run_of
+from paralleldit.tests.tiny_models import CPU
 
 SEED = {"seed": 43}
 LAYOUT = {"layout": Layout(ring_degree=3)}

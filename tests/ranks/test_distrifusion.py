@@ -77,7 +77,7 @@ def sampled_with_late_model(world, layout, steps, size, sampler):
 def test_run_that_warms_up_all_the_time_equals_one_rank(ranks, figures, degrees, plan, size, sampler):
     warmup, steps = plan
     layout = layout_of(degrees, warmup)
-    (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
+    (alone,) = ranks.once(1, sampled, Layout(), steps, size, sampler)
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         error = relative_error(answer, alone)
         figures.note(EXACTLY, layout, "flux", error)
@@ -88,7 +88,7 @@ def test_run_that_warms_up_all_the_time_equals_one_rank(ranks, figures, degrees,
 def test_run_equals_serial_model_of_late_keys(ranks, figures, degrees, plan, size, sampler, refresh):
     warmup, steps = plan
     layout = layout_of(degrees, warmup, refresh)
-    (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
+    (alone,) = ranks.once(1, sampled, Layout(), steps, size, sampler)
     (expected,) = ranks.run(1, sampled_with_late_model, layout, steps, size, sampler)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
@@ -151,7 +151,7 @@ def sampled_by_late_family(world, model, layout):
 
 @pytest.mark.parametrize(("layout", "model"), [*FAMILY_CASES, *PARTS_CASES], ids=str)
 def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, figures, tmp_path, layout, model):
-    (alone,) = ranks.run(1, stale_families.sampled, model, Layout())
+    (alone,) = ranks.once(1, stale_families.sampled, model, Layout())
     expected = alone
     if layout.warmup_steps < WARM:
         (expected,) = ranks.run(1, sampled_by_late_family, model, layout)

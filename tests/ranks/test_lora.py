@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 
 import pytest
 import torch
@@ -114,22 +115,24 @@ def files(tmp_path_factory):
     return Files(tmp_path_factory.mktemp("lora"))
 
 
-def predicted(world, layout, cases, dtype="auto"):
-    """For each case (model, its path, LoRA files): the prediction with them, and whether the one after is as before."""
+def predicted(world, layout, cases):
+    """For each case (model, its path, LoRA files): the prediction with them, and whether the one after is as before.
+
+    Cases of one model file follow each other, and are one model's LoRAs in turn.
+    """
     mesh = Mesh(layout)
     answers = []
-    for model, path, loras in cases:
-        transformer = Transformer(path, CPU, dtype, Part.of(layout, mesh))
-        store = AdapterStore()
+    for (model, path), own in groupby(cases, key=lambda case: case[:2]):
+        transformer, store = Transformer(path, CPU, part=Part.of(layout, mesh)), AdapterStore()
 
-        def predict(adapters, transformer=transformer, store=store, model=model):
+        def predict(loras, transformer=transformer, store=store, model=model):
             family = transformer.on(mesh)
-            store.adapt(transformer, adapters, QuietRun())
+            store.adapt(transformer, Adapters(files=tuple(loras)), QuietRun())
             return guided_by(family, mesh, model, shape_of(model))
 
-        before = predict(Adapters()) if loras else None
-        answer = predict(Adapters(files=tuple(loras)))
-        answers.append((answer, before is None or torch.equal(before, predict(Adapters()))))
+        before = predict(())
+        for _, _, loras in own:
+            answers.append((predict(loras), torch.equal(before, predict(()))) if loras else (before, True))
     return answers
 
 
@@ -143,16 +146,12 @@ CASES = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_lora_equals_merged_weights_and_leaves_no_trace(ranks, files, layout):
     cases = CASES if layout in THOROUGH else [case for case in CASES if case[2] in ("kohya", "dora_of_outputs")]
-    paths = [files.lora(*case) for case in cases]
-    plain = [(case[0], with_it, ()) for case, (_, with_it) in zip(cases, paths, strict=True)]
-    (expected,) = ranks.run(1, predicted, Layout(), plain)
-    adapted = [
-        (case[0], files.base(*case[:2]), [LoraRef(path=str(path))])
-        for case, (path, _) in zip(cases, paths, strict=True)
-    ]
+    (expected,) = ranks.once(1, predicted, Layout(), [(case[0], files.lora(*case)[1], ()) for case in CASES])
+    wanted = dict(zip(CASES, expected, strict=True))
+    adapted = [(case[0], files.base(*case[:2]), [LoraRef(path=str(files.lora(*case)[0]))]) for case in cases]
     for answers in ranks.run(layout.ranks, predicted, layout, adapted):
-        for case, (answer, is_restored), (wanted, _) in zip(cases, answers, expected, strict=True):
-            error = relative_error(answer, wanted)
+        for case, (answer, is_restored) in zip(cases, answers, strict=True):
+            error = relative_error(answer, wanted[case][0])
             assert error <= 1e-5, case
             assert is_restored, case
 

@@ -17,7 +17,6 @@ from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_flux import (
-    CPU,
     StaleModel,
     make_family,
     relative_error,
@@ -25,6 +24,7 @@ from paralleldit.tests.ranks.stale_flux import (
     run_of,
     sampled,
 )
+from paralleldit.tests.tiny_models import CPU
 
 EXACT = [
     # pipefusion, ulysses, ring, cfg, data; patches, warm-up, steps; latent height and width; sampler
@@ -84,7 +84,7 @@ def sampled_with_stale_model(world, patches, warmup, steps, size, sampler):
 def test_run_without_old_keys_equals_one_rank(ranks, figures, degrees, plan, size, sampler):
     patches, warmup, steps = plan
     layout = layout_of(degrees, patches, warmup)
-    (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
+    (alone,) = ranks.once(1, sampled, Layout(), steps, size, sampler)
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         error = relative_error(answer, alone)
         figures.note(EXACTLY, layout, "flux", error)
@@ -96,8 +96,8 @@ def test_run_equals_serial_model_of_old_keys(ranks, figures, degrees, plan, size
     patches, warmup, steps = plan
     layout = layout_of(degrees, patches, warmup)
     patches = patches or 2 * layout.pipefusion_degree
-    (alone,) = ranks.run(1, sampled, Layout(), steps, size, sampler)
-    (expected,) = ranks.run(1, sampled_with_stale_model, patches, warmup, steps, size, sampler)
+    (alone,) = ranks.once(1, sampled, Layout(), steps, size, sampler)
+    (expected,) = ranks.once(1, sampled_with_stale_model, patches, warmup, steps, size, sampler)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, layout, steps, size, sampler):
         error = relative_error(answer, expected)
@@ -142,7 +142,7 @@ def test_stages_of_parts_equal_whole_stages(ranks, figures, tmp_path, layout, st
     make_family().transformer.save_pretrained(tmp_path)
     is_exact = has_nothing_old(layout, steps)
     reference = (sampled, Layout()) if is_exact else (sampled_with_stale_model, layout.num_patches, layout.warmup_steps)
-    (expected,) = ranks.run(1, *reference, steps, (11, 9), "euler")
+    (expected,) = ranks.once(1, *reference, steps, (11, 9), "euler")
     for answer in ranks.run(layout.ranks, sampled_by_part, layout, tmp_path, steps):
         error = relative_error(answer, expected)
         figures.note(EXACTLY if is_exact else LATE, layout, "flux", error)
@@ -179,7 +179,7 @@ def told(world, layout, steps):
 @pytest.mark.parametrize("layout", PIPELINES, ids=str)
 def test_every_step_is_told_with_its_preview(ranks, layout):
     exact = layout.model_copy(update={"warmup_steps": 4})
-    ((alone, _),) = ranks.run(1, told, Layout(), 4)
+    ((alone, _),) = ranks.once(1, told, Layout(), 4)
     (piped, latent), *others = ranks.run(layout.ranks, told, exact, 4)
     assert [event[:2] for event in piped] == [event[:2] for event in alone]
     for (*_, preview), (*_, expected) in zip(piped[:-1], alone, strict=False):
@@ -211,7 +211,7 @@ def left_and_again(world, layout, cancel_at, spoilt):
 )
 @pytest.mark.parametrize("layout", PIPELINES, ids=str)
 def test_run_is_left_by_all_ranks_and_the_next_one_is_right(ranks, layout, cancel_at, spoilt, reason):
-    expected = ranks.run(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
+    expected = ranks.once(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
     answers = ranks.run(layout.ranks, left_and_again, layout, cancel_at, spoilt)
     assert len({left for left, _, _ in answers}) == 1
     assert reason in answers[0][0]
@@ -233,16 +233,18 @@ def failed_and_again(world, layout, failing_rank):
             raise ValueError("a block fails")
         return blocks[-1](state)
 
+    own = Stage(mesh.pipefusion.rank, mesh.pipefusion.size).blocks(family.block_parameters)
     if world.rank == failing_rank:
-        own = Stage(mesh.pipefusion.rank, mesh.pipefusion.size).blocks(family.block_parameters)
         family.blocks = [*blocks[: own.stop - 1], failing, *blocks[own.stop :]]
     reason = None
     try:
         sample_request.sample(request, tensors, family, mesh, run)
     except UserError as error:
         reason = str(error)
+    finally:
+        family.blocks = blocks
     last = max((event.step for event, _ in events), default=0)
-    return reason, last, sample_request.sample(request, tensors, make_family(), mesh, run_of(request)[0])
+    return reason, last, sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def failed_and_again(world, layout, failing_rank):
     ids=str,
 )
 def test_stage_that_fails_alone_is_named_by_all_ranks_and_the_next_run_is_right(ranks, layout, failing_rank):
-    expected = ranks.run(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
+    expected = ranks.once(layout.ranks, sampled, layout, 9, (8, 8), "euler")[0]
     answers = ranks.run(layout.ranks, failed_and_again, layout, failing_rank)
     (reason,) = {reason for reason, _, _ in answers}
     assert f"Rank {failing_rank} failed: ValueError: a block fails Raised in test_pipefusion.py" in reason

@@ -60,7 +60,7 @@ def sampled_strip_by_strip(world, model, layout):
 @pytest.mark.parametrize("model", MODELS)
 def test_run_without_old_keys_equals_one_rank(ranks, figures, model, degrees, plan):
     layout = layout_of(degrees, plan)
-    (alone,) = ranks.run(1, sampled, model, Layout())
+    (alone,) = ranks.once(1, sampled, model, Layout())
     for answer in ranks.run(layout.ranks, sampled, model, layout):
         error = relative_error(answer, alone)
         figures.note(EXACTLY, layout, TINY_MODELS[model].family.name, error)
@@ -71,7 +71,7 @@ def test_run_without_old_keys_equals_one_rank(ranks, figures, model, degrees, pl
 @pytest.mark.parametrize("model", MODELS)
 def test_run_with_old_keys_equals_a_serial_model_of_them(ranks, figures, model, degrees, plan):
     layout = layout_of(degrees, plan)
-    (alone,) = ranks.run(1, sampled, model, Layout())
+    (alone,) = ranks.once(1, sampled, model, Layout())
     (expected,) = ranks.run(1, sampled_strip_by_strip, model, layout)
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, model, layout):
