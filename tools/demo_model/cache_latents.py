@@ -19,7 +19,7 @@ from .train_vae import load_trained, to_tensor
 FOLDER = checkpoint.CACHE / "latents"
 SEED = 5
 SHARD = 1000
-PLAN = {128: 24_000, 256: 6_000, 192: 6_000, 384: 1_000}
+PLAN = {128: 24_000, 256: 3_000, 192: 3_000, 384: 1_000}
 """Pictures per size in px. Each size draws other scenes."""
 OFFSET = {128: 0, 256: 1_000_000, 192: 2_000_000, 384: 3_000_000}
 

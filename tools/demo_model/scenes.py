@@ -202,8 +202,6 @@ def _sample(rng: np.random.Generator, canvas: int) -> Scene | None:
     if not pair and groups[0].count == 1 and rng.random() < 0.6:
         position = _pick(rng, tuple(POSITIONS))
     objects = _place(rng, tuple(groups), relation, position, canvas)
-    if objects is None:
-        return None
     light = float(rng.uniform(0.6, 1.0))
     return Scene(tuple(groups), relation, position, background, pattern, objects, light, canvas)
 
@@ -233,29 +231,38 @@ def _region(which: int, relation: str | None) -> tuple[float, float, float, floa
 
 def _place(
     rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, position: str | None, canvas: int
-) -> tuple[Placed, ...] | None:
+) -> tuple[Placed, ...]:
     placed: list[Placed] = []
     for which, group in enumerate(groups):
-        radius = SIZES[group.size] * UNIT / canvas
-        x0, x1, y0, y1 = _region(which, relation)
-        for _ in range(group.count):
-            for _ in range(30):
-                x, y = (_grid_point(rng, x0, x1, radius, canvas), _grid_point(rng, y0, y1, radius, canvas))
-                if position is not None:
-                    x, y = POSITIONS[position]
-                if all(np.hypot(x - o.x, y - o.y) > radius + o.radius + MARGIN * UNIT / canvas for o in placed):
-                    placed.append(Placed(which, x, y, radius))
-                    break
-            else:
-                return None
+        radius = SIZES[group.size] * UNIT
+        offsets = _formation(group, radius, relation)
+        across, down = zip(*offsets, strict=True)
+        x0, x1, y0, y1 = (each * canvas for each in _region(which, relation))
+        x, y = _grid_point(rng, x0, x1, radius, across), _grid_point(rng, y0, y1, radius, down)
+        if position is not None:
+            x, y = (each * canvas for each in POSITIONS[position])
+        placed += [Placed(which, (x + u) / canvas, (y + v) / canvas, radius / canvas) for u, v in offsets]
     return tuple(placed)
 
 
-def _grid_point(rng: np.random.Generator, low: float, high: float, radius: float, canvas: int) -> float:
-    """A grid line between `low` and `high` at which an object of that radius stays inside."""
-    cells = canvas / GRID
-    first, last = np.ceil((low + radius) * cells + 0.05), np.floor((high - radius) * cells - 0.05)
-    return float(rng.integers(int(first), int(last) + 1)) / cells
+def _formation(group: Group, radius: float, relation: str | None) -> list[tuple[int, int]]:
+    """Where the objects of a group stand from its first one, in px right and down.
+
+    In a row; one above the other where the groups lie side by side; three of the middle size, too wide for a row on the
+    smallest canvas, in a triangle. So a number is a figure that is learnt as a shape is.
+    """
+    if group.count == 3 and group.size == "":
+        return [(0, 0), (2 * GRID, -2 * GRID), (4 * GRID, 0)]
+    apart = GRID * int(np.ceil((2 * radius + MARGIN * UNIT) / GRID))
+    places = [index * apart for index in range(group.count)]
+    return [(0, place) if relation in ("left of", "right of") else (place, 0) for place in places]
+
+
+def _grid_point(rng: np.random.Generator, low: float, high: float, radius: float, offsets: tuple[int, ...]) -> int:
+    """A grid line, in px, from which objects of that radius at these offsets stay between `low` and `high`."""
+    first = np.ceil((low + radius - min(offsets)) / GRID + 0.05)
+    last = np.floor((high - radius - max(offsets)) / GRID - 0.05)
+    return GRID * int(rng.integers(int(first), int(last) + 1))
 
 
 def outline_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:

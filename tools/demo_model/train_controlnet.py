@@ -22,7 +22,7 @@ from .train_vae import load_trained
 FOLDER = checkpoint.CACHE / "controlnet"
 CONTROLNET_TARGET = checkpoint.TARGET.parent / "controlnet-edges"
 LEARNING_RATE = 5e-4
-BATCH = 24
+BATCH = 16
 SAVE_SECONDS = 240
 
 
