@@ -119,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add_command(commands, name, run, text)
         command.add_argument("--node-rank", type=_number(int, 0), default=0, help="this host's part of several")
+        if name in ("status", "logs"):
+            command.add_argument(
+                "--vae", action="store_true", help="the second sidecar, of a VAE with ranks of its own"
+            )
         if name == "status":
             command.add_argument("--json", action="store_true", help="as one JSON object")
         if name == "logs":
@@ -151,14 +155,29 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    if not stop(Slot(args.node_rank), _say):
-        return _no_sidecar(Slot(args.node_rank))
-    print("the sidecar has ended")
+    slot = Slot(args.node_rank)
+    ended = {name: stop(each, _say) for name, each in (("", slot), (" of the VAE", slot.beside))}
+    if not any(ended.values()):
+        return _no_sidecar(slot)
+    for name, was_alive in ended.items():
+        if was_alive:
+            print(f"the sidecar{name} has ended")
     return OK
 
 
 def _status(args: argparse.Namespace) -> int:
+    life = current(Slot(args.node_rank).beside)
+    if not args.vae and not args.json and life is not None and life.is_alive:
+        print("a sidecar of the VAE runs, too: see status --vae", file=sys.stderr)
+    return _status_of(_slot(args), args)
+
+
+def _slot(args: argparse.Namespace) -> Slot:
     slot = Slot(args.node_rank)
+    return slot.beside if args.vae else slot
+
+
+def _status_of(slot: Slot, args: argparse.Namespace) -> int:
     life = current(slot)
     if life is None or not life.is_alive or life.settings is None:
         return _no_sidecar(slot)
@@ -190,9 +209,9 @@ def _describe(settings: records.Settings, data: dict[str, object]) -> list[str]:
 
 
 def _logs(args: argparse.Namespace) -> int:
-    life = current(Slot(args.node_rank))
+    life = current(_slot(args))
     if life is None:
-        return _no_sidecar(Slot(args.node_rank))
+        return _no_sidecar(_slot(args))
     names = _log_names(life) if args.rank is None else [records.rank_log(args.rank)]
     for name in names:
         path = life.path / name

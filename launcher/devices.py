@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -56,8 +56,13 @@ def choose(kind: Literal["auto", "cpu", "cuda"], ranks: int, nnodes: int, gpus: 
     return device, ranks
 
 
-def rank_environment(device: Device, local_ranks: int, *, single_host: bool, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of torchrun: `base`, with what the ranks need and without what harms them."""
+def rank_environment(
+    device: Device, local_ranks: int, *, single_host: bool, base: Mapping[str, str], gpus: Sequence[int] = ()
+) -> dict[str, str]:
+    """The environment of torchrun: `base`, with what the ranks need and without what harms them.
+
+    `gpus`: the only ones that they see, by their places among those that `base` shows.
+    """
     env = dict(base)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACK), base.get("PYTHONPATH", "")]))
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
@@ -70,6 +75,10 @@ def rank_environment(device: Device, local_ranks: int, *, single_host: bool, bas
                 del env[variable]
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
+    elif gpus:
+        shown = base.get("CUDA_VISIBLE_DEVICES", "")
+        names = shown.split(",") if shown else [str(gpu) for gpu in range(max(gpus) + 1)]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
     return env
 
 

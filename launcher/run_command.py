@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Request, Sample, Welcome
@@ -17,6 +19,8 @@ from ..parallel_backend.protocol.messages import Request, Sample, Welcome
 if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
+
+    from .headless.runner import OnShown, WorkflowRun
 
 TEXT = """Run a saved API-format workflow without ComfyUI, for servers, scripts and tests.
 ComfyUI is the pack's host: only the pack's own nodes and a few core nodes run here
@@ -48,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     from ..nodes import NODE_CLASS_MAPPINGS, host
     from .cli import spec_of
     from .headless.core_nodes import Folders, core_nodes
-    from .headless.runner import run_workflow
+    from .headless.runner import begin_workflow, finish_meanwhile
 
     api = _read_workflow(args.workflow)
     values = dict(_pair(each) for each in args.set)
@@ -64,11 +68,22 @@ def main(args: argparse.Namespace) -> int:
     host.use(
         TerminalHost(models=args.models, spec=spec_of(args), owned=False, on_progress=report.progress, say=report.say)
     )
-    for prompt in _prompts(args):
-        with report.run():
-            _, shown = run_workflow(api, classes=classes, set_values=values | prompt, cache=cache)
-        report.end(shown)
+
+    def runs() -> Iterator[tuple[WorkflowRun, OnShown]]:
+        for prompt in _prompts(args):
+            with report.run():
+                run = begin_workflow(api, classes=classes, set_values=values | prompt, cache=cache)
+            yield run, partial(report.end, report.summary())
+
+    finish_meanwhile(runs())
     return 0
+
+
+class Summary(NamedTuple):
+    """How a picture was made, and when its run began."""
+
+    lines: list[str]
+    began: float
 
 
 class Report:
@@ -80,9 +95,12 @@ class Report:
         self._sample: Sample | None = None
         self._welcome: Welcome | None = None
         self._step_times: list[float] = []
+        self._thread = threading.get_ident()
+        self._began = time.monotonic()
 
     def say(self, text: str) -> None:
-        self._close_bar()
+        if threading.get_ident() == self._thread:
+            self._close_bar()
         print(text, file=sys.stderr)
 
     def sending(self, message: Request, welcome: Welcome) -> None:
@@ -94,6 +112,8 @@ class Report:
     def progress(self, phase: str, step: int, total: int, preview: Tensor | None) -> None:
         from tqdm import tqdm
 
+        if threading.get_ident() != self._thread:
+            return  # the bar is that of the run that samples
         if phase == "sample":
             self._step_times.append(time.monotonic())
         if self._bar is None or phase != self._phase or step < self._bar.n:
@@ -107,27 +127,33 @@ class Report:
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
         self._sample = None
+        self._thread = threading.get_ident()
         self._began = time.monotonic()
         try:
             yield
         finally:
             self._close_bar()
 
-    def end(self, shown: dict[str, Any]) -> None:
+    def summary(self) -> Summary:
+        """Of the run that has just sampled."""
+        lines = []
+        if self._sample is not None:
+            lines.append(f"seed              {self._sample.seed}")
+            if len(self._step_times) > 1:
+                seconds = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
+                lines.append(f"seconds per step  {seconds:.3f}")
+            lines.append(f"layout            {self._sample.layout}")
+        if self._welcome is not None:
+            lines.append(f"ranks             {self._welcome.ranks} on {self._welcome.device}")
+        return Summary(lines, self._began)
+
+    def end(self, summary: Summary, shown: dict[str, Any]) -> None:
         for ui in shown.values():
             for picture in ui.get("images", ()):
                 print(f"picture           {picture['path']}")
             for text in ui.get("text", ()):
                 print(text)
-        if self._sample is not None:
-            print(f"seed              {self._sample.seed}")
-            if len(self._step_times) > 1:
-                seconds = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
-                print(f"seconds per step  {seconds:.3f}")
-            print(f"layout            {self._sample.layout}")
-        if self._welcome is not None:
-            print(f"ranks             {self._welcome.ranks} on {self._welcome.device}")
-        print(f"whole run         {time.monotonic() - self._began:.1f} s")
+        print(*summary.lines, f"whole run         {time.monotonic() - summary.began:.1f} s", sep="\n")
 
     def _close_bar(self) -> None:
         if self._bar is not None:

@@ -3,6 +3,7 @@
 <root>/<slot>/lock          held while a sidecar of this slot is started or stopped
 <root>/<slot>/current       link to the life of the latest sidecar
 <root>/<slot>/life-.../     one directory per life: see parallel_backend/protocol/records.py
+<root>/vae/<slot>/...       the same of a second sidecar, for VAEs that have ranks of their own
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from ..parallel_backend.errors import UserError
 
 KEPT_LIVES = 3
+BESIDE = "vae"
 ROOT_VARIABLE = "PARALLELDIT_RUNTIME_DIR"
 
 
@@ -39,6 +41,11 @@ class Slot:
 
     def __init__(self, node_rank: int = 0, directory: Path | None = None) -> None:
         self.directory = (directory or root()) / f"node-{node_rank}"
+
+    @property
+    def beside(self) -> Slot:
+        """That of the second sidecar on this host."""
+        return Slot(0, self.directory.parent / BESIDE)
 
     @property
     def life(self) -> Path | None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +41,8 @@ class SidecarSpec:
     `ranks` counts all hosts; 0 means all GPUs, or two ranks on CPU. `address` is "unix" or "tcp://host:port"; TCP needs
     `token_file`. With `remote` the sidecar at that address is somebody else's to start and stop. Several hosts:
     `nnodes`, this host's `node_rank`, and `rdzv_endpoint` "host:port" of host 0. `compute_timeout` 0 means the device's
-    usual one, `idle_timeout` 0 never. `worker` is the module that every rank runs.
+    usual one, `idle_timeout` 0 never. `worker` is the module that every rank runs. `gpus`: those that the ranks take,
+    by their places among the visible ones; none: the first ones.
     """
 
     ranks: int = 0
@@ -62,10 +63,18 @@ class SidecarSpec:
     log_bytes: int = 16 << 20
     worker: str = "parallel_backend.worker"
     directory: Path | None = None
+    gpus: tuple[int, ...] = ()
 
     @property
     def slot(self) -> Slot:
         return Slot(self.node_rank, self.directory)
+
+    def beside(self, ranks: int, gpus: tuple[int, ...] = ()) -> SidecarSpec:
+        """A second sidecar, on this host, that works while this one does."""
+        place = self.slot.beside.directory.parent
+        return replace(
+            self, ranks=ranks, gpus=gpus, directory=place, nnodes=1, node_rank=0, rdzv_endpoint="", address="unix"
+        )
 
 
 _clients: dict[SidecarSpec, Client] = {}
@@ -237,7 +246,9 @@ def _spawn(life: Life, spec: SidecarSpec, settings: records.Settings) -> subproc
         *(["--local-addr=127.0.0.1"] if single else []),
         *("-m", settings.worker, str(life.path)),
     ]
-    env = devices.rank_environment(settings.device, len(settings.local_ranks), single_host=single, base=os.environ)
+    env = devices.rank_environment(
+        settings.device, len(settings.local_ranks), single_host=single, base=os.environ, gpus=spec.gpus
+    )
     with open(life.path / records.AgentLog, "wb") as log:
         try:
             return subprocess.Popen(
@@ -321,7 +332,13 @@ def _settings(spec: SidecarSpec) -> records.Settings:
         "worker": spec.worker,
         "store": spec.rdzv_endpoint,
     }
-    surroundings = [spec.python, os.environ.get("CUDA_VISIBLE_DEVICES"), str(spec.token_file), _code_version()]
+    surroundings = [
+        spec.python,
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        spec.gpus,
+        str(spec.token_file),
+        _code_version(),
+    ]
     key = hashlib.sha256(json.dumps([shape, surroundings], sort_keys=True).encode()).hexdigest()[:16]
     return records.Settings.model_validate({**shape, "key": key})
 

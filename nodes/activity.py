@@ -129,4 +129,4 @@ class Activity:
 
 
 activity = Activity()
-"""Of this process: there is one sidecar at a time."""
+"""Of this process, whichever of its sidecars is at work."""

@@ -17,10 +17,10 @@ import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
 from torch import Tensor
 
-from ..launcher.client import SidecarError
-from ..parallel_backend.errors import Cancelled, UserError
+from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Request, Sample, Schedule, VaeWork, Welcome
 from . import comfy_model, session
+from .activity import KNOWN_ERRORS
 from .host import Host, OnProgress, logger
 from .patches import SentChange, changes_of
 
@@ -95,10 +95,9 @@ class ComfyHost(Host):
 
     def _unload_ranks(self) -> None:
         try:
-            if session.running() is not None:
-                text = session.freed_by(session.client_for(None))
+            if text := session.unload():
                 self.say(f"ComfyUI unloads models, and so do the ranks: {text}")
-        except (SidecarError, UserError) as error:
+        except (*KNOWN_ERRORS, OSError) as error:
             logger.warning("The ranks could not unload their models: %s", error)
 
     def _shares_gpu(self, welcome: Welcome) -> bool:

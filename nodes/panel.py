@@ -40,6 +40,7 @@ def status() -> dict[str, Any]:
         "activity": now.to_json(),
         "log": "",
         "details": {},
+        "beside": _ranks_beside(),
     }
     if answer["state"] in ("ready", "remote"):
         answer["details"] = _details((life.path if life else None, now.version))
@@ -78,7 +79,8 @@ def stop() -> dict[str, Any]:
             f"The sidecar belongs to process {owner.pid}.", "Stop it there, or with `python launcher stop`."
         )
     with activity.during("stop"):
-        if not sidecar.stop(spec.slot):
+        ended = [sidecar.stop(slot) for slot in (spec.slot.beside, spec.slot)]
+        if not any(ended):
             raise UserError("No sidecar is running.")
     return status()
 
@@ -88,7 +90,8 @@ def unload() -> dict[str, Any]:
     if activity.now.phase is not None:
         raise UserError("The ranks are at work.", "Unload the models when the run is over, or interrupt it.")
     with activity.during("unload"):
-        _ask(Unload(id=0), UNLOAD_S)
+        if session.visit_beside(Unload(id=0), UNLOAD_S) is None or session.running() is not None:
+            _ask(Unload(id=0), UNLOAD_S)
     return status()
 
 
@@ -102,6 +105,13 @@ def _state(life: Life | None) -> str:
     if life.is_alive and life.end is None:
         return "ready" if life.is_ready else "starting"
     return "stopped" if life.end is None or life.end.clean else "failed"
+
+
+def _ranks_beside() -> int:
+    """How many ranks a VAE has for itself now."""
+    spec = host.current().spec
+    life = None if spec.remote else sidecar.current(spec.slot.beside)
+    return life.settings.ranks if life and life.is_alive and life.settings else 0
 
 
 def _default_ranks() -> int:

@@ -11,8 +11,17 @@ from torch import Tensor
 from ..launcher import devices, sidecar
 from ..launcher.client import Client, Event
 from ..launcher.sidecar import SidecarSpec
-from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Result, Unload
+from ..parallel_backend.errors import Cancelled, UserError
+from ..parallel_backend.protocol.messages import (
+    AnyRequest,
+    Log,
+    Memory,
+    Progress,
+    Request,
+    Result,
+    Unload,
+    Welcome,
+)
 from . import host
 from .activity import activity
 
@@ -38,6 +47,34 @@ def client_for(ranks: int | None) -> Client:
     spec = running() if ranks is None else None
     if spec is None:
         spec = here.spec if here.spec.remote else replace(here.spec, ranks=ranks_for(ranks or 0))
+    return _client(spec)
+
+
+def client_beside(ranks: int, sampling_ranks: int) -> Client:
+    """A client of a second sidecar of `ranks` ranks, started if need be, beside one of `sampling_ranks` (0: the usual
+    number). On GPUs it takes the last ones. Raises `UserError` for too few GPUs, and where there can be no second."""
+    spec = host.current().spec
+    if spec.remote or spec.address != "unix":
+        raise UserError(
+            f"own_ranks={ranks} starts a second sidecar on this host, but the first one is at {spec.address}.",
+            "Set own_ranks to 0.",
+        )
+    count = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
+    device, _ = devices.choose(spec.device, ranks, 1, count)
+    if device == "cpu":
+        return _client(spec.beside(ranks))
+    sampling = ranks_for(sampling_ranks) // spec.nnodes
+    if sampling + ranks > count:
+        raise UserError(
+            f"{sampling} ranks that sample and own_ranks={ranks} of the VAE need {sampling + ranks} GPUs, but torch "
+            f"sees {count}.",
+            f"Set ranks of Parallel Layout to {count - ranks}, or own_ranks to {max(0, count - sampling)}.",
+        )
+    return _client(spec.beside(ranks, tuple(range(count - ranks, count))))
+
+
+def _client(spec: SidecarSpec) -> Client:
+    here = host.current()
 
     def say(text: str) -> None:
         if here.cancelled():
@@ -66,8 +103,30 @@ def running() -> SidecarSpec | None:
     return replace(spec, ranks=life.settings.ranks)
 
 
-def ask(client: Client, message: AnyRequest, tensors: Mapping[str, Tensor] | None = None, model: Any = None) -> Reply:
-    """Sends `message` and waits; shows progress and previews of `model`, and leaves when the user cancels."""
+def visit_beside(message: Request, timeout: float | None = None) -> tuple[Welcome, dict[str, Any]] | None:
+    """The answer of the second sidecar, and what it is; None when there is none."""
+    spec = host.current().spec
+    client = None if spec.remote else sidecar.visit(spec.beside(0))
+    if client is None:
+        return None
+    try:
+        return client.welcome, client.request(message, timeout=timeout)[0].data
+    finally:
+        client.close()
+
+
+def ask(
+    client: Client,
+    message: AnyRequest,
+    tensors: Mapping[str, Tensor] | None = None,
+    model: Any = None,
+    *,
+    beside: bool = False,
+) -> Reply:
+    """Sends `message` and waits; shows progress and previews of `model`, and leaves when the user cancels.
+
+    `beside`: the client is that of the second sidecar, whose devices nobody else uses.
+    """
     here = host.current()
     on_progress = here.progress(model)
 
@@ -82,7 +141,8 @@ def ask(client: Client, message: AnyRequest, tensors: Mapping[str, Tensor] | Non
                 used = ", ".join(f"{bytes / 1e9:.1f} GB" for bytes in event.used)
                 here.say(f"memory in use by the ranks: {used}")
 
-    here.sending(message, client.welcome)
+    if not beside:
+        here.sending(message, client.welcome)
     try:
         with activity.during(message.type.replace("_", " ")):
             reply = Reply(*client.request(message, _sendable(tensors or {}), on_event, here.cancelled))
@@ -92,10 +152,15 @@ def ask(client: Client, message: AnyRequest, tensors: Mapping[str, Tensor] | Non
         here.leave_cancelled(error)
 
 
-def freed_by(client: Client) -> str:
-    """Has the ranks unload their models, and says how much memory that gave back."""
-    freed: Any = ask(client, Unload(id=0)).result.data["freed_bytes"]
-    return f"Freed {', '.join(f'{size / 1e9:.2f} GB' for size in freed)} (rank by rank)."
+def unload() -> str:
+    """Has the ranks of all sidecars unload their models, and says how much memory that gave back; "" without any."""
+    freed: list[Any] = []
+    if running() is not None:
+        freed.append(ask(client_for(None), Unload(id=0)).result.data["freed_bytes"])
+    if beside := visit_beside(Unload(id=0)):
+        freed.append(beside[1]["freed_bytes"])
+    told = [", ".join(f"{size / 1e9:.2f} GB" for size in of_ranks) for of_ranks in freed]
+    return f"Freed {'; of the VAE: '.join(told)} (rank by rank)." if told else ""
 
 
 def _sendable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,10 +30,13 @@ class ParallelDiTStatus:
         return float("nan")
 
     def report(self, after: Any = None) -> dict[str, Any]:
-        text = NOT_RUNNING
+        lines: list[str] = []
         if session.running() is not None:
             client = session.client_for(None)
-            text = "\n".join(_lines(client.welcome, session.ask(client, Status(id=0)).result.data))
+            lines += _lines(client.welcome, session.ask(client, Status(id=0)).result.data)
+        if beside := session.visit_beside(Status(id=0)):
+            lines += ["The VAE's own:", *_lines(*beside)]
+        text = "\n".join(lines) or NOT_RUNNING
         host.current().show(text)
         return {"ui": {"text": [text]}, "result": (text,)}
 
@@ -56,9 +59,7 @@ class ParallelDiTUnload:
         return float("nan")
 
     def unload(self, after: Any = None) -> dict[str, Any]:
-        text = NOT_RUNNING
-        if session.running() is not None:
-            text = session.freed_by(session.client_for(None))
+        text = session.unload() or NOT_RUNNING
         host.current().show(text)
         return {"ui": {"text": [text]}, "result": (after,)}
 

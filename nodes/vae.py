@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import Decode, EncodeImage, VaeRef, WeightDtype
+from ..parallel_backend.protocol.messages import Decode, EncodeImage, OnOutOfMemory, VaeRef, WeightDtype
 from ..parallel_backend.vae.header import VaeHeader, read_header
 from ..parallel_backend.vae.tiles import NO_TILES, Tiling, cropped
 from . import paths, session
-from .layout import LayoutChoice
+from .layout import MAX_DEGREE, LayoutChoice
 from .loader import LAYOUT_INPUT
 from .validation import verdict
 
@@ -24,17 +24,28 @@ WHAT = "The VAE"
 
 @dataclass(frozen=True)
 class ParallelVAE:
-    """A VAE in the ranks, which ComfyUI's own VAE nodes use as theirs; `header` is what its file tells."""
+    """A VAE in the ranks, which ComfyUI's own VAE nodes use as theirs; `header` is what its file tells.
+
+    `own_ranks`: those of a sidecar of its own; 0: it is in the ranks that sample.
+    """
 
     ref: VaeRef
     layout: LayoutChoice | None
     header: VaeHeader
+    own_ranks: int = 0
 
-    def decode(self, samples: Tensor, tiling: Tiling = NO_TILES) -> Tensor:
+    @property
+    def works_aside(self) -> bool:
+        """Whether the ranks that sample are free while it works."""
+        return self.own_ranks > 0
+
+    def decode(self, samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error") -> Tensor:
         """Latent `[B, C, h, w]` to pictures `[B, H, W, 3]` in 0..1, `[B, C, t, h, w]` to videos `[B, T, H, W, 3]`."""
-        return self._ask(Decode, tiling, {"latent": samples}).tensors["image"]
+        return self._ask(Decode, tiling, on_out_of_memory, {"latent": samples}).tensors["image"]
 
-    def encode(self, pixel_samples: Tensor, tiling: Tiling = NO_TILES) -> Tensor:
+    def encode(
+        self, pixel_samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error"
+    ) -> Tensor:
         """Pictures `[B, H, W, 3]` in 0..1 to latents `[B, C, h, w]`.
 
         A VAE of videos takes one video `[T, H, W, 3]`, or `[B, T, H, W, 3]`, and gives `[B, C, t, h, w]`.
@@ -42,7 +53,7 @@ class ParallelVAE:
         image = pixel_samples[..., :3]
         if self.header.frames and image.ndim == 4:
             image = image[None]
-        return self._ask(EncodeImage, tiling, {"image": image}).tensors["latent"]
+        return self._ask(EncodeImage, tiling, on_out_of_memory, {"image": image}).tensors["latent"]
 
     def decode_tiled(self, samples: Tensor, tile_x: int, tile_y: int, overlap: int, **in_time: Any) -> Tensor:
         """As ComfyUI's tiled node calls it, in latent pixels. Frames are never cut into tiles."""
@@ -73,9 +84,19 @@ class ParallelVAE:
     def throw_exception_if_invalid(self) -> None:
         """ComfyUI asks this of a VAE whose file may hold none; ours was read before."""
 
-    def _ask(self, kind: type[Decode] | type[EncodeImage], tiling: Tiling, tensors: dict[str, Tensor]) -> session.Reply:
-        client = session.client_for(self.layout.ranks if self.layout else None)
-        return session.ask(client, kind(id=0, vae=self.ref, **tiling._asdict()), tensors)
+    def _ask(
+        self,
+        kind: type[Decode] | type[EncodeImage],
+        tiling: Tiling,
+        on_out_of_memory: OnOutOfMemory,
+        tensors: dict[str, Tensor],
+    ) -> session.Reply:
+        if self.works_aside:
+            client = session.client_beside(self.own_ranks, self.layout.ranks if self.layout else 0)
+        else:
+            client = session.client_for(self.layout.ranks if self.layout else None)
+        request = kind(id=0, vae=self.ref, **tiling._asdict(), on_out_of_memory=on_out_of_memory)
+        return session.ask(client, request, tensors, beside=self.works_aside)
 
 
 class ParallelDiTVAELoader:
@@ -98,16 +119,31 @@ class ParallelDiTVAELoader:
                     {"default": "auto", "tooltip": "The weights' type in the ranks' memory. auto keeps the file's."},
                 ),
             },
-            "optional": {"layout": LAYOUT_INPUT},
+            "optional": {
+                "layout": LAYOUT_INPUT,
+                "own_ranks": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": MAX_DEGREE,
+                        "tooltip": "Ranks that work for this VAE alone, on the last GPUs; the layout's ranks must "
+                        "leave these free. 0: the ranks that sample decode and encode, too.",
+                    },
+                ),
+            },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae: str) -> bool | str:
         return verdict(lambda name: paths.resolve(name, KIND, WHAT), vae)
 
-    def load(self, vae: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None) -> tuple[ParallelVAE]:
+    def load(
+        self, vae: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None, own_ranks: int = 0
+    ) -> tuple[ParallelVAE]:
         path = paths.resolve(vae, KIND, WHAT)
-        return (ParallelVAE(VaeRef(path=str(path), weight_dtype=weight_dtype), layout, read_header(path)),)
+        ref = VaeRef(path=str(path), weight_dtype=weight_dtype)
+        return (ParallelVAE(ref, layout, read_header(path), own_ranks),)
 
 
 TILE_SIZE = (
@@ -131,6 +167,16 @@ OVERLAP = (
         "tooltip": "Pixels that neighbouring tiles share and blend.",
     },
 )
+ON_OUT_OF_MEMORY = {
+    "on_out_of_memory": (
+        list(get_args(OnOutOfMemory)),
+        {
+            "default": "error",
+            "tooltip": "When the ranks' memory is too small for the exact result: an error that says what to do, or "
+            "tiles of a size that fits, an approximation.",
+        },
+    )
+}
 VAE = ("VAE", {"tooltip": "From Parallel VAE Loader."})
 
 
@@ -144,14 +190,22 @@ class ParallelDiTVAEDecode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         latent = ("LATENT", {"tooltip": "The latent to decode."})
-        return {"required": {"samples": latent, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}}
+        required = {"samples": latent, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}
+        return {"required": required, "optional": ON_OUT_OF_MEMORY}
 
     @classmethod
     def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
         return verdict(_tiling, tile_size, overlap)
 
-    def decode(self, samples: dict[str, Any], vae: Any, tile_size: int, overlap: int) -> tuple[Tensor]:
-        image = _ours(vae).decode(samples["samples"], _tiling(tile_size, overlap))
+    def decode(
+        self,
+        samples: dict[str, Any],
+        vae: Any,
+        tile_size: int,
+        overlap: int,
+        on_out_of_memory: OnOutOfMemory = "error",
+    ) -> tuple[Tensor]:
+        image = _ours(vae).decode(samples["samples"], _tiling(tile_size, overlap), on_out_of_memory)
         return (image.flatten(0, -4),)
 
 
@@ -165,14 +219,17 @@ class ParallelDiTVAEEncode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         pixels = ("IMAGE", {"tooltip": "The pictures; for a VAE of videos, the frames of one video."})
-        return {"required": {"pixels": pixels, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}}
+        required = {"pixels": pixels, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}
+        return {"required": required, "optional": ON_OUT_OF_MEMORY}
 
     @classmethod
     def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
         return verdict(_tiling, tile_size, overlap)
 
-    def encode(self, pixels: Tensor, vae: Any, tile_size: int, overlap: int) -> tuple[dict[str, Tensor]]:
-        return ({"samples": _ours(vae).encode(pixels, _tiling(tile_size, overlap))},)
+    def encode(
+        self, pixels: Tensor, vae: Any, tile_size: int, overlap: int, on_out_of_memory: OnOutOfMemory = "error"
+    ) -> tuple[dict[str, Tensor]]:
+        return ({"samples": _ours(vae).encode(pixels, _tiling(tile_size, overlap), on_out_of_memory)},)
 
 
 class ParallelDiTVAEEncodeForInpaint:
@@ -196,7 +253,8 @@ class ParallelDiTVAEEncodeForInpaint:
                 "grow_mask_by": grow,
                 "tile_size": TILE_SIZE,
                 "overlap": OVERLAP,
-            }
+            },
+            "optional": ON_OUT_OF_MEMORY,
         }
 
     @classmethod
@@ -204,7 +262,14 @@ class ParallelDiTVAEEncodeForInpaint:
         return verdict(_tiling, tile_size, overlap)
 
     def encode(
-        self, pixels: Tensor, vae: Any, mask: Tensor, grow_mask_by: int, tile_size: int, overlap: int
+        self,
+        pixels: Tensor,
+        vae: Any,
+        mask: Tensor,
+        grow_mask_by: int,
+        tile_size: int,
+        overlap: int,
+        on_out_of_memory: OnOutOfMemory = "error",
     ) -> tuple[dict[str, Tensor]]:
         vae, tiling = _ours(vae), _tiling(tile_size, overlap)
         holes = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=pixels.shape[1:3], mode="bilinear").round()
@@ -213,7 +278,7 @@ class ParallelDiTVAEEncodeForInpaint:
         height, width = holes.shape[-2:]
         if grow_mask_by:
             holes = F.max_pool2d(holes, grow_mask_by, stride=1, padding=grow_mask_by // 2)[..., :height, :width]
-        return ({"samples": vae.encode(grey, tiling), "noise_mask": holes},)
+        return ({"samples": vae.encode(grey, tiling, on_out_of_memory), "noise_mask": holes},)
 
 
 def _ours(vae: Any) -> ParallelVAE:

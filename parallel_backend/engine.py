@@ -173,6 +173,7 @@ class Engine:
         name: str,
         run: Run,
     ) -> Answer:
+        from .vae.run import Memory
         from .vae.tiles import Tiling
 
         def progress(done: int, total: int) -> None:
@@ -181,7 +182,13 @@ class Engine:
 
         vae = self.models.vae(request.vae, run)
         run.progress(phase, 0, 1)
-        result = work(vae, batch, self.world, Tiling(request.tile_size, request.overlap), on_progress=progress)
+        memory = Memory(
+            free_up=lambda bytes: self.models.free_up(bytes, request.vae, run),
+            on_short=request.on_out_of_memory,
+            say=lambda text: run.log("info", text),
+        )
+        tiling = Tiling(request.tile_size, request.overlap)
+        result = work(vae, batch, self.world, tiling, on_progress=progress, check=run.check_cancelled, memory=memory)
         return {}, {} if result is None else {name: result}
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:

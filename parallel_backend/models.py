@@ -116,6 +116,18 @@ class ModelStore:
 
         return self._get(ref, load, run)
 
+    def free_up(self, bytes: int, ref: Ref, run: Run) -> int:
+        """A collective: make room for `bytes` more on every rank beside the model `ref`, as far as other models can go.
+
+        Returns what the rank with least has free then.
+        """
+        while True:
+            free = min(map(int, run.gather(self._usable())))  # pyright: ignore[reportArgumentType]
+            others = [each for each in self._held if each != ref and not isinstance(each, TextRef)]
+            if free >= bytes or not others:
+                return free
+            self._give_up(others[0], f"the work of {Path(ref.path).name}", run)
+
     def unload(self) -> int:
         """Forget every model; the number of bytes that this process uses less of its device."""
         used = self.memory()["used"]
@@ -167,15 +179,29 @@ class ModelStore:
                 enough = min(map(int, spares)) >= 0  # pyright: ignore[reportArgumentType]
             if enough:
                 return
-            del self._held[others[0]]
-            self._release()
-            run.log("info", f"{Path(others[0].path).name} makes room for {Path(ref.path).name}.")
+            self._give_up(others[0], Path(ref.path).name, run)
+
+    def _give_up(self, ref: Ref, taker: str, run: Run) -> None:
+        del self._held[ref]
+        self._release()
+        run.log("info", f"{Path(ref.path).name} makes room for {taker}.")
+
+    def _usable(self) -> int:
+        """Bytes that this rank may still take: its share of what is free, and what its allocator holds unused."""
+        free = self.memory()["free"] // self._sharers
+        if self.device.type == "cuda":
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free
+
+    @property
+    def _sharers(self) -> int:
+        """Ranks that share the memory of this rank's device."""
+        return 1 if self.device.type == "cuda" else dist.get_world_size()
 
     def _spare(self, ref: Ref, part: Part) -> int:
         """Bytes that would be free, beyond what is to stay free, with this part of a model loaded as well."""
         memory = self.memory()
-        sharers = 1 if self.device.type == "cuda" else dist.get_world_size()
-        return int((memory["free"] - KEPT_FREE * memory["total"]) / sharers) - _expected_bytes(ref, part)
+        return int((memory["free"] - KEPT_FREE * memory["total"]) / self._sharers) - _expected_bytes(ref, part)
 
     def _release(self) -> None:
         gc.collect()

@@ -92,6 +92,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "decoder_layers_per_block": (1, 1, 1, 1, 1),
         },
     ),
+    "AutoencoderKLLTXVideo (timestep)": (
+        "AutoencoderKLLTXVideo",
+        {
+            "latent_channels": 8,
+            "block_out_channels": (8, 8, 16, 32, 64),
+            "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+            "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+            "spatio_temporal_scaling": (True,) * 4,
+            "layers_per_block": (1, 1, 1, 1, 1),
+            "decoder_block_out_channels": (8, 16, 32),
+            "decoder_layers_per_block": (1, 1, 1, 1),
+            "decoder_spatio_temporal_scaling": (True,) * 3,
+            "decoder_inject_noise": (True, True, True, False),
+            "upsample_residual": (True,) * 3,
+            "upsample_factor": (2,) * 3,
+            "timestep_conditioning": True,
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
+        },
+    ),
 }
 """By what the README calls it: class and config of a tiny one."""
 
@@ -99,4 +119,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def new_vae(case: str, dtype: torch.dtype = torch.float32) -> LoadedVAE:
     torch.manual_seed(5)
     name, config = CASES[case]
-    return LoadedVAE(getattr(diffusers, name)(**config).to(dtype).eval().requires_grad_(False), "tiny")
+    module = getattr(diffusers, name)(**config)
+    for name, parameter in module.named_parameters():
+        if "per_channel_scale" in name:  # of added noise: 0 in a fresh one
+            torch.nn.init.uniform_(parameter)
+    return LoadedVAE(module.to(dtype).eval().requires_grad_(False), "tiny")

@@ -24,7 +24,9 @@ export function panelModel(status, t) {
   const state = phase?.name === "start" && !up ? "starting" : up && phase ? "busy" : status.state;
   const isIdle = phase === null || phase === undefined;
   return {
-    state: t(`state.${state.replaceAll(" ", "_")}`, { ranks: status.rank_count }),
+    state: [t(`state.${state.replaceAll(" ", "_")}`, { ranks: status.rank_count }), besideText(status, t)]
+      .filter(Boolean)
+      .join(" · "),
     stateKind: state,
     phase: phaseText(phase, t),
     progress: phase?.total > 0 ? phase.step / phase.total : null,
@@ -34,8 +36,8 @@ export function panelModel(status, t) {
     note: details.unreachable ?? "",
     error: activity.error ? errorOf(activity.error, status.log) : null,
     canStart: !up && state !== "starting" && !remote,
-    canStop: !remote && (up || state === "other version"),
-    canUnload: up && isIdle,
+    canStop: !remote && (up || state === "other version" || status.beside > 0),
+    canUnload: (up || status.beside > 0) && isIdle,
     isBusy: !isIdle,
     defaultRanks: status.default_ranks,
   };
@@ -56,6 +58,10 @@ const EMPTY = {
   isBusy: false,
   defaultRanks: 0,
 };
+
+function besideText(status, t) {
+  return status.beside > 0 ? t("beside", { ranks: status.beside }) : "";
+}
 
 function isUp(status) {
   return status.state === "ready" || status.state === "remote";

@@ -16,6 +16,7 @@ from ..layout import Layout
 PROTOCOL_VERSION = 1
 
 WeightDtype = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
+OnOutOfMemory = Literal["error", "tiles"]
 Phase = Literal["load", "encode text", "sample", "decode", "encode image"]
 
 
@@ -303,11 +304,13 @@ class EndRun(Request):
 
 
 class VaeWork(Request):
-    """`tile_size` in pixels; 0 shares each whole picture in row bands (exact)."""
+    """`tile_size` in pixels; 0 shares each whole picture in row bands (exact). `on_out_of_memory`: whether tiles may be
+    taken where memory is too small for that."""
 
     vae: VaeRef
     tile_size: int = Field(default=0, ge=0, le=8192)
     overlap: int = Field(default=64, ge=0, le=4096)
+    on_out_of_memory: OnOutOfMemory = "error"
 
 
 class Decode(VaeWork):

@@ -21,7 +21,8 @@ class Bands(TorchFunctionMode):
 
     The functions through which autoencoders mix rows then give each rank its band of what they give for the whole:
     convolutions and padding take the neighbours' rows, group normalisation takes the statistics of the whole, attention
-    (if it is `joint`: over all pixels of a picture) the keys and values of all. All else works on each row by itself.
+    (if it is `joint`: over all pixels of a picture) the keys and values of all, noise is drawn for the whole. All else
+    works on each row by itself.
 
     `rows[r]` are rank r's rows of the latent. Where a tensor has n times the rows, rank r's band has `n * rows[r]`, at
     least as many as a convolution takes of a neighbour's band.
@@ -36,6 +37,7 @@ class Bands(TorchFunctionMode):
             torch.conv3d: self._conv3d,
             F.pad: self._pad,
             F.group_norm: self._group_norm,
+            torch.randn: self._randn,
         }
         if joint:
             self._functions[F.scaled_dot_product_attention] = self._attention
@@ -143,6 +145,13 @@ class Bands(TorchFunctionMode):
         )
         scale, shift = (None if each is None else each.float().repeat(batch) for each in (weight, bias))
         return F.batch_norm(x.view(1, batch * channels, -1), center, spread, scale, shift, eps=eps).view_as(x)
+
+    def _randn(self, size: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+        """`size` `[…, h, W]`: this band of the noise of the whole, for which all ranks draw the same numbers."""
+        *outer, height, width = size
+        times = height // self.rows[self.axis.rank]
+        whole = torch.randn((*outer, times * sum(self.rows), width), *args, **kwargs)
+        return whole.narrow(-2, times * sum(self.rows[: self.axis.rank]), height)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any

@@ -8,30 +8,41 @@ from torch import Tensor
 from ..comm import Axis
 from ..errors import UserError
 from .load import LoadedVAE
-from .run import run
+from .run import UNKNOWN, Memory, run
 from .spread import Report, Side, Work
+from .stragglers import Check
 from .tiles import NO_TILES, Tiling
 
 
 @torch.no_grad()
 def decode(
-    vae: LoadedVAE, latent: Tensor, axis: Axis, tiling: Tiling = NO_TILES, *, on_progress: Report | None = None
+    vae: LoadedVAE,
+    latent: Tensor,
+    axis: Axis,
+    tiling: Tiling = NO_TILES,
+    *,
+    on_progress: Report | None = None,
+    check: Check | None = None,
+    memory: Memory = UNKNOWN,
 ) -> Tensor | None:
     """Decode `latent` `[B, C, h, w]`, the same on every rank of `axis`, to pictures `[B, H, W, 3]`: fp32, 0 to 1, CPU.
 
     For a VAE of videos: `[B, C, t, h, w]` to `[B, T, H, W, 3]`. The pictures are on the axis's first rank, None
     elsewhere; `run` says how the ranks share the work.
-    Raises UserError for a latent that the VAE cannot decode, and for sizes of tiles that make no sense.
+    Raises UserError for a latent that the VAE cannot decode, for sizes of tiles that make no sense, and where memory
+    is too small.
     """
     _check(vae, latent)
 
-    def compute(part: Tensor) -> Tensor:
+    def compute(vae: LoadedVAE, part: Tensor) -> Tensor:
         sample = vae.decode(part[None])[0].movedim(0, -1).float()
-        broken.add_((~torch.isfinite(sample)).sum())
+        if not sample.is_meta:
+            broken.add_((~torch.isfinite(sample)).sum())
         return sample.add_(1).div_(2).clamp_(0, 1)
 
     broken = torch.zeros((), dtype=torch.int64, device=vae.device)
-    pictures = run(vae, Work(latent, compute, Side(-2, 1), Side(-3, vae.scale)), axis, tiling, on_progress)
+    work = Work(vae, vae.noised(latent), compute, Side(-2, 1), Side(-3, vae.scale))
+    pictures = run(work, "decode", axis, tiling, memory, on_progress, check)
     if axis.all_reduce(broken):
         raise UserError(
             f"The VAE {vae.source} gave non-finite pixels in {vae.dtype}.",

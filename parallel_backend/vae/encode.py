@@ -8,29 +8,39 @@ from torch import Tensor
 from ..comm import Axis
 from ..errors import UserError
 from .load import LoadedVAE
-from .run import run
+from .run import UNKNOWN, Memory, run
 from .spread import Report, Side, Work
+from .stragglers import Check
 from .tiles import NO_TILES, Tiling, cropped
 
 
 @torch.no_grad()
 def encode(
-    vae: LoadedVAE, image: Tensor, axis: Axis, tiling: Tiling = NO_TILES, *, on_progress: Report | None = None
+    vae: LoadedVAE,
+    image: Tensor,
+    axis: Axis,
+    tiling: Tiling = NO_TILES,
+    *,
+    on_progress: Report | None = None,
+    check: Check | None = None,
+    memory: Memory = UNKNOWN,
 ) -> Tensor | None:
     """Encode `image` `[B, H, W, 3]` (0 to 1), the same on every rank of `axis`, to latents `[B, C, h, w]`: fp32, CPU.
 
     For a VAE of videos: `[B, T, H, W, 3]` to `[B, C, t, h, w]`. The latent is the posterior's mode, unscaled; it is on
     the axis's first rank, None elsewhere. Sides that the VAE's scale does not divide are cropped about the middle;
     `run` says how the ranks share the work.
-    Raises UserError for anything that is not such a picture, and for sizes of tiles that make no sense.
+    Raises UserError for anything that is not such a picture, for sizes of tiles that make no sense, and where memory is
+    too small.
     """
     _check(vae, image)
 
-    def compute(part: Tensor) -> Tensor:
+    def compute(vae: LoadedVAE, part: Tensor) -> Tensor:
         return vae.encode(part.movedim(-1, 0)[None].to(vae.device).mul(2).sub_(1))[0].float()
 
     image = cropped(image, vae.scale, -3)
-    return run(vae, Work(image, compute, Side(-3, vae.scale), Side(-2, 1)), axis, tiling, on_progress)
+    work = Work(vae, image, compute, Side(-3, vae.scale), Side(-2, 1))
+    return run(work, "encode", axis, tiling, memory, on_progress, check)
 
 
 def _check(vae: LoadedVAE, image: Tensor) -> None:

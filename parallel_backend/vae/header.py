@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from .file_layouts import FileLayout
+from .file_layouts import find as find_layout
 from .keys import Shape, config_from_shapes, diffusers_names
 from .kinds import KINDS, Kind
 
@@ -53,8 +55,8 @@ class VaeHeader:
 def read_header(path: str | Path) -> VaeHeader:
     """The VAE at `path`: a pipeline's folder, a VAE's folder, or a safetensors file.
 
-    A folder may be of any class in `KINDS`. A file is an AutoencoderKL of the original layout or of diffusers', on its
-    own or inside a whole checkpoint; its configuration is read off its header. Raises UserError for anything else.
+    A folder may be of any class in `KINDS`. A file is an AutoencoderKL or of a layout in `LAYOUTS`, on its own or
+    inside a whole checkpoint; its configuration is read off its header. Raises UserError for anything else.
     """
     path = Path(path)
     source = str(path)
@@ -64,6 +66,9 @@ def read_header(path: str | Path) -> VaeHeader:
             "Choose a diffusers folder (of a pipeline or of a VAE) or a safetensors file.",
         )
     checkpoint = open_checkpoint(path, "vae")
+    found = find_layout(checkpoint.tensors) if checkpoint.config is None else None
+    if found:
+        return _of_video(source, checkpoint, *found)
     name = (checkpoint.config or {}).get("_class_name", IMAGE)
     if name not in KINDS:
         raise UserError(f"{path} is a VAE of the kind {name}.", f"The ranks run {', '.join(KINDS)}.")
@@ -71,3 +76,16 @@ def read_header(path: str | Path) -> VaeHeader:
     shapes = {each: checkpoint.tensors[key].shape for each, key in names.items()}
     config = checkpoint.config or config_from_shapes(shapes, source)
     return VaeHeader(source, name, {**KINDS[name].defaults, **config}, names, checkpoint)
+
+
+def _of_video(source: str, checkpoint: Checkpoint, layout: FileLayout, prefix: str) -> VaeHeader:
+    own = [key.removeprefix(prefix) for key in checkpoint.tensors if key.startswith(prefix)]
+    names = {name: prefix + key for name, key in layout.names(own).items()}
+    try:
+        config = layout.config({name: checkpoint.tensors[key].shape for name, key in names.items()})
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{source} looks like an {layout.name}, but its tensors do not make a whole one: {error}.",
+            "Fetch the file anew, or give the VAE's diffusers folder.",
+        ) from error
+    return VaeHeader(source, layout.name, config, names, checkpoint)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 Config = Mapping[str, Any]
+Direction = Literal["decode", "encode"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Kind:
     """Of a video: frames per latent frame, the first latent frame being one frame by itself. None: pictures."""
     latent_channels: Callable[[Config], int] = lambda config: config["latent_channels"]
     image_channels: Callable[[Config], int] = lambda config: config["out_channels"]
+    widths: Callable[[Config], tuple[float, float]] = lambda config: (config["block_out_channels"][0],) * 2
+    """Channels per pixel in the level of most pixels, of the encoder and of the decoder."""
     joint: bool = True
     """Whether attention is over all pixels of a picture; else it is over the frames of each pixel."""
     normalised: bool = False
@@ -41,17 +44,33 @@ def _ltx_frames(config: Config) -> int:
     return ratio or config["patch_size_t"] * 2 ** sum(config["spatio_temporal_scaling"])
 
 
+def _ltx_widths(config: Config) -> tuple[float, float]:
+    patch = config["patch_size"] ** 2 * config["patch_size_t"]
+    return config["block_out_channels"][0] / patch, config["decoder_block_out_channels"][0] / patch
+
+
+def _wan_widths(config: Config) -> tuple[float, float]:
+    patch = (config["patch_size"] or 1) ** 2
+    return config["base_dim"] / patch, (config["decoder_base_dim"] or config["base_dim"]) / patch
+
+
+def _of_both(config: Config) -> tuple[float, float]:
+    return config["encoder_block_out_channels"][0], config["decoder_block_out_channels"][0]
+
+
 KINDS = {
     "AutoencoderKL": Kind(scale=_halvings),
     "AutoencoderDC": Kind(
         scale=lambda config: 2 ** (len(config["encoder_block_out_channels"]) - 1),
         image_channels=lambda config: config["in_channels"],
+        widths=_of_both,
     ),
     "AutoencoderKLWan": Kind(
         scale=lambda config: config["scale_factor_spatial"],
         frames=lambda config: config["scale_factor_temporal"],
         latent_channels=lambda config: config["z_dim"],
         image_channels=lambda config: config["out_channels"] // (config["patch_size"] or 1) ** 2,
+        widths=_wan_widths,
         defaults={
             "z_dim": 16,
             "out_channels": 3,
@@ -68,8 +87,9 @@ KINDS = {
     "AutoencoderKLMochi": Kind(
         scale=lambda config: prod(config["spatial_expansions"]),
         frames=lambda config: prod(config["temporal_expansions"]),
+        widths=_of_both,
         joint=False,
     ),
-    "AutoencoderKLLTXVideo": Kind(scale=_ltx_scale, frames=_ltx_frames, normalised=True),
+    "AutoencoderKLLTXVideo": Kind(scale=_ltx_scale, frames=_ltx_frames, widths=_ltx_widths, normalised=True),
 }
 """By the name of the class in diffusers."""

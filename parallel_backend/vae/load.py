@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .header import Shape, VaeHeader, read_header
-from .kinds import KINDS, Kind
+from .kinds import KINDS, Direction, Kind
+
+TIMESTEP, NOISE_SHARE = 0.05, 0.025
+"""At which decoders with a timestep work, and the share of noise in what they are given: as in ComfyUI."""
+NOISE_SEED = 0
+"""ComfyUI draws that noise anew each time; here the same latent gives the same picture, on any number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class LoadedVAE:
     @property
     def kind(self) -> Kind:
         return KINDS[type(self.module).__name__]
+
+    @property
+    def architecture(self) -> str:
+        """The class, and its form where it has two: Wan 2.2 is the residual one."""
+        return type(self.module).__name__ + (" (residual)" if self.module.config.get("is_residual") else "")
 
     @property
     def latent_channels(self) -> int:
@@ -47,11 +57,27 @@ class LoadedVAE:
         """Frames per latent frame, None for pictures."""
         return self.kind.frames and self.kind.frames(self.module.config)
 
+    def width(self, direction: Direction) -> float:
+        """Channels per pixel in the level of most pixels."""
+        encoder, decoder = self.kind.widths(self.module.config)
+        return decoder if direction == "decode" else encoder
+
+    def hollow(self) -> LoadedVAE:
+        """The same VAE with shapes in place of weights, on the meta device."""
+        with torch.device("meta"):
+            module = type(self.module).from_config(self.module.config).to(self.dtype)
+        return LoadedVAE(module.eval().requires_grad_(False), self.source)
+
     @property
     def reach(self) -> int:
         """The most rows that a convolution takes of what is above or below its own."""
         convolutions = (part for part in self.module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
         return max(part.kernel_size[-2] // 2 for part in convolutions)
+
+    @property
+    def takes_timestep(self) -> bool:
+        """Whether the decoder is the last step of a denoising, as in LTX-Video from 0.9.1 on."""
+        return bool(self.module.config.get("timestep_conditioning"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,13 +87,25 @@ class LoadedVAE:
     def device(self) -> torch.device:
         return self.module.device
 
+    def noised(self, latent: Tensor) -> Tensor:
+        """What is to be decoded for `latent` `[B, C, (T,) h, w]`: with some noise for a decoder that removes it."""
+        if not self.takes_timestep:
+            return latent
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        return latent.lerp(noise.to(latent), NOISE_SHARE)
+
     def decode(self, latent: Tensor) -> Tensor:
-        """`[B, C, (T,) h, w]`, as the graph has it, to `[B, 3, (T',) H, W]`: -1 to 1."""
+        """`[B, C, (T,) h, w]`, as the graph has it and `noised`, to `[B, 3, (T',) H, W]`: -1 to 1."""
         latent = latent.to(self.device, self.dtype)
         if self.kind.normalised:
             mean, deviation = self._statistics()
             latent = latent * deviation + mean
-        return self.module.decode(latent).sample
+        if not self.takes_timestep:
+            return self.module.decode(latent).sample
+        timestep = latent.new_full((len(latent),), TIMESTEP)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(NOISE_SEED)  # of the noise that some decoders add to their features
+            return self.module.decode(latent, timestep).sample
 
     def encode(self, image: Tensor) -> Tensor:
         """`[B, 3, (T',) H, W]`, -1 to 1, to the mode of the posterior, `[B, C, (T,) h, w]`, as the graph has it."""
@@ -90,7 +128,7 @@ def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype
     _check(expected, header.shapes, header.source)
     module.load_state_dict(
         {
-            # The original layout stores the attention's linear layers as 1x1 convolutions.
+            # The original layouts store the attention's linear layers as convolutions of size 1.
             name: header.tensor(name).reshape(shape).to(device=device, dtype=dtype)
             for name, shape in expected.items()
         },
@@ -101,11 +139,6 @@ def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype
 
 def _module(header: VaeHeader) -> ModelMixin:
     """The VAE that its header describes, on the meta device."""
-    if header.config.get("timestep_conditioning"):
-        raise UserError(
-            f"{header.source} is a VAE whose decoder adds noise by a timestep; the ranks do not run those.",
-            "Use ComfyUI's own VAE nodes for it.",
-        )
     try:
         with torch.device("meta"):
             return getattr(diffusers, header.name).from_config(dict(header.config))
@@ -119,7 +152,7 @@ def _check(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: st
     if foreign := found.keys() - expected.keys():
         raise UserError(f"{source} holds {len(foreign)} tensors that its class has not: {_some(foreign)}.")
     for name, shape in expected.items():
-        if found[name] not in (shape, (*shape, 1, 1)):
+        if found[name][: len(shape)] != shape or any(each != 1 for each in found[name][len(shape) :]):
             raise UserError(f"{source}: {name} has the shape {list(found[name])}, expected was {list(shape)}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from ..comm import Axis
+from .bands import Bands
+from .linear_attention import summed_linear_attention
+from .load import LoadedVAE
+from .stragglers import Check, CountedAxis, HollowAxis, check_all_had_memory, unless_out_of_memory
 from .tiles import Span, Window, blend_weights, spans, windows
 
 Report = Callable[[int, int], None]
@@ -40,10 +45,12 @@ class Side(NamedTuple):
 
 
 class Work(NamedTuple):
-    """`compute` turns what lies under a window of `batch[i]` (`taken`) into what lies there in the result (`given`)."""
+    """`compute(vae, part)` turns what lies under a window of `batch[i]` (`taken`) into what lies there in the result
+    (`given`). Results lie in the memory of the VAE's device."""
 
+    vae: LoadedVAE
     batch: Tensor
-    compute: Callable[[Tensor], Tensor]
+    compute: Callable[[LoadedVAE, Tensor], Tensor]
     taken: Side
     given: Side
 
@@ -52,20 +59,38 @@ class Work(NamedTuple):
         return self.taken.extent(self.batch[0])
 
     def result(self, index: int, window: Window) -> Tensor:
-        return self.compute(self.taken.cut(self.batch[index], window)).contiguous()
+        return self.compute(self.vae, self.taken.cut(self.batch[index], window)).contiguous()
+
+    def band(self, index: int, window: Window, axis: Axis, rows: Sequence[int], check: Check) -> Tensor | None:
+        """This rank's band of a result that all ranks make together; None when its memory is too small for it."""
+        part, counted = self.taken.cut(self.batch[index], window), CountedAxis(axis, check)
+        with Bands(counted, rows, joint=self.vae.kind.joint), summed_linear_attention(self.vae.module, counted):
+            mine = unless_out_of_memory(lambda: self.compute(self.vae, part).contiguous())
+        if mine is None:
+            # The others still expect halos and statistics of this rank.
+            vae, hollow = self.vae.hollow(), HollowAxis(axis, check, counted.begun, self.vae.device)
+            with Bands(hollow, rows, joint=vae.kind.joint), summed_linear_attention(vae.module, hollow):
+                self.compute(vae, part.to("meta"))
+        return mine
 
     def zeros(self, part: Tensor) -> Tensor:
         """Room for all results in host memory, where `part` is part of one."""
         return torch.zeros(len(self.batch), *self.given.shape(part, self.extent), dtype=part.dtype)
 
 
-def by_bands(work: Work, axis: Axis, rows: Sequence[int], report: Report) -> Tensor | None:
-    """Each picture by all ranks together, rank r having `rows[r]` latent rows. The result on the first rank."""
+def by_bands(work: Work, axis: Axis, rows: Sequence[int], report: Report, check: Check) -> Tensor | None:
+    """Each picture by all ranks together, rank r having `rows[r]` latent rows. The result on the first rank.
+
+    `check` is called now and then.
+
+    Raises `OutOfMemory` on all ranks alike, as do the others here."""
     columns = work.extent.columns
     bands = [Window(Span(end - size, size), columns) for end, size in zip(accumulate(rows), rows, strict=True)]
     whole = None
     for index in range(len(work.batch)):
-        mine = work.result(index, bands[axis.rank])
+        mine = work.band(index, bands[axis.rank], axis, rows, check)
+        check_all_had_memory(axis, mine is not None)
+        assert mine is not None
         shapes = [work.given.shape(mine, band) for band in bands]
         for band, part in zip(bands, _on_first(axis, mine, shapes), strict=False):
             whole = work.zeros(part) if whole is None else whole
@@ -96,7 +121,10 @@ def _by_windows(
     whole = None
     for start in range(0, len(jobs), axis.size):
         batch = jobs[start : start + axis.size]
-        mine = work.result(*batch[axis.rank]) if axis.rank < len(batch) else None
+        mine = None
+        if axis.rank < len(batch):
+            mine = unless_out_of_memory(partial(work.result, *batch[axis.rank]))
+        check_all_had_memory(axis, mine is not None or axis.rank >= len(batch))
         shapes = [list(mine.shape)] * len(batch) if mine is not None else []
         for (index, place), part in zip(batch, _on_first(axis, mine, shapes), strict=False):
             whole = work.zeros(part) if whole is None else whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from paralleldit import NODE_CLASS_MAPPINGS
 from paralleldit.launcher import cli
 from paralleldit.launcher.headless.core_nodes import Folders, core_nodes
-from paralleldit.launcher.headless.runner import run_workflow
+from paralleldit.launcher.headless.runner import begin_workflow, finish_meanwhile, run_workflow
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 from PIL import Image
@@ -67,6 +68,48 @@ def test_pictures_are_numbered_on(client, demo, tmp_path):
 def test_a_value_can_be_set_by_id_title_or_type(client, demo, tmp_path, place, text, read):
     run(demo, tmp_path, set_values={place: text})
     assert read(client.last(messages.Sample)[0])
+
+
+def test_a_vae_with_ranks_of_its_own_decodes_while_the_next_prompt_samples(client, demo, tmp_path, monkeypatch):
+    """Each decode waits for the run after it to sample: were they done in turn, the first would wait in vain."""
+    sampled, decoded = [threading.Event() for _ in range(3)], []
+    request = client.request
+
+    def answer(message, *args, **kwargs):
+        if isinstance(message, messages.Sample):
+            sampled[message.seed].set()
+        if isinstance(message, messages.Decode):
+            assert sampled[min(len(decoded) + 1, 2)].wait(20)
+            decoded.append(threading.current_thread() is threading.main_thread())
+        return request(message, *args, **kwargs)
+
+    monkeypatch.setattr(client, "request", answer)
+    saved = []
+
+    def runs():
+        for seed in range(3):
+            values = {"6.seed": str(seed), "7.own_ranks": "1"}
+            yield (
+                begin_workflow(demo, classes=classes(tmp_path), set_values=values),
+                lambda shown: saved.append(shown["9"]["images"][0]["filename"]),
+            )
+
+    finish_meanwhile(runs())
+    assert decoded == [False] * 3
+    assert saved == [f"paralleldit_demo_{number:05}_.png" for number in (1, 2, 3)]
+
+
+def test_what_fails_while_it_finishes_is_told(client, demo, tmp_path, monkeypatch):
+    def fail(message, *args, **kwargs):
+        if isinstance(message, messages.Decode):
+            raise UserError("No room.")
+        return request(message, *args, **kwargs)
+
+    request = client.request
+    monkeypatch.setattr(client, "request", fail)
+    run = begin_workflow(demo, classes=classes(tmp_path), set_values={"7.own_ranks": "1"})
+    with pytest.raises(UserError, match="No room"):
+        finish_meanwhile(iter([(run, print)]))
 
 
 def test_what_is_set_is_what_the_picture_tells(client, demo, tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from paralleldit.launcher import sidecar
+from paralleldit.launcher import devices, sidecar
 from paralleldit.launcher.sidecar import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.nodes.conditioning import TRAVELS, entry_of, travelling
@@ -381,6 +382,59 @@ def test_a_vae_decodes_and_encodes(client):
     assert latent["samples"].shape == (2, 1, 2, 3)
     message, tensors = client.last(messages.EncodeImage)
     assert (message.tile_size, message.overlap, tensors["image"].shape[-1]) == (128, 16, 3)
+
+
+def test_what_to_do_without_memory_is_told(client):
+    vae = node("VAELoader").load(NAME, "fp32")[0]
+    pixels, mask = torch.ones(1, 16, 16, 3), torch.zeros(1, 16, 16)
+    for run in (
+        lambda *policy: node("VAEDecode").decode({"samples": torch.zeros(1, 16, 4, 6)}, vae, 0, 64, *policy),
+        lambda *policy: node("VAEEncode").encode(pixels, vae, 0, 64, *policy),
+        lambda *policy: node("VAEEncodeForInpaint").encode(pixels, vae, mask, 0, 0, 64, *policy),
+    ):
+        for policy in ((), ("tiles",)):
+            run(*policy)
+            assert client.sent[-1][0].on_out_of_memory == (*policy, "error")[0]
+
+
+def test_a_vae_with_ranks_of_its_own_has_a_sidecar_of_its_own(client):
+    usual = host.current().spec
+    vae = node("VAELoader").load(NAME, "fp32", LayoutChoice(ranks=3), 1)[0]
+    vae.decode(torch.zeros(1, 16, 4, 6))
+    spec = client.specs[-1]
+    assert (spec.ranks, spec.slot.directory) == (1, usual.slot.beside.directory)
+    assert spec.slot.directory != usual.slot.directory
+    node("VAELoader").load(NAME, "fp32", LayoutChoice(ranks=3))[0].decode(torch.zeros(1, 16, 4, 6))
+    assert (client.specs[-1].ranks, client.specs[-1].slot.directory) == (3, usual.slot.directory)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "own", "gpus", "hint"),
+    [
+        (3, 1, (3,), ""),
+        (2, 2, (2, 3), ""),
+        (0, 1, None, "ranks of Parallel Layout to 3"),
+        (3, 2, None, "own_ranks to 1"),
+    ],
+)
+def test_a_vae_of_its_own_takes_the_last_gpus(client, monkeypatch, sampling, own, gpus, hint):
+    host.use(host.Host(models=host.current().models, spec=replace(host.current().spec, device="cuda")))
+    monkeypatch.setattr(devices, "gpu_count", lambda python: 4)
+    vae = node("VAELoader").load(NAME, "fp32", LayoutChoice(ranks=sampling), own)[0]
+    if gpus is None:
+        with pytest.raises(UserError, match=f"need .* GPUs, but torch sees 4.* {hint}"):
+            vae.decode(torch.zeros(1, 16, 4, 6))
+    else:
+        vae.decode(torch.zeros(1, 16, 4, 6))
+        assert client.specs[-1].gpus == gpus
+
+
+def test_a_vae_of_its_own_needs_a_sidecar_of_this_host(client):
+    spec = replace(host.current().spec, address="tcp://far:1", remote=True)
+    vae = node("VAELoader").load(NAME, "fp32", None, 1)[0]
+    host.use(host.Host(models=host.current().models, spec=spec))
+    with pytest.raises(UserError, match=r"own_ranks=1 starts a second sidecar .* at tcp://far:1"):
+        vae.decode(torch.zeros(1, 16, 4, 6))
 
 
 def test_stock_vae_nodes_find_what_they_ask_of_a_vae(client):

@@ -77,3 +77,16 @@ def test_a_fault_in_the_ranks_is_told_and_the_next_run_works(launcher):
     after = run_demo(launcher, "--output=after")
     assert after.returncode == 0
     assert "starting" not in after.stderr
+
+
+def test_a_vae_with_ranks_of_its_own_decodes_beside_those_that_sample(launcher):
+    (launcher.folder / "prompts.txt").write_text("a circle\na square\n")
+    run_demo(launcher, "--output=usual", "--set", "Positive.text=a square")
+    prompts = ("--prompts=prompts.txt", "--into=Positive.text", "--set", "7.own_ranks=1")
+    beside = run_demo(launcher, "--output=beside", *prompts)
+    assert "starting 1 of 1 ranks on cpu" in beside.stderr
+    with Image.open(launcher.folder / "beside" / "paralleldit_demo_00002_.png") as image:
+        assert np.abs(np.array(image).astype(int) - pixels(launcher.folder / "usual")).max() <= 1
+    assert "2 ranks on cpu" in launcher("status").stdout
+    assert "1 ranks on cpu" in launcher("status", "--vae").stdout
+    assert launcher("stop").stdout == "the sidecar has ended\nthe sidecar of the VAE has ended\n"

@@ -1,18 +1,27 @@
-"""The real engine, in which rank 1's stage of a pipeline does what the run's seed says, in the middle of the run."""
+"""The real engine, in which rank 1 does what the request says in the middle of it.
+
+In its stage of a pipeline what the run's seed says; in its band of a picture what the overlap of tiles says, for which
+a decode in bands has no other use.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 
+import torch
 import torch.distributed as dist
 
 from parallel_backend import sample_request
 from parallel_backend.engine import Engine
 from parallel_backend.strategies.pipefusion import PipeFusion
+from parallel_backend.vae import spread
+from parallel_backend.vae.bands import Bands
 from parallel_backend.worker import main
 
 WORKS, RAISES, DIES = range(3)
+CONVOLUTIONS = 5
+"""Of a decode, that work before one runs out of memory."""
 
 
 class FaultyStage(PipeFusion):
@@ -29,6 +38,25 @@ class FaultyStage(PipeFusion):
         return super()._through_blocks(unit, *rest)
 
 
+class FaultyBands(Bands):
+    left = None
+
+    def _conv2d(self, *args, **kwargs):
+        if FaultyBands.left is not None:
+            FaultyBands.left -= 1
+            if FaultyBands.left < 0:
+                FaultyBands.left = None
+                raise torch.OutOfMemoryError("this band was told to run out of memory")
+        return super()._conv2d(*args, **kwargs)
+
+
+class FaultyEngine(Engine):
+    def _decode(self, request, *rest):
+        FaultyBands.left = CONVOLUTIONS if dist.get_rank() == 1 and request.overlap == RAISES else None
+        return super()._decode(request, *rest)
+
+
 if __name__ == "__main__":
     sample_request.PipeFusion = FaultyStage
-    main(Engine)
+    spread.Bands = FaultyBands
+    main(FaultyEngine)

@@ -1,4 +1,4 @@
-"""A stage that fails in the middle of a run: the others leave it within seconds, and the next run is right."""
+"""A rank that fails in the middle of its work: the others leave it within seconds, and the next request is right."""
 
 import time
 from pathlib import Path
@@ -71,3 +71,25 @@ def test_a_stage_that_fails_is_named_in_time_and_the_next_run_is_right(spec, fol
     latent, after = run(spec, folder, WORKS)
     assert torch.equal(latent, expected)
     assert (after == before) == stays
+
+
+def decode(spec, folder, overlap):
+    """The picture, and the processes of the ranks that made it."""
+    request = messages.Decode(id=0, vae=messages.VaeRef(path=str(folder)), overlap=overlap)
+    client = ensure_sidecar(spec)
+    _, answer = client.request(request, {"latent": torch.ones(1, 16, 6, 4)})
+    status, _ = client.request(messages.Status(id=0))
+    return answer["image"], [rank["pid"] for rank in status.data["ranks"]]
+
+
+def test_a_rank_that_runs_out_of_memory_is_named_and_all_stay_warm(spec, folder):
+    expected, before = decode(spec, folder, WORKS)
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"Rank 1 ran out of memory: decode 32 x 48 pixels in bands of rows over 2 ranks"
+    ):
+        decode(spec, folder, RAISES)
+    assert time.monotonic() - began < LEAVES_S
+    picture, after = decode(spec, folder, WORKS)
+    assert torch.equal(picture, expected)
+    assert after == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from paralleldit.parallel_backend.comm import Axis
+from paralleldit.parallel_backend.errors import Cancelled
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode
 from paralleldit.parallel_backend.vae.load import LoadedVAE
@@ -38,6 +39,11 @@ def images(vae: LoadedVAE, batch: int, *size: int) -> Tensor:
 
 def plain_decode(vae: LoadedVAE, latent: Tensor) -> Tensor:
     """-1 to 1, as diffusers has it."""
+    if vae.module.config.get("timestep_conditioning"):
+        # Noise and timestep are those of ComfyUI, drawn from our seed.
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        return vae.module.decode(latent * 0.975 + noise * 0.025, torch.full((len(latent),), 0.05)).sample
     return vae.module.decode(latent.to(vae.dtype)).sample.float()
 
 
@@ -57,8 +63,11 @@ def error(mine: Tensor, truth: Tensor) -> float:
 def errors(axis: Axis, case: str) -> list[tuple[float, float]]:
     """Relative error of decode and encode per shape, all by the same loaded VAE; on the first rank."""
     vae, found = new_vae(case), []
-    last = [part for part in vae.module.decoder.modules() if isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear)][-1]
-    last.weight.mul_(0.05)  # else the picture is cut off at 0 and 1
+    named = vae.module.decoder.named_modules()
+    layers = [
+        part for name, part in named if isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear) and "time_" not in name
+    ]
+    layers[-1].weight.mul_(0.05)  # else the picture is cut off at 0 and 1
     for shape in VIDEOS if vae.frames else IMAGES:
         picture, latent = decode(vae, latents(vae, *shape), axis), encode(vae, images(vae, *shape), axis)
         assert (picture is None) == (latent is None) == (axis.rank > 0)
@@ -96,6 +105,29 @@ def test_tiles_give_the_same_on_any_number_of_ranks(ranks):
         assert torch.equal(answers[0][1], latent)
         for _, _, seen in answers:
             assert seen == [(min(done, 12), 12) for done in range(n, 12 + n, n)]
+
+
+def cancelled(axis: Axis) -> tuple[int, int, bool]:
+    """How often the ranks looked whether to leave, until they did; how much was done; and whether they are in step."""
+    vae = new_vae("AutoencoderKLWan (2.1)")
+    latent = latents(vae, 1, 3, 5, 4)
+    whole, looks, seen = decode(vae, latent, axis), [], []
+
+    def look() -> None:
+        looks.append(True)
+        if len(looks) == 2:
+            raise Cancelled("Cancelled.")
+
+    try:
+        decode(vae, latent, axis, on_progress=lambda *step: seen.append(step), check=look)
+    except Cancelled:
+        again = decode(vae, latent, axis)
+        return len(looks), len(seen), again is None if whole is None else torch.equal(whole, again)
+    return len(looks), len(seen), False
+
+
+def test_a_cancel_is_met_in_the_middle_of_a_video(ranks):
+    assert ranks.run(2, cancelled) == [(2, 0, True)] * 2
 
 
 def half_precision_errors(axis: Axis, dtype: torch.dtype) -> list[tuple[float, float]]:

@@ -76,6 +76,13 @@ def test_ranks_share_the_cores_unless_told_otherwise():
     assert devices.rank_environment("cpu", 1, single_host=True, base={"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.parametrize(("shown", "seen"), [("", "2,3"), ("GPU-a,GPU-b,GPU-c,GPU-d", "GPU-c,GPU-d")])
+def test_a_second_sidecar_sees_its_own_gpus_only(shown, seen):
+    base = {"CUDA_VISIBLE_DEVICES": shown} if shown else {}
+    env = devices.rank_environment("cuda", 2, single_host=True, base=base, gpus=(2, 3))
+    assert env["CUDA_VISIBLE_DEVICES"] == seen
+
+
 # -- specs -------------------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,23 @@ def test_without_room_for_two_only_the_last_stays(store, refs):
     assert held(store) == ["2"]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "stay", "free"),
+    [(7000, 3, 7000), (7001, 2, 8000), (9000, 1, 9000), (9500, 1, 9000)],
+    ids=["fits", "one goes", "all others go", "too much"],
+)
+def test_models_make_room_for_the_work_of_one(store, refs, wanted, stay, free):
+    run = Run()
+    for ref in refs:
+        store.transformer(ref, run)
+    assert store.free_up(wanted, refs[0], run) == free
+    assert len(held(store)) == stay
+    assert refs[0].path in [each["path"] for each in store.summary()]
+    assert (
+        run.said == [f"{number}.safetensors makes room for the work of 0.safetensors." for number in (1, 2)][: 3 - stay]
+    )
+
+
 def test_a_part_of_a_model_needs_its_share_of_the_room(store, refs):
     store.taken = int(TOTAL * (1 - KEPT_FREE)) - SIZE - SIZE // 2
     run = Run()

@@ -13,6 +13,7 @@ const status = (changes = {}, activity = {}) => ({
   remote: false,
   rank_count: 4,
   default_ranks: 4,
+  beside: 0,
   log: "",
   details: DETAILS,
   activity: { ...QUIET, ...activity },
@@ -40,6 +41,12 @@ for (const [what, given, kind, pressable] of STATES) {
     assert.deepEqual(["canStart", "canStop", "canUnload"].filter((button) => model[button]), pressable);
   });
 }
+
+test("ranks of the VAE alone are shown beside the others, and can be stopped and emptied without them", () => {
+  assert.equal(panelModel(status({ beside: 1 }), t).state, 'state.ready {"ranks":4} · beside {"ranks":1}');
+  const model = panelModel(status({ state: "stopped", beside: 1 }), t);
+  assert.deepEqual([model.canStart, model.canStop, model.canUnload], [true, true, true]);
+});
 
 test("ranks are shown with device, memory and the share that is used", () => {
   const [rank] = panelModel(status(), t).ranks;

@@ -1,0 +1,68 @@
+"""The layouts of files with a VAE of videos: how each is told, and what its header says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from . import hunyuan_keys, ltx_keys, wan_keys
+from .keys import PREFIXES, Shape, ldm_names
+
+
+class FileLayout(NamedTuple):
+    """Files with all tensors of `signs`. `names`: {diffusers' name: key}; `config` from shapes under those names."""
+
+    name: str
+    signs: tuple[str, ...]
+    names: Callable[[Iterable[str]], dict[str, str]]
+    config: Callable[[Mapping[str, Shape]], dict[str, object]]
+
+
+def _unchanged(keys: Iterable[str]) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+LAYOUTS = (
+    FileLayout("AutoencoderKLWan", ("decoder.middle.0.residual.0.gamma",), wan_keys.names, wan_keys.config),
+    FileLayout("AutoencoderKLWan", ("decoder.mid_block.resnets.0.norm1.gamma",), _unchanged, wan_keys.config),
+    FileLayout(
+        "AutoencoderKLLTXVideo",
+        ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",),
+        ltx_keys.names,
+        ltx_keys.config,
+    ),
+    FileLayout(
+        "AutoencoderKLLTXVideo",
+        ("decoder.mid_block.resnets.0.conv1.conv.weight", "latents_mean"),
+        _unchanged,
+        ltx_keys.config,
+    ),
+    FileLayout(
+        "AutoencoderKLCogVideoX",
+        ("decoder.mid_block.resnets.0.norm1.norm_layer.weight",),
+        _unchanged,
+        hunyuan_keys.cogvideox,
+    ),
+    FileLayout(
+        "AutoencoderKLHunyuanVideo",
+        ("decoder.mid.block_1.conv1.conv.weight", "decoder.mid.attn_1.q.weight"),
+        ldm_names,
+        hunyuan_keys.hunyuan,
+    ),
+    FileLayout(
+        "AutoencoderKLHunyuanVideo",
+        ("decoder.mid_block.resnets.0.conv1.conv.weight", "decoder.mid_block.attentions.0.to_q.weight"),
+        _unchanged,
+        hunyuan_keys.hunyuan,
+    ),
+)
+
+
+def find(tensors: Iterable[str]) -> tuple[FileLayout, str] | None:
+    """The layout of a file with these tensors, and the prefix of the VAE's; None for any other file."""
+    tensors = set(tensors)
+    for prefix in PREFIXES:
+        for layout in LAYOUTS:
+            if all(prefix + sign in tensors for sign in layout.signs):
+                return layout, prefix
+    return None

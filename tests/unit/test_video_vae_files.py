@@ -1,0 +1,263 @@
+"""A video VAE in one file, in its original layout or that of diffusers, loads as diffusers has it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers, convert_wan_vae_to_diffusers
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.vae.header import read_header
+from paralleldit.parallel_backend.vae.load import load_vae
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+WIDE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "latent_channels": 4}
+LTX_091 = {
+    "latent_channels": 8,
+    "block_out_channels": (8, 16, 32, 32),
+    "decoder_block_out_channels": (16, 32, 64),
+    "layers_per_block": (2, 1, 1, 1, 2),
+    "decoder_layers_per_block": (2, 1, 3, 1),
+    "spatio_temporal_scaling": (True, True, True, False),
+    "decoder_spatio_temporal_scaling": (True,) * 3,
+    "decoder_inject_noise": (True, True, True, False),
+    "upsample_residual": (True,) * 3,
+    "upsample_factor": (2,) * 3,
+    "timestep_conditioning": True,
+}
+CONFIGS = {
+    "Wan 2.1": ("AutoencoderKLWan", WAN),
+    "Wan 2.2": (
+        "AutoencoderKLWan",
+        WAN
+        | {
+            "decoder_base_dim": 12,
+            "is_residual": True,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_spatial": 16,
+        },
+    ),
+    "LTX-Video 0.9": (
+        "AutoencoderKLLTXVideo",
+        {
+            "latent_channels": 8,
+            "block_out_channels": (8, 16, 32, 32),
+            "decoder_block_out_channels": (8, 16, 32, 32),
+            "layers_per_block": (2, 1, 1, 1, 2),
+            "decoder_layers_per_block": (2, 1, 1, 1, 2),
+        },
+    ),
+    "LTX-Video 0.9.1": ("AutoencoderKLLTXVideo", LTX_091),
+    "LTX-Video 0.9.5": (
+        "AutoencoderKLLTXVideo",
+        LTX_091
+        | {
+            "block_out_channels": (8, 16, 32, 64, 64),
+            "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+            "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+            "spatio_temporal_scaling": (True,) * 4,
+            "decoder_inject_noise": (False,) * 4,
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
+        },
+    ),
+    "HunyuanVideo": ("AutoencoderKLHunyuanVideo", WIDE),
+    "CogVideoX": (
+        "AutoencoderKLCogVideoX",
+        WIDE | {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4},
+    ),
+}
+
+
+def new_module(case: str) -> nn.Module:
+    torch.manual_seed(3)
+    name, config = CONFIGS[case]
+    return getattr(diffusers, name)(**config).eval()
+
+
+# -- the original layouts, written down independently of what loads them ---------------------------------------------
+
+WAN_PARTS = {
+    "norm1.": "residual.0.",
+    "conv1.": "residual.2.",
+    "norm2.": "residual.3.",
+    "conv2.": "residual.6.",
+    "conv_shortcut.": "shortcut.",
+}
+WAN_ENDS = {
+    "quant_conv.": "conv1.",
+    "post_quant_conv.": "conv2.",
+    "encoder.conv_in.": "encoder.conv1.",
+    "decoder.conv_in.": "decoder.conv1.",
+}
+
+
+def wan(name: str, nested: bool) -> str:
+    for new, old in WAN_ENDS.items():
+        if name.startswith(new):
+            return name.replace(new, old)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"middle.{2 * int(match[1])}", name)
+    name = name.replace("mid_block.attentions.0", "middle.1")
+    name = name.replace("norm_out", "head.0").replace("conv_out", "head.2")
+    if match := re.match(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.*)", name):
+        side, way, level, rest = match[1], match[2], int(match[3]), match[4]
+        last = 2 if side == "encoder" else 3
+        rest = re.sub(r"^resnets\.", "", re.sub(r"^(up|down)sampler(s\.0)?\.", f"{last}.", rest))
+        if nested:
+            name = f"{side}.{way}samples.{level}.{way}samples.{rest}"
+        elif side == "decoder":
+            number, rest = rest.split(".", 1)
+            name = f"decoder.upsamples.{4 * level + int(number)}.{rest}"
+        else:
+            name = f"encoder.downsamples.{level}.{rest}"
+    if "resnets" in name or "samples" in name or "middle" in name:
+        for new, old in WAN_PARTS.items():
+            name = re.sub(rf"(?<=\d\.){re.escape(new)}", old, name)
+    return name
+
+
+LTX_BLOCKS = {
+    "LTX-Video 0.9": (
+        (
+            "0",
+            "0.downsamplers.0",
+            "0.conv_out",
+            "1",
+            "1.downsamplers.0",
+            "1.conv_out",
+            "2",
+            "2.downsamplers.0",
+            "3",
+            "mid",
+        ),
+        ("mid", "0", "1.upsamplers.0", "1", "2.conv_in", "2.upsamplers.0", "2", "3.conv_in", "3.upsamplers.0", "3"),
+    ),
+    "LTX-Video 0.9.1": (
+        (
+            "0",
+            "0.downsamplers.0",
+            "0.conv_out",
+            "1",
+            "1.downsamplers.0",
+            "1.conv_out",
+            "2",
+            "2.downsamplers.0",
+            "3",
+            "mid",
+        ),
+        ("mid", "0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2"),
+    ),
+    "LTX-Video 0.9.5": (
+        ("0", "0.downsamplers.0", "1", "1.downsamplers.0", "2", "2.downsamplers.0", "3", "3.downsamplers.0", "mid"),
+        ("mid", "0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2"),
+    ),
+}
+
+
+def ltx(name: str, case: str) -> str:
+    ends = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
+    if name in ends:
+        return f"per_channel_statistics.{ends[name]}"
+    for side, blocks, order in zip(("encoder", "decoder"), ("down_blocks", "up_blocks"), LTX_BLOCKS[case], strict=True):
+        for number, place in sorted(enumerate(order), key=lambda each: -len(each[1])):
+            start = f"{side}.mid_block." if place == "mid" else f"{side}.{blocks}.{place}."
+            if name.startswith(start):
+                name = f"{side}.{blocks}.{number}.{name.removeprefix(start)}"
+                name = name.replace("resnets", "res_blocks").replace("norm3", "norm3.norm")
+                return name.replace("conv_shortcut.conv", "conv_shortcut")
+    name = name.replace("decoder.time_embedder", "decoder.last_time_embedder")
+    return name.replace("decoder.scale_shift_table", "decoder.last_scale_shift_table")
+
+
+def ldm(name: str) -> str:
+    name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", name.replace("down_blocks", "down"))
+    name = re.sub(r"(?<!mid_block)\.resnets\.", ".block.", name)
+    name = re.sub(r"(up|down)samplers\.0", r"\1sample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    name = name.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm")
+    name = name.replace("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out")
+    name = re.sub(r"mid_block\.attentions\.0\.to_", "mid.attn_1.", name)
+    return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def original(case: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if case.startswith("Wan"):
+        return {wan(name, "2.2" in case): tensor for name, tensor in state.items()}
+    if case.startswith("LTX"):
+        extra = {"per_channel_statistics.channel": torch.zeros(8), "per_channel_statistics.mean-of-stds": torch.ones(8)}
+        return {ltx(name, case): tensor for name, tensor in state.items()} | extra
+    return {
+        ldm(name): tensor[..., None, None, None] if ".to_" in name and name.endswith("weight") else tensor
+        for name, tensor in state.items()
+    }
+
+
+CONVERTERS: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
+    "Wan 2.1": ("", convert_wan_vae_to_diffusers),
+    "LTX-Video 0.9": ("vae.", convert_ltx_vae_checkpoint_to_diffusers),
+    "LTX-Video 0.9.1": ("vae.", convert_ltx_vae_checkpoint_to_diffusers),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTERS)
+def test_these_are_the_layouts_that_diffusers_converts(case):
+    state = new_module(case).state_dict()
+    prefix, convert = CONVERTERS[case]
+    converted = convert({prefix + name: tensor for name, tensor in original(case, state).items()})
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
+
+
+FILES = [
+    (case, layout)
+    for case in CONFIGS
+    for layout in ("original", "diffusers")
+    if (case, layout) != ("CogVideoX", "original")
+]
+
+
+@pytest.mark.parametrize(("case", "layout"), FILES)
+@torch.no_grad()
+def test_a_file_gives_the_module_that_it_holds(case, layout, tmp_path):
+    module = new_module(case)
+    state = module.state_dict()
+    state = original(case, state) if layout == "original" else state
+    prefix = "vae." if case.startswith("LTX") and layout == "original" else ""
+    others = {"model.diffusion_model.patchify_proj.weight": torch.zeros(2)} if prefix else {}
+    file = tmp_path / "vae.safetensors"
+    save_file({prefix + name: tensor.contiguous() for name, tensor in state.items()} | others, file)
+
+    vae = load_vae(file, device="cpu", dtype=torch.float32)
+
+    assert type(vae.module) is type(module)
+    header = read_header(file)
+    assert (header.scale, header.frames) == (vae.kind.scale(module.config), vae.kind.frames(module.config))
+    loaded = vae.module.state_dict()
+    assert loaded.keys() == module.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in module.state_dict().items())
+    latent = torch.randn(1, vae.latent_channels, 2, 2, 2)
+    video = torch.rand(1, vae.image_channels, 1 + vae.frames, vae.scale, vae.scale)
+    more = [torch.full((1,), 0.05)] if vae.takes_timestep else []
+    pictures = []
+    for each in (vae.module, module):
+        torch.manual_seed(0)  # of added noise
+        pictures.append(each.decode(latent, *more).sample)
+    # Where weights lie in memory changes the last bits of what is computed with them.
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-5)
+    modes = [each.encode(video).latent_dist.mode() for each in (vae.module, module)]
+    torch.testing.assert_close(*modes, rtol=0, atol=1e-5)
+
+
+def test_a_file_that_lacks_blocks_is_named(tmp_path):
+    state = original("Wan 2.1", new_module("Wan 2.1").state_dict())
+    file = tmp_path / "vae.safetensors"
+    save_file({name: tensor for name, tensor in state.items() if not name.startswith("encoder")}, file)
+    with pytest.raises(UserError, match=r"looks like an AutoencoderKLWan, .*encoder\.conv_in\.weight"):
+        read_header(file)
