@@ -51,7 +51,9 @@ def predict(
     check_exact(request.layout)
     check_layout(request.layout, Work(batch=batch))
     for key, entry in request.told.items():
-        condition = condition_of(entry, f"{key}.0.", "prompt's", tensors, family, batch)
+        condition = condition_of(
+            entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *latent.shape[1:]))
+        )
         told[key] = Told(condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family))
     conditions = []
     for each in (told[key] for key in request.conditions):

@@ -220,33 +220,33 @@ def condition_from(
 ) -> Condition:
     """The condition of one side for a latent of `shape`, on the family's device.
 
-    Raises `UserError` for what cannot be sampled. A picture of which no size is told is told of its own.
+    Raises `UserError` for what cannot be sampled.
     """
     if len(entries) != 1:
         raise UserError(
             f"The {side} conditioning has {len(entries)} entries; the Parallel Sampler takes one.",
             "Remove ConditioningCombine or ConditioningSetArea before it.",
         )
-    condition = condition_of(entries[0], f"{side}.0.", side, tensors, family, shape[0])
+    condition = condition_of(entries[0], f"{side}.0.", side, tensors, family, shape)
     named = entries[0].controls
     if named and not 0 <= min(named) <= max(named) < len(controls):
         raise UserError(f"The {side} conditioning names controls {named}, of which {len(controls)} were sent.")
-    return replace(
-        condition,
-        size=condition.size or (shape[2] * CELL, shape[3] * CELL),
-        controls=tuple(controls[index] for index in named),
-    )
+    return replace(condition, controls=tuple(controls[index] for index in named))
 
 
 def condition_of(
-    entry: Conditioning, prefix: str, side: str, tensors: dict[str, Tensor], family: Family, batch: int
+    entry: Conditioning, prefix: str, side: str, tensors: dict[str, Tensor], family: Family, shape: torch.Size
 ) -> Condition:
-    """One entry with those of its tensors whose names begin with `prefix`; errors say that it is of `side`."""
+    """One entry with those of its tensors whose names begin with `prefix`; errors say that it is of `side`.
+
+    Where no size of the picture is told, the model is told that of the latent of `shape` `[B, C, H, W]`.
+    """
     given: dict[str, Any] = {
         name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors
     }
-    check_condition_tensors(given, side, batch)
-    condition = Condition(**given, guidance=entry.guidance, size=entry.size, target_size=entry.target_size)
+    check_condition_tensors(given, side, shape[0])
+    size = entry.size or (shape[2] * CELL, shape[3] * CELL)
+    condition = Condition(**given, guidance=entry.guidance, size=size, target_size=entry.target_size)
     family.check_condition(condition)
     return condition
 

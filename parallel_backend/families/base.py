@@ -86,8 +86,8 @@ class Condition:
 
     `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
     `pooled` `[B, Cp]`; the distilled `guidance` scale (None: the model is told of none); what the model is told of the
-    picture's `size` and `target_size` (height and width, in pixels); the `controls` that add to it; the pictures that
-    it is shown.
+    picture's `size` and `target_size` (height and width, in pixels; every request tells a size); the `controls` that
+    add to it; the pictures that it is shown.
     """
 
     tokens: Tensor

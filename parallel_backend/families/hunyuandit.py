@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attention.rotary import rotations
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
-from .base import CELL, Block, Condition, Shard, TokenState, check_widths
+from .base import Block, Condition, Shard, TokenState, check_widths
 from .cross_attention import CrossAttentionFamily, CrossAttentionState
 
 TRAINED_SIDE = 64
@@ -83,7 +83,8 @@ class HunyuanDiT(CrossAttentionFamily):
         assert condition.mask is not None
         assert condition.mask_2 is not None
         tokens_2 = condition.tokens_2.to(self.dtype)
-        height, width = condition.size or tuple(side * self.patch_size * CELL for side in grid)
+        assert condition.size is not None
+        height, width = condition.size
         told = [height, width, *(condition.target_size or (height, width)), 0, 0]
         modulation = model.time_extra_emb(
             timestep,

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
-from .base import CELL, Block, Condition, Shard, TokenState, check_widths
+from .base import Block, Condition, Shard, TokenState, check_widths
 from .cross_attention import CrossAttentionFamily, CrossAttentionState
 
 MASKED = -10000.0
@@ -63,7 +63,8 @@ class PixArt(CrossAttentionFamily):
         model, batch = self.transformer, image.shape[0]
         told = {"resolution": None, "aspect_ratio": None}
         if model.use_additional_conditions:
-            height, width = condition.size or tuple(side * self.patch_size * CELL for side in grid)
+            assert condition.size is not None
+            height, width = condition.size
             told = {
                 "resolution": image.new_tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
                 "aspect_ratio": image.new_tensor([[height / width]], dtype=torch.float32).expand(batch, -1),

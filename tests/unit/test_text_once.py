@@ -1,6 +1,7 @@
 """The families whose text stays as it is compute its keys and values once for each condition, and keep them as long."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_text_is_computed_once_for_each_condition(model):
         layer.attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
     one, two, three = (Axis(name, [0], None, Ledger()) for name in ("ulysses", "ring", "sequence"))
     predict = SequenceParallel(family, three, AttentionCore(one, two, KERNELS["sdpa"])).predict
-    conditions = [tiny.condition(draw, 1, 5), tiny.condition(draw, 2, 5)]
+    conditions = [replace(tiny.condition(draw, batch, 5), size=(64, 64)) for batch in (1, 2)]
     latent, timestep = draw(2, 4, 8, 8), torch.full((2,), 500.0)
     first = [predict(latent, timestep, condition) for condition in conditions]
     assert len(calls) == 2 * len(family.layers)
