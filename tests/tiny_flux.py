@@ -52,13 +52,13 @@ def write_pipeline(folder: Path, *, guidance_embeds: bool = False) -> Path:
     return folder
 
 
-def write_vae(folder: Path, **scale: float) -> None:
+def write_vae(folder: Path, latent_channels: int = 16, **scale: float) -> None:
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 16, 16, 16),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         use_quant_conv=False,
         use_post_quant_conv=False,

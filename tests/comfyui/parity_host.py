@@ -10,6 +10,7 @@ of KSampler and Parallel Sampler to native sampling.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -17,7 +18,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +27,12 @@ from torch import Tensor
 
 MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyuandit": (4, 8, 12)}
 """Channels, rows and columns of the latent. ComfyUI divides by zero for a PixArt of fewer."""
+CONTROLLED = ("flux", "sd3", "hunyuandit")
+"""Models with a ControlNet."""
 RANKS = (1, 2, 4)
 STEPS = 2
+CHANGED = 1e-2
+"""Relative difference of latents that shows that something was obeyed."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Case:
     """What is set of each entry of the positive CONDITIONING. More than the usual one: for KSampler alone."""
     node: str = "KSampler"
     """The node of ComfyUI that samples, one of `WAYS`. Others than KSampler have no like among our nodes."""
+    controlled: bool = False
+    """With two ControlNets of ComfyUI's own, the second for a part of the run: for KSampler alone."""
 
 
 def sweep(samplers: tuple[str, ...], schedulers: tuple[str, ...]) -> dict[str, Case]:
@@ -79,6 +85,10 @@ CASES = {
         f"{name}, {node}": Case(name, sampler={"cfg": 4.0}, node=node)
         for name in ("flux", "sd3")
         for node in ("KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+    },
+    **{
+        f"{name}, Apply ControlNet (Advanced)": Case(name, batch=2, sampler={"cfg": 4.0}, controlled=True)
+        for name in CONTROLLED
     },
     "flux, odd size": Case("flux", size=(7, 9)),
     "sd3, odd size": Case("sd3", size=(7, 9)),
@@ -142,6 +152,10 @@ def main(folder: Path, ranks: list[int]) -> None:
     here.spec = SidecarSpec(device="cpu", directory=folder / "runtime")
     host.use(here)
     native = {name: native_model(folder / f"{name}.json") for name in MODELS}
+    control = {name: with_controls(folder / name, name, native[name]) for name in CONTROLLED}
+    loader = NODE_CLASS_MAPPINGS["ParallelDiTLoader"]()
+    for name in MODELS:
+        check_with_newer_management(loader, folder / f"{name}.safetensors", native[name])
     cases = CASES | sweep(tuple(SAMPLER_NAMES), tuple(SCHEDULER_NAMES))
     errors = {}
     for count in ranks:
@@ -149,29 +163,71 @@ def main(folder: Path, ranks: list[int]) -> None:
             if count not in case.ranks:
                 continue
             choice = LayoutChoice(ranks=count, **case.layout)
-            model = NODE_CLASS_MAPPINGS["ParallelDiTLoader"]().load(
-                str(folder / f"{case.model}.safetensors"), "auto", choice
-            )[0]
+            model = loader.load(str(folder / f"{case.model}.safetensors"), "auto", choice)[0]
             errors[f"{name} [{count}]"] = compare(
-                case, native[case.model], model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"]
+                case, native[case.model], model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"], control.get(case.model)
             )
     sidecar.stop(here.spec.slot)
     (folder / "errors.json").write_text(json.dumps(errors))
 
 
+def check_with_newer_management(loader: Any, file: Path, native: Any) -> None:
+    """What ComfyUI does with memory and several GPUs since 2026: LoRA nodes find all weights, and no copy is made."""
+    from paralleldit.parallel_backend.errors import UserError
+
+    is_known = importlib.util.find_spec("comfy.memory_management") is not None
+    memory = importlib.import_module("comfy.memory_management") if is_known else SimpleNamespace(aimdo_enabled=False)
+    had, memory.aimdo_enabled = memory.aimdo_enabled, True
+    try:
+        ours = loader.load(str(file), "auto", None)[0]
+    finally:
+        memory.aimdo_enabled = had
+    unknown = native.model_state_dict("diffusion_model.").keys() - ours.model_state_dict().keys()
+    assert not unknown, f"{file.stem}: {sorted(unknown)}"
+    refusal = ""
+    try:
+        ours.deepclone_multigpu()
+    except UserError as error:
+        refusal = str(error)
+    assert "cannot copy it to other GPUs" in refusal
+
+
+def with_controls(folder: Path, name: str, native: Any) -> Callable[..., tuple[Any, Any]]:
+    """Puts ControlNets for `native` on the prompts; their picture is encoded in the ranks; the VAE goes to `folder`."""
+    from paralleldit.nodes import NODE_CLASS_MAPPINGS
+    from paralleldit.tests.comfyui.controlnet_host import controlnet
+    from paralleldit.tests.tiny_flux import write_vae
+
+    write_vae(folder, MODELS[name][0])
+    network = controlnet(name, native)
+    vae = NODE_CLASS_MAPPINGS["ParallelDiTVAELoader"]().load(str(folder / "vae"), "auto", None)[0]
+    picture = torch.rand(1, 80, 96, 3, generator=torch.Generator().manual_seed(5))
+
+    def apply(positive: Any, negative: Any) -> tuple[Any, Any]:
+        for strength, end in ((0.7, 1.0), (0.5, 0.4)):
+            settings = {"strength": strength, "start_percent": 0.0, "end_percent": end}
+            positive, negative = call(
+                "ControlNetApplyAdvanced",
+                positive=positive,
+                negative=negative,
+                control_net=network,
+                image=picture,
+                vae=vae,
+                **settings,
+            )
+        return positive, negative
+
+    return apply
+
+
 def call(node: str, **inputs: Any) -> Any:
-    """The outputs of a node of ComfyUI."""
-    kind = nodes_of_host()[node]
-    return getattr(kind(), kind.FUNCTION)(**inputs)
-
-
-@cache
-def nodes_of_host() -> dict[str, type]:
+    """The outputs of a node of ComfyUI, of either of its two kinds."""
     from comfy_extras import nodes_custom_sampler
 
     import nodes as host_nodes
 
-    return host_nodes.NODE_CLASS_MAPPINGS | nodes_custom_sampler.NODE_CLASS_MAPPINGS
+    kind = host_nodes.NODE_CLASS_MAPPINGS.get(node) or getattr(nodes_custom_sampler, node)
+    return kind.execute(**inputs) if hasattr(kind, "execute") else getattr(kind(), kind.FUNCTION)(**inputs)
 
 
 def sample_advanced(*, seed: int, denoise: float, **settings: Any) -> Any:
@@ -209,9 +265,11 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @torch.inference_mode()
-def compare(case: Case, native: Any, ours: Any, parallel: type) -> list[float]:
-    def latent(model: Any, sample: Callable[..., Any]) -> Tensor:
+def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) -> list[float]:
+    def latent(model: Any, sample: Callable[..., Any], controlled: bool = case.controlled) -> Tensor:
         positive, negative, image = inputs(case)
+        if controlled:
+            positive, negative = control(positive, negative)
         settings = {
             "seed": 7,
             "steps": STEPS,
@@ -223,10 +281,15 @@ def compare(case: Case, native: Any, ours: Any, parallel: type) -> list[float]:
         prompts = {"positive": positive, "negative": negative}
         return sample(model=model, latent_image=image, **prompts, **(settings | case.sampler))[0]["samples"]
 
+    def error(found: Tensor) -> float:
+        return float((found - truth).norm() / truth.norm())
+
     stock = WAYS[case.node]
     truth = latent(native, stock)
-    samples = (stock, parallel().sample) if (case.entries, case.node) == (({},), "KSampler") else (stock,)
-    return [float((found - truth).norm() / truth.norm()) for found in (latent(ours, each) for each in samples)]
+    if case.controlled:
+        assert error(latent(native, stock, controlled=False)) > CHANGED, "the ControlNets change next to nothing"
+    ours_too = (case.entries, case.node, case.controlled) == (({},), "KSampler", False)
+    return [error(latent(ours, each)) for each in ((stock, parallel().sample) if ours_too else (stock,))]
 
 
 def native_model(told: Path) -> Any:
