@@ -30,7 +30,8 @@ def controlnet(name: str, native: Any) -> Any:
         network = ControlNetSD3(control_latent_channels=16, **(settings | {"num_blocks": 1}))
         latent_format = latent_formats.SD3()
     else:
-        network = HunYuanControlNet(**settings)
+        # It is told neither size nor style, whatever the model is told.
+        network = HunYuanControlNet(**(settings | {"size_cond": False, "use_style_cond": False}))
         skips = config["depth"] // 2 - 1
         network.blocks, network.after_proj_list = network.blocks[:skips], network.after_proj_list[:skips]
         latent_format = latent_formats.SDXL()
