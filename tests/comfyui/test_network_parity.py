@@ -10,11 +10,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel
 from paralleldit.nodes.conditioning import travelling
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
@@ -25,6 +23,7 @@ from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests.comfyui import network_host as host
+from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
 from paralleldit.tests.unit.cross_attention_original_layout import original_weights
 from safetensors.torch import load_file, save_file
 
@@ -32,36 +31,6 @@ pytestmark = [
     pytest.mark.comfyui,
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
 ]
-
-
-def pixart(told_size: bool) -> Any:
-    return PixArtTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=6,
-        num_layers=2,
-        cross_attention_dim=96,
-        caption_channels=20,
-        sample_size=64,
-        use_additional_conditions=told_size,
-    )
-
-
-def hunyuandit(told_size: bool) -> Any:
-    return HunyuanDiT2DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        patch_size=2,
-        hidden_size=64,
-        num_layers=6,
-        mlp_ratio=2.0,
-        cross_attention_dim=24,
-        cross_attention_dim_t5=40,
-        pooled_projection_dim=1024,  # ComfyUI knows no other
-        text_len=5,
-        text_len_t5=7,
-        use_style_cond_and_image_meta_size=told_size,
-    )
 
 
 CASES = {

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests import tiny_sd3
 from paralleldit.tests.comfyui import parity_host as host
+from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
 from paralleldit.tests.unit import cross_attention_original_layout, flux_original_layout
 from safetensors.torch import save_file
 
@@ -61,39 +62,16 @@ def sd3() -> tuple[Any, Callable[[Any], Any]]:
     return model, tiny_sd3.original_layout
 
 
-def pixart() -> tuple[Any, Callable[[Any], Any]]:
-    model = PixArtTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=6,
-        num_layers=2,
-        cross_attention_dim=96,
-        caption_channels=20,
-        sample_size=64,
-        use_additional_conditions=True,
-    )
+def of_cross_attention(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     return model, cross_attention_original_layout.original_weights
 
 
-def hunyuandit() -> tuple[Any, Callable[[Any], Any]]:
-    model = HunyuanDiT2DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        patch_size=2,
-        hidden_size=64,
-        num_layers=6,
-        mlp_ratio=2.0,
-        cross_attention_dim=24,
-        cross_attention_dim_t5=40,
-        pooled_projection_dim=1024,  # ComfyUI knows no other
-        text_len=5,
-        text_len_t5=7,
-        use_style_cond_and_image_meta_size=True,
-    )
-    return model, cross_attention_original_layout.original_weights
-
-
-BUILDERS = {"flux": flux, "sd3": sd3, "pixart": pixart, "hunyuandit": hunyuandit}
+BUILDERS = {
+    "flux": flux,
+    "sd3": sd3,
+    "pixart": lambda: of_cross_attention(pixart(told_size=True)),
+    "hunyuandit": lambda: of_cross_attention(hunyuandit(told_size=True)),
+}
 
 
 @pytest.fixture(scope="module")
