@@ -1,5 +1,5 @@
-# `make demo` makes a picture, `make test` runs the tests, `make matrix` those of the README's support matrix and writes
-# it, `make check` formats, lints and checks types.
+# `make demo` makes a picture, `make test` runs the tests, `make matrix` those of the support matrix and writes it
+# (docs/MATRIX.md), `make check` formats, lints and checks types.
 # Each sets up what it needs in .venv; nothing is installed anywhere else.
 
 PYTHON ?= python3.11

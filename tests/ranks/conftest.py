@@ -158,7 +158,7 @@ def _vae_table(errors: dict[str, dict[str, float]]) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what was noted; with PARALLELDIT_WRITE_MATRIX set, write it into the README."""
+    """Print what was noted; with PARALLELDIT_WRITE_MATRIX set, write it into docs/MATRIX.md and the README."""
     if errors := terminalreporter.config.stash.get(VAE_ERRORS, None):
         terminalreporter.section("largest relative errors of VAEs to plain diffusers")
         for line in _vae_table(errors):
@@ -166,13 +166,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     figures = terminalreporter.config.stash.get(FIGURES, None)
     if figures is None:
         return
-    from paralleldit.tests.ranks.matrix import README, written
+    from paralleldit.tests.ranks.matrix import PAGE, README, summarized, written
 
     terminalreporter.section("largest relative errors")
     for line in figures.lines():
         terminalreporter.line(line)
     if os.environ.get("PARALLELDIT_WRITE_MATRIX"):
-        README.write_text(written(README.read_text(), figures.noted))
+        PAGE.write_text(written(PAGE.read_text(), figures.noted))
+        README.write_text(summarized(README.read_text(), PAGE.read_text()))
 
 
 @pytest.fixture(scope="session")

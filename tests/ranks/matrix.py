@@ -1,6 +1,7 @@
-"""The README's support matrix: which cells the tables of tests claim, which the README shows, and how it is written.
+"""The support matrix: which cells the tables of tests claim, which docs/MATRIX.md shows, and how it is written.
 
-A cell is a layout with a family. Its figure is the largest relative error that the tests of it have noted.
+A cell is a layout with a family. Its figure is the largest relative error that the tests of it have noted. The README
+has a summary: how many layouts each family has been tested in, and the largest error of them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from pathlib import Path
 
 from paralleldit.parallel_backend.layout import Layout
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PACK = Path(__file__).resolve().parents[2]
+README, PAGE = PACK / "README.md", PACK / "docs" / "MATRIX.md"
 MODULES = ("test_exact_layouts", "test_pipefusion", "test_pipefusion_families", "test_distrifusion")
 """Those whose function `cells` says what their tests note."""
 
 EXACT, LATE, BF16 = "exact", "late", "bf16"
 TABLES = (EXACT, LATE, BF16)
+SUMMARY = "summary"
+TABLE_WORDS = {EXACT: "exact, or nothing old", LATE: "approximate", BF16: "exact, in bf16"}
 COLUMNS = {
     "flux": "Flux.1",
     "sd3": "Stable Diffusion 3",
@@ -66,11 +70,11 @@ def rendered(table: str, figures: dict[Cell, str]) -> list[str]:
     return head + [re.sub(" {2,}", " ", f"| {row} | {' | '.join(values)} |") for row, values in cells.items()]
 
 
-def shown(readme: str) -> dict[Cell, str]:
-    """The figures in the README's tables."""
+def shown(page: str) -> dict[Cell, str]:
+    """The figures in the page's tables."""
     figures = {}
     for table in TABLES:
-        _, _, rows = _section(readme, table)[1].partition("|\n|---")
+        _, _, rows = _section(page, table)[1].partition("|\n|---")
         for line in rows.splitlines()[1:]:
             ranks, layout, *values = (value.strip() for value in line.strip().strip("|").split("|"))
             for family, value in zip(COLUMNS, values, strict=True):
@@ -79,27 +83,44 @@ def shown(readme: str) -> dict[Cell, str]:
     return figures
 
 
-def written(readme: str, noted: dict[Cell, float]) -> str:
-    """The README with the cells that the tests claim: their new figures, or the ones that it has.
+def written(page: str, noted: dict[Cell, float]) -> str:
+    """The page with the cells that the tests claim: their new figures, or the ones that it has.
 
     Raises ValueError for a cell that has neither.
     """
-    old = shown(readme)
+    old = shown(page)
     figures = {place: f"{noted[place]:.1e}" if place in noted else old.get(place, "") for place in claimed()}
     missing = [" ".join(place) for place, figure in figures.items() if not figure]
     if missing:
         raise ValueError(f"{len(missing)} cells were never measured; run their tests too: {'; '.join(missing[:5])} …")
     for table in TABLES:
-        before, _, after = _section(readme, table)
-        readme = "\n".join((before, *rendered(table, figures), after))
-    return readme
+        page = _replaced(page, table, rendered(table, figures))
+    return page
 
 
-def _section(readme: str, table: str) -> tuple[str, str, str]:
+def summarized(readme: str, page: str) -> str:
+    """The README with the summary of the page's tables: layouts tested, and the largest error of all of them."""
+    figures = shown(page)
+    lines = ["| Layouts | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for table in TABLES:
+        cells = []
+        for family in COLUMNS:
+            errors = [float(error) for (name, _, of), error in figures.items() if (name, of) == (table, family)]
+            cells.append(f"{len(errors)}: {max(errors):.1e}" if errors else "none")
+        lines.append(f"| {TABLE_WORDS[table]} | " + " | ".join(cells) + " |")
+    return _replaced(readme, SUMMARY, lines)
+
+
+def _replaced(text: str, table: str, lines: list[str]) -> str:
+    before, _, after = _section(text, table)
+    return "\n".join((before, *lines, after))
+
+
+def _section(text: str, table: str) -> tuple[str, str, str]:
     """What stands up to, between and from the markers of `table`."""
     begin, end = f"<!-- matrix: {table} -->", "<!-- end of matrix -->"
-    before, found, rest = readme.partition(begin)
+    before, found, rest = text.partition(begin)
     if not found:
-        raise ValueError(f"{README} has no {begin}")
+        raise ValueError(f"there is no {begin} to write the table behind")
     inside, _, after = rest.partition(end)
     return before + begin, inside, end + after
