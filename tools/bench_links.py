@@ -158,21 +158,25 @@ def measure(arguments: argparse.Namespace) -> None:
 def seconds_per_step(
     family: Family, mesh: Mesh, layout: Layout, control: Control, side: int, text_tokens: int = TEXT_TOKENS
 ) -> float:
-    """Of the steps after the exact ones; all but the last are told of when the first rank has their latent."""
+    """Of the steps after the exact ones; all but the last are told of when the first rank has their latent.
+
+    With a CFG axis the run is guided.
+    """
+    sides = ("positive", "negative")[: layout.cfg_degree]
     request = Sample(
         id=1,
         model=ModelRef(path="given"),
         layout=layout,
-        positive=(Conditioning(),),
+        **{name: (Conditioning(),) for name in sides},
+        cfg=float(layout.cfg_degree),
         sampler="euler",
         schedule=Schedule(scheduler="simple", steps=STEPS),
         seed=0,
     )
-    tensors = {
-        "latent": torch.zeros(1, 16, 2 * side, 2 * side),
-        "positive.0.tokens": torch.randn(1, text_tokens, TEXT_WIDTH),
-        "positive.0.pooled": torch.randn(1, POOLED_WIDTH),
-    }
+    tensors = {"latent": torch.zeros(1, 16, 2 * side, 2 * side)}
+    for name in sides:
+        tensors[f"{name}.0.tokens"] = torch.randn(1, text_tokens, TEXT_WIDTH)
+        tensors[f"{name}.0.pooled"] = torch.randn(1, POOLED_WIDTH)
     told: dict[int, float] = {}
 
     def send(event: object, tensors: object = None) -> None:

@@ -46,6 +46,7 @@ from parallel_backend.strategies.sequence import SequenceParallel
 TEXT_TOKENS = 128
 SERIAL = "serial"
 CEILING = "two copies"
+RIVAL = "diffusers ulysses 2"
 LONE = {SERIAL, "engine, 1 rank", "two threads"}
 """Variants that run on rank 0 while rank 1 waits."""
 
@@ -87,20 +88,25 @@ def measure(rank: int, arguments: argparse.Namespace) -> None:
 
 
 class Models:
-    """One set of random weights as plain diffusers, as our engine, and as diffusers' context parallelism."""
+    """One set of random weights as plain diffusers, as our engine, and as diffusers' context parallelism; all ranks."""
 
     def __init__(self, width: int) -> None:
         # An idle machine has no accelerator, and diffusers counts ranks by accelerators.
-        torch.accelerator.device_count = lambda: 2
-        self.plain, engine_module, self.context_parallel = (build(width) for _ in range(3))
+        ranks = dist.get_world_size()
+        torch.accelerator.device_count = lambda: ranks
+        self.plain = build(width)
+        with torch.device("meta"):
+            engine_module, self.context_parallel = build(width), build(width)
+        for model in (engine_module, self.context_parallel):
+            model.load_state_dict(self.plain.state_dict(), assign=True)
         self.parameters = sum(parameter.numel() for parameter in self.plain.parameters())
-        self.context_parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        self.context_parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
         self.family = Flux(engine_module, torch.float32, torch.device("cpu"))
         alone = [Axis(name, [dist.get_rank()], None, Ledger()) for name in ("ulysses", "ring", "sequence")]
         self.engines = {
             "engine, 1 rank": engine(self.family, *alone),
-            "ulysses 2": engine(self.family, *axes_of(Mesh(Layout(ulysses_degree=2)))),
-            "ring 2": engine(self.family, *axes_of(Mesh(Layout(ring_degree=2)))),
+            "ulysses 2": engine(self.family, *axes_of(Mesh(Layout(ulysses_degree=ranks)))),
+            "ring 2": engine(self.family, *axes_of(Mesh(Layout(ring_degree=ranks)))),
         }
 
     def variants(self, side: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -140,7 +146,7 @@ class Models:
             SERIAL: lambda: plain(self.plain),
             **{name: ours(name) for name in self.engines},
             CEILING: lambda: plain(self.plain),
-            "diffusers ulysses 2": lambda: plain(self.context_parallel),
+            RIVAL: lambda: plain(self.context_parallel),
             "two threads": two_threads,
         }
 
