@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Conditioning
 from .handles import OWN_LOADER
+from .regions import area_within
 
 DEFAULT_GUIDANCE = 3.5
 
-REGION = "Use one prompt for the whole picture"
+MAX_STRENGTH = 100.0
 CANNOT_TRAVEL = {
-    "area": REGION,
-    "mask": REGION,
-    "gligen": REGION,
+    "gligen": "Give each prompt an area or a mask",
     "hooks": "Remove the hooks",
-    "timestep_start": "Use the prompt for the whole run",
-    "timestep_end": "Use the prompt for the whole run",
+    "default": "Give the prompt an area or a mask of its own",
+    "timestep_start": "Use Conditioning (Set Timestep Range)",
+    "timestep_end": "Use Conditioning (Set Timestep Range)",
     "attention_mask": "Use a text encoder node that gives no attention mask",
     "reference_latents": "Remove the reference picture",
     "concat_latent_image": "Use a noise mask with a model that is not an inpainting model",
@@ -34,11 +34,10 @@ CANNOT_TRAVEL = {
     "clip_vision_output": "Remove the picture prompt",
 }
 """Keys of an entry that would change the picture in ComfyUI, and what to do instead, unless the family takes them."""
-IN_KSAMPLER = ("area", "mask", "strength", "hooks", "start_percent", "end_percent", "timestep_start", "timestep_end")
+IN_KSAMPLER = ("hooks", "default")
 """What ComfyUI's own samplers do around the model, and so do with the model of Parallel Loader too."""
 OWN_SAMPLER = "use KSampler with this model, which does this too."
-NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
-"""Keys of an entry that may be there with this value."""
+REFERENCE_PLACES = ("offset", "index", "uxo")
 
 POOLED = {"pooled_output": "pooled"}
 MASK = {"attention_mask": "mask"}
@@ -49,17 +48,19 @@ MT5 = {"conditioning_mt5xl": "tokens_2", "attention_mask_mt5xl": "mask_2"}
 class Travel:
     """The tensors of an entry that a family's model `needs`, and those that it `takes` when they are there.
 
-    From the entry's keys to the names in the request. `encoders`: those that make such an entry.
+    From the entry's keys to the names in the request. `encoders`: those that make such an entry. `references`: whether
+    the model looks at reference latents.
     """
 
     needs: Mapping[str, str]
     encoders: str
     takes: Mapping[str, str] = field(default_factory=dict)
+    references: bool = False
 
 
 PIXART = Travel({}, "T5-XXL", takes=MASK)
 TRAVELS = {
-    "flux": Travel(POOLED, "CLIP-L and T5"),
+    "flux": Travel(POOLED, "CLIP-L and T5", references=True),
     "sd3": Travel(POOLED, "CLIP-L, CLIP-G and T5"),
     "pixart-alpha": PIXART,
     "pixart-sigma": PIXART,
@@ -67,38 +68,103 @@ TRAVELS = {
 }
 
 
-def travelling(side: str, conditioning: list[Any], family: str) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
+def travelling(
+    side: str, entries: Sequence[Any], family: str, shape: Sequence[int]
+) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
     """The message's entries and tensors of one `side` (positive or negative), for a model of `family`.
 
-    Raises `UserError` naming what Parallel Sampler cannot do with it.
+    `entries`: as `regions.placed` gives them for a latent of `shape` `[B, C, H, W]`. What several of them share is sent
+    once. Raises `UserError` naming what Parallel Sampler cannot do with them.
     """
-    if len(conditioning) != 1:
-        raise UserError(
-            f"The {side} conditioning has {len(conditioning)} entries; Parallel Sampler takes 1.",
-            f"Connect a single prompt, without Conditioning (Combine) or regions, or {OWN_SAMPLER}",
-        )
-    tokens, entry = conditioning[0]
+    if not entries:
+        raise UserError(f"The {side} conditioning has no entries.", "Connect a prompt.")
+    messages: list[Conditioning] = []
+    bodies: dict[str, Tensor] = {}
+    own: list[dict[str, Tensor]] = []
+    for index, (tokens, entry) in enumerate(entries):
+        _check(side, entry, family)
+        tensors = _told(tokens, entry, family)
+        owner = next((number for number, known in enumerate(own) if _are_same(known, tensors)), index)
+        own.append(tensors)
+        messages.append(_message(side, entry, shape, None if owner == index else owner))
+        if owner == index:
+            bodies |= {f"{side}.{index}.{name}": repeated(tensor, shape[0]) for name, tensor in tensors.items()}
+        if "mask" in entry:
+            bodies[f"{side}.{index}.region"] = _region(side, entry["mask"], shape[0])
+    return tuple(messages), bodies
+
+
+def _check(side: str, entry: Mapping[str, Any], family: str) -> None:
+    """Raise `UserError` for what cannot travel, or is missing."""
     travel = TRAVELS[family]
-    names = {**travel.needs, **travel.takes}
     for key, advice in CANNOT_TRAVEL.items():
-        if entry.get(key) is not None and key not in names:
+        taken = key in travel.needs or key in travel.takes or (key == "reference_latents" and travel.references)
+        if entry.get(key) is not None and not taken:
             raise _refused(side, key, advice, key in IN_KSAMPLER)
-    for key, neutral in NEUTRAL.items():
-        if entry.get(key, neutral) != neutral:
-            raise _refused(side, f"{key}={entry[key]}", f"Set it to {neutral}", key in IN_KSAMPLER)
     for key in travel.needs:
         if entry.get(key) is None:
             raise UserError(
                 f"The {side} conditioning has no {key}, which this {family} model needs.",
                 f"Use the text encoders that belong to the model ({travel.encoders}).",
             )
-    tensors = {f"{side}.0.{name}": entry[key] for key, name in names.items() if entry.get(key) is not None}
-    message = Conditioning(
+
+
+def _told(tokens: Tensor, entry: Mapping[str, Any], family: str) -> dict[str, Tensor]:
+    """The tensors of an entry that the model is told, by the names in the request."""
+    names = {**TRAVELS[family].needs, **TRAVELS[family].takes}
+    references = enumerate(entry.get("reference_latents") or ())
+    return {
+        "tokens": tokens,
+        **{name: entry[key] for key, name in names.items() if entry.get(key) is not None},
+        **{f"reference.{number}": reference for number, reference in references},
+    }
+
+
+def _are_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
+def repeated(tensor: Tensor, batch: int) -> Tensor:
+    """`[1, …]`, or one row for each picture: over and over where there are too few, as in ComfyUI."""
+    if len(tensor) in (1, batch):
+        return tensor
+    return tensor.repeat(-(-batch // len(tensor)), *[1] * (tensor.ndim - 1))[:batch]
+
+
+def _message(side: str, entry: Mapping[str, Any], shape: Sequence[int], prompt: int | None) -> Conditioning:
+    strength = entry.get("strength", 1.0) * (entry.get("mask_strength", 1.0) if "mask" in entry else 1.0)
+    if abs(strength) > MAX_STRENGTH:
+        raise _refused(side, f"a strength of {strength:g}", f"Make it at most {MAX_STRENGTH:g}")
+    places = entry.get("reference_latents_method") or REFERENCE_PLACES[0]
+    if places not in REFERENCE_PLACES:
+        raise _refused(side, f"reference_latents_method={places}", f"Use one of {', '.join(REFERENCE_PLACES)}")
+    return Conditioning(
         guidance=entry.get("guidance", DEFAULT_GUIDANCE),
         size=_size(side, entry, ""),
         target_size=_size(side, entry, "target_"),
+        references=len(entry.get("reference_latents") or ()),
+        reference_places=places,
+        prompt=prompt,
+        area=area_within(side, entry, shape),
+        strength=strength,
+        start=_percent(max(entry.get("start_percent", 0.0), entry.get("clip_start_percent", 0.0))),
+        end=_percent(min(entry.get("end_percent", 1.0), entry.get("clip_end_percent", 1.0))),
     )
-    return (message,), {f"{side}.0.tokens": tokens, **tensors}
+
+
+def _percent(share: float) -> float:
+    return min(max(float(share), 0.0), 1.0)
+
+
+def _region(side: str, mask: Tensor, batch: int) -> Tensor:
+    """A mask `[n, H, W]` for a batch: one row, or one for each picture."""
+    mask = mask[:batch]
+    if batch % len(mask):
+        raise UserError(
+            f"The {side} conditioning has {len(mask)} masks for a batch of {batch}.",
+            f"Give one mask, or {batch}.",
+        )
+    return repeated(mask, batch)
 
 
 def entry_of(tensors: Mapping[str, Tensor], guidance: float) -> list[Any]:

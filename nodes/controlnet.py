@@ -54,13 +54,29 @@ class WaitingControl:
     image: Tensor
     vae: Any
 
-    def picture(self, like: Tensor) -> Tensor:
-        """What travels of the picture, for a latent `like` `[B, C, h, w]`: its latent of that size, or its pixels."""
-        height, width = (CELL * side for side in like.shape[2:])
-        picture = resized(self.image, height, width)
+    def picture(self, height: int, width: int) -> Tensor:
+        """What travels of the picture, for a latent of `height` and `width`: its latent of that size, or its pixels."""
+        picture = resized(self.image, CELL * height, CELL * width)
         if self.vae is None:
             return picture.movedim(-1, 1).float().contiguous()
-        return self.vae.encode(picture)[:, :, : like.shape[2], : like.shape[3]].float()
+        return self.vae.encode(picture)[:, :, :height, :width].float()
+
+
+@dataclass(frozen=True)
+class PlacedControl:
+    """A ControlNet whose whole picture is laid over the latent, or over an area of `size` (height and width)."""
+
+    control: WaitingControl
+    size: tuple[int, int] | None
+
+    @property
+    def message(self) -> Control:
+        return self.control.message
+
+    def picture(self, like: Tensor) -> Tensor:
+        """What travels of the picture for a run over the latent `like` `[B, C, h, w]`."""
+        height, width = self.size or like.shape[2:]
+        return self.control.picture(height, width)
 
 
 class ParallelDiTControlNetLoader:
@@ -214,27 +230,29 @@ def waiting(side: str, entry: Mapping[str, Any]) -> WaitingControls:
 
 def travelling(
     sides: Mapping[str, tuple[tuple[Conditioning, ...], list[Any]]],
-) -> tuple[dict[str, tuple[Conditioning, ...]], list[WaitingControl]]:
+) -> tuple[dict[str, tuple[Conditioning, ...]], list[PlacedControl]]:
     """The sides' entries, which name their controls, and these.
 
     `sides`: by side the message's entries and the CONDITIONING that they come from.
     """
-    controls: list[WaitingControl] = []
+    controls: list[PlacedControl] = []
     named: dict[str, tuple[Conditioning, ...]] = {}
-    for side, (entries, conditioning) in sides.items():
-        numbers = [[_number(controls, each) for each in waiting(side, entry)] for _, entry in conditioning]
-        named[side] = tuple(
-            entry.model_copy(update={"controls": tuple(own)}) for entry, own in zip(entries, numbers, strict=True)
-        )
+    for side, (messages, conditioning) in sides.items():
+        own = []
+        for message, (_, entry) in zip(messages, conditioning, strict=True):
+            size = None if message.area is None else message.area[:2]
+            numbers = tuple(_number(controls, each, size) for each in waiting(side, entry))
+            own.append(message.model_copy(update={"controls": numbers}))
+        named[side] = tuple(own)
     return named, controls
 
 
-def _number(controls: list[WaitingControl], control: WaitingControl) -> int:
+def _number(controls: list[PlacedControl], control: WaitingControl, size: tuple[int, int] | None) -> int:
     """Its place among `controls`, where it is put if it is not there yet: both prompts mostly have the same."""
     for index, known in enumerate(controls):
-        if known is control:
+        if known.control is control and known.size == size:
             return index
-    controls.append(control)
+    controls.append(PlacedControl(control, size))
     return len(controls) - 1
 
 

@@ -133,7 +133,8 @@ def travelling(
     number = POSITIVE if side == "positive" else NEGATIVE
     tensors = {
         f"{side}.{index}.{name}": tensor
-        for index in range(len(entries))
+        for index, entry in enumerate(entries)
+        if entry.prompt is None
         for name, tensor in embeddings(pictures, number).items()
     }
     return tuple(entry.model_copy(update={"image_prompts": messages}) for entry in entries), tensors

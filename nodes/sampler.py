@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.fitting import Work, check_layout
 from ..parallel_backend.protocol.messages import Adapters, Sample
 from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
-from . import conditioning, controlnet, host, ip_adapter, latent, patches, session
+from . import conditioning, controlnet, host, ip_adapter, latent, patches, regions, session
 from .handles import handle_of
 from .layout import LayoutChoice
 from .validation import verdict
@@ -98,24 +99,31 @@ class ParallelDiTSampler:
             raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
 
         tensors = latent.travelling(latent_image, handle)
-        positives, positive_tensors = conditioning.travelling("positive", positive, handle.family)
-        negatives, negative_tensors = (), {}
-        if negative is not None and cfg != 1.0:
-            negatives, negative_tensors = conditioning.travelling("negative", negative, handle.family)
-        sides = {"positive": (positives, positive), "negative": (negatives, negative if negatives else [])}
-        named, controls = controlnet.travelling(sides)
-        for side, entries in named.items():
-            named[side], shown = ip_adapter.travelling(entries, side, handle.pictures)
-            tensors |= shown
+        shape = tensors["latent"].shape
+        sides = regions.placed_sides(positive, negative or [], shape)
+        if cfg == 1.0:
+            del sides["negative"]
+        travelling = {side: conditioning.travelling(side, each, handle.family, shape) for side, each in sides.items()}
+        named, controls = controlnet.travelling({side: (travelling[side][0], sides[side]) for side in sides})
+        for side, (_, prompt_tensors) in travelling.items():
+            named[side], shown = ip_adapter.travelling(named[side], side, handle.pictures)
+            tensors |= prompt_tensors | shown
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
-        tensors |= positive_tensors | negative_tensors | ({} if sigmas is None else {"sigmas": sigmas})
+        tensors |= {} if sigmas is None else {"sigmas": sigmas}
         batch = len(tensors["latent"])
         changes = here.changes(model)
 
         choice = handle.layout or LayoutChoice()
         client = session.client_for(handle.layout.ranks if handle.layout else None)
-        layout = choice.resolve(client.welcome.ranks, batch=batch, guided=bool(negatives))
-        check_layout(layout, Work(batch=batch, cfg=cfg, has_negative=negative is not None, controls=len(controls)))
+        layout = choice.resolve(client.welcome.ranks, batch=batch, guided="negative" in named)
+        work = Work(
+            batch=batch,
+            cfg=cfg,
+            has_negative=negative is not None,
+            controls=len(controls),
+            entries=tuple(chain.from_iterable(named.values())),
+        )
+        check_layout(layout, work)
         tensors |= {f"control.{index}": control.picture(tensors["latent"]) for index, control in enumerate(controls)}
         patches.deliver(client, changes)
         message = Sample(
@@ -123,7 +131,7 @@ class ParallelDiTSampler:
             model=handle.ref,
             layout=layout,
             positive=named["positive"],
-            negative=named["negative"],
+            negative=named.get("negative", ()),
             cfg=cfg,
             sampler=sampler_name,
             schedule=schedule,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..launcher.client import Client
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import Adapters, Conditioning, EndRun, Predict, ResidualList, WeightChange
+from ..parallel_backend.protocol.messages import Adapters, EndRun, Predict, Prompt, ResidualList, WeightChange
 from . import host, ip_adapter, patches, session
+from .conditioning import REFERENCE_PLACES
 from .handles import OWN_LOADER, ModelHandle
 from .layout import LayoutChoice
 from .patches import SentChange
@@ -37,7 +38,6 @@ TAKES: dict[str, Mapping[str, str]] = {
 CONTROLLED = ("flux", "sd3", "hunyuandit")
 """Families whose networks add the residuals of ControlNets."""
 CANNOT_TRAVEL = {
-    "ref_latents": ("reference latents", "Remove the ReferenceLatent node"),
     "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
     "style": ("a style", "Remove the node that sets it"),
 }
@@ -49,10 +49,10 @@ class _Prompt:
     """One condition of a run: `tensors` of one row, or of one for each picture."""
 
     key: str
-    entry: Conditioning
+    entry: Prompt
     tensors: dict[str, Tensor]
 
-    def equals(self, entry: Conditioning, tensors: Mapping[str, Tensor]) -> bool:
+    def equals(self, entry: Prompt, tensors: Mapping[str, Tensor]) -> bool:
         return (
             entry == self.entry
             and tensors.keys() == self.tensors.keys()
@@ -159,6 +159,8 @@ class StepwiseModel:
         ]
         names = TAKES[run.handle.family]
         tensors = {name: inputs[key][rows] for key, name in names.items() if inputs.get(key) is not None}
+        references = enumerate(inputs.get("ref_latents") or ())
+        tensors |= {f"reference.{number}": reference[rows] for number, reference in references}
         tensors |= ip_adapter.embeddings(pictures, side)
         prompts = tuple(picture.message for picture in pictures)
         entry = entry_of_inputs(inputs, rows).model_copy(update={"image_prompts": prompts})
@@ -194,6 +196,12 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> None:
                 f"The model is given {what}, which cannot be sent to the ranks.",
                 f"{advice}, or {OWN_LOADER}",
             )
+    places = inputs.get("ref_latents_method")
+    if places is not None and places not in REFERENCE_PLACES:
+        raise UserError(
+            f"The model is given reference_latents_method={places}, which the ranks do not know.",
+            f"Use one of {', '.join(REFERENCE_PLACES)}, or {OWN_LOADER}",
+        )
 
 
 def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[int | None, ...]], dict[str, Tensor]]:
@@ -221,8 +229,8 @@ def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[in
     return {name: own for name, own in lists.items() if own}, kept
 
 
-def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Conditioning:
-    """What the networks are told beside tensors: distilled guidance, the picture's size."""
+def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Prompt:
+    """What the networks are told beside tensors: distilled guidance, the picture's size, references."""
     guidance, size, target_size = _shared(inputs.get("guidance"), rows), None, None
     if inputs.get("c_size") is not None:
         height, width = size = _shared(inputs["c_size"], rows, 2)
@@ -240,7 +248,13 @@ def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Conditioning:
                 f"The model is told of a crop at {left}, {top}, which cannot be sent to the ranks.",
                 "Remove the node that sets it.",
             )
-    return Conditioning(guidance=guidance, size=size, target_size=target_size)
+    return Prompt(
+        guidance=guidance,
+        size=size,
+        target_size=target_size,
+        references=len(inputs.get("ref_latents") or ()),
+        reference_places=inputs.get("ref_latents_method") or REFERENCE_PLACES[0],
+    )
 
 
 def _shared(values: Tensor | None, rows: slice, numbers: int = 0) -> Any:

@@ -8,6 +8,7 @@ from math import log2
 
 from .errors import UserError
 from .layout import AXES, Layout
+from .protocol.messages import Conditioning
 
 Misfit = tuple[str, str]
 """What clashes, with its numbers; what to do."""
@@ -22,7 +23,7 @@ class Work:
 
     `ranks`: that there are; `batch`: pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not
     evaluated; `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a
-    strip of the latent alone; `controls`: ControlNets.
+    strip of the latent alone; `controls`: ControlNets; `entries`: of both sides.
     """
 
     ranks: int | None = None
@@ -34,6 +35,7 @@ class Work:
     sampler: str | None = None
     elementwise: tuple[str, ...] = ()
     controls: int = 0
+    entries: tuple[Conditioning, ...] = ()
 
 
 def check_layout(layout: Layout, work: Work) -> None:
@@ -198,4 +200,52 @@ def _controls(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-RULES = (_cfg_degree, _ranks, _weights, _old_keys, _batch, _guidance, _stages, _patches, _sampler, _controls)
+def _areas(layout: Layout, work: Work) -> Misfit | None:
+    if layout.pipefusion_degree == 1 or all(entry.area is None for entry in work.entries):
+        return None
+    return (
+        f"A prompt is for an area of the picture, but pipefusion_degree={layout.pipefusion_degree} predicts in strips "
+        "that are as wide as the picture.",
+        "Set pipefusion_degree to 1, or give the prompt a mask (set_cond_area default) in place of the area.",
+    )
+
+
+def _time_ranges(layout: Layout, work: Work) -> Misfit | None:
+    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
+    ranges = [(entry.start, entry.end) for entry in work.entries if entry.start > 0.0 or entry.end < 1.0]
+    if not approximate or not ranges:
+        return None
+    (start, end), name = ranges[0], approximate[0]
+    return (
+        f"A prompt counts from {start:g} to {end:g} of the run, but {name}_degree={layout.degree(name)} goes on from "
+        "its keys and values of the step before.",
+        f"Set {name}_degree to 1, or let the prompt count for the whole run.",
+    )
+
+
+def _references(layout: Layout, work: Work) -> Misfit | None:
+    references = max((entry.references for entry in work.entries), default=0)
+    if layout.pipefusion_degree == 1 or not references:
+        return None
+    return (
+        f"A prompt has {references} reference pictures, whose tokens are in none of the strips that "
+        f"pipefusion_degree={layout.pipefusion_degree} cuts the picture into.",
+        "Set pipefusion_degree to 1.",
+    )
+
+
+RULES = (
+    _cfg_degree,
+    _ranks,
+    _weights,
+    _old_keys,
+    _batch,
+    _guidance,
+    _stages,
+    _patches,
+    _sampler,
+    _controls,
+    _areas,
+    _time_ranges,
+    _references,
+)

@@ -12,13 +12,14 @@ from torch import Tensor
 from .adapters.residuals import given_residuals
 from .attention.core import make_attention
 from .comm import split_sizes
+from .conditioning import image_prompts_of, pictures_of, prompt_of
 from .errors import UserError
 from .families.base import Family
 from .fitting import Work, check_layout
 from .layout import Layout
 from .mesh import Mesh
 from .protocol.messages import Predict
-from .sample_request import check_latent, condition_of, image_prompts_from, pictures_of
+from .sample_request import check_latent
 from .strategies.sequence import SequenceParallel
 from .told import Told, ToldConditions
 
@@ -51,14 +52,12 @@ def predict(
     check_exact(request.layout)
     check_layout(request.layout, Work(batch=batch))
     for key, entry in request.told.items():
-        condition = condition_of(
-            entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *latent.shape[1:]))
-        )
+        condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *latent.shape[1:])))
         told[key] = Told(condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family))
     conditions = []
     for each in (told[key] for key in request.conditions):
         asked = list(zip(each.prompts, each.pictures, strict=True))
-        prompts = image_prompts_from(asked, adapters, family, mesh, batch)
+        prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
         conditions.append(replace(each.condition, image_prompts=prompts))
     given = given_residuals(request.residuals, tensors, family, latent.shape) if request.residuals else None
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .adapters.controlnet import Control, ControlNet
-from .adapters.ip_adapter import ImagePrompt, IPAdapter, check_family
+from .adapters.controlnet import ControlNet
+from .adapters.ip_adapter import IPAdapter
 from .attention.core import AttentionCore, make_attention
 from .attention.site import Attention
 from .comm import Axis, split_sizes
+from .conditioning import Inputs, control_of, entries_of, sizes_of_controls
 from .errors import UserError
-from .families.base import CELL, CONDITION_TENSORS, Condition, Family
+from .families.base import Family
 from .fitting import Work, check_layout
 from .layout import Layout, patches_of
 from .mesh import Mesh
-from .protocol import messages
-from .protocol.messages import Conditioning, Sample
+from .protocol.messages import Sample
 from .sampling.driver import SamplingJob, StepContext, latent_mask
 from .sampling.driver import run as run_sampler
-from .sampling.model_sampling import ModelSampling
 from .sampling.noise import GaussianNoise, initial_noise
 from .sampling.samplers import SAMPLERS, NoiseKind, find_sampler
 from .sampling.schedules import sigmas_for
@@ -59,31 +56,32 @@ def sample(
     check_latent(latent, family, family.latent_channels)
     batch = latent.shape[0]
     model_sampling = family.model_sampling(request.sampling_shift)
+    entries = (*request.positive, *request.negative)
+    sizes = sizes_of_controls(entries, len(request.controls), latent.shape)
     controls = [
-        control_from(
-            control, tensors.get(f"control.{index}"), (nets or {})[control.net.path], family, model_sampling, latent
+        control_of(
+            control,
+            tensors.get(f"control.{index}"),
+            (nets or {})[control.net.path],
+            family,
+            model_sampling,
+            (batch, *sizes[index]),
         )
         for index, control in enumerate(request.controls)
     ]
-
-    def side(entries: tuple[Conditioning, ...], name: str) -> Condition:
-        condition = condition_from(entries, name, tensors, family, latent.shape, controls)
-        pictures = pictures_of(entries[0], f"{name}.0.", tensors, family)
-        asked = list(zip(entries[0].image_prompts, pictures, strict=True))
-        prompts = image_prompts_from(asked, adapters or {}, family, mesh, batch, model_sampling)
-        return replace(condition, image_prompts=prompts)
-
-    positive = side(request.positive, "positive")
-    negative = side(request.negative, "negative") if request.negative else None
+    inputs = Inputs(tensors, family, model_sampling, latent.shape, controls, adapters or {}, mesh.tensor)
+    positive = entries_of(request.positive, "positive", inputs)
+    negative = entries_of(request.negative, "negative", inputs)
     token_rows = -(-latent.shape[2] // family.patch_size)
     work = Work(
         batch=batch,
         cfg=request.cfg,
-        has_negative=negative is not None,
+        has_negative=bool(negative),
         blocks=len(family.blocks),
         token_rows=token_rows,
         sampler=find_sampler(request.sampler).name,
         controls=len(request.controls),
+        entries=entries,
         elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
     )
     check_layout(request.layout, work)
@@ -110,8 +108,8 @@ def sample(
         strategy.predict,
         model_sampling,
         mesh.cfg,
-        positive.part(own, batch),
-        negative.part(own, batch) if negative else None,
+        [entry.part(own, batch) for entry in positive],
+        [entry.part(own, batch) for entry in negative],
         request.cfg,
     )
 
@@ -207,129 +205,6 @@ def check_latent(latent: Tensor, family: Family, channels: int) -> None:
         raise UserError(
             "The latent that comes in holds NaN or infinite values.",
             "Look at the node that made it; sampling did not start.",
-        )
-
-
-def condition_from(
-    entries: tuple[Conditioning, ...],
-    side: str,
-    tensors: dict[str, Tensor],
-    family: Family,
-    shape: torch.Size,
-    controls: Sequence[Control] = (),
-) -> Condition:
-    """The condition of one side for a latent of `shape`, on the family's device.
-
-    Raises `UserError` for what cannot be sampled.
-    """
-    if len(entries) != 1:
-        raise UserError(
-            f"The {side} conditioning has {len(entries)} entries; the Parallel Sampler takes one.",
-            "Remove ConditioningCombine or ConditioningSetArea before it.",
-        )
-    condition = condition_of(entries[0], f"{side}.0.", side, tensors, family, shape)
-    named = entries[0].controls
-    if named and not 0 <= min(named) <= max(named) < len(controls):
-        raise UserError(f"The {side} conditioning names controls {named}, of which {len(controls)} were sent.")
-    return replace(condition, controls=tuple(controls[index] for index in named))
-
-
-def condition_of(
-    entry: Conditioning, prefix: str, side: str, tensors: dict[str, Tensor], family: Family, shape: torch.Size
-) -> Condition:
-    """One entry with those of its tensors whose names begin with `prefix`; errors say that it is of `side`.
-
-    Where no size of the picture is told, the model is told that of the latent of `shape` `[B, C, H, W]`.
-    """
-    given: dict[str, Any] = {
-        name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors
-    }
-    check_condition_tensors(given, side, shape[0])
-    size = entry.size or (shape[2] * CELL, shape[3] * CELL)
-    condition = Condition(**given, guidance=entry.guidance, size=size, target_size=entry.target_size)
-    family.check_condition(condition)
-    return condition
-
-
-def control_from(
-    control: messages.Control,
-    picture: Tensor | None,
-    net: ControlNet,
-    family: Family,
-    model_sampling: ModelSampling,
-    latent: Tensor,
-) -> Control:
-    """A ControlNet at work in a run over `latent`. Raises `UserError` for what does not fit together."""
-    net.work_with(family, control.mode)
-    wanted = list(latent.shape[1:])
-    if net.info.takes_pixels:
-        wanted = [3, latent.shape[2] * CELL, latent.shape[3] * CELL]
-    if picture is None or picture.shape[0] not in (1, len(latent)) or list(picture.shape[1:]) != wanted:
-        found = "is missing" if picture is None else f"has the shape {list(picture.shape)}"
-        what = "control picture" if net.info.takes_pixels else "latent of the control picture"
-        raise UserError(
-            f"The {what} for {net.info.name} {found}; this run takes {[len(latent), *wanted]}.",
-            "Look at the node that made it, and at its VAE.",
-        )
-    return Control(
-        net,
-        net.see(picture),
-        control.strength,
-        control.mode,
-        start=clock_at(control.start, model_sampling),
-        end=clock_at(control.end, model_sampling),
-    )
-
-
-def pictures_of(entry: Conditioning, prefix: str, tensors: dict[str, Tensor], family: Family) -> list[Tensor]:
-    """The pictures of an entry's image prompts, on the family's device. Raises `UserError` when one is missing."""
-    names = [f"{prefix}image.{number}" for number in range(len(entry.image_prompts))]
-    if missing := [name for name in names if name not in tensors]:
-        raise UserError(f"The request carries no {missing[0]}.", "Use one version of this node pack on all sides.")
-    return [tensors[name].to(family.device, family.dtype) for name in names]
-
-
-def image_prompts_from(
-    asked: Sequence[tuple[messages.ImagePrompt, Tensor]],
-    adapters: Mapping[str, IPAdapter],
-    family: Family,
-    mesh: Mesh,
-    batch: int,
-    model_sampling: ModelSampling | None = None,
-) -> tuple[ImagePrompt, ...]:
-    """Pictures at work in a run, in parts of it where the `model_sampling` is told. Raises `UserError` for misfits."""
-    prompts = []
-    for prompt, picture in asked:
-        adapter = adapters[prompt.adapter.path]
-        check_family(adapter.info, family)
-        adapter.check_picture(picture, batch)
-        start, end = math.inf, -math.inf
-        if model_sampling:
-            start, end = (clock_at(percent, model_sampling) for percent in (prompt.start, prompt.end))
-        prompts.append(ImagePrompt(adapter, picture, prompt.weight, start, end, mesh.tensor))
-    return tuple(prompts)
-
-
-def clock_at(percent: float, model_sampling: ModelSampling) -> float:
-    """The model's clock at that part of the run; beyond all of its times at the ends."""
-    if percent in (0.0, 1.0):
-        return math.inf if percent == 0.0 else -math.inf
-    return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
-
-
-def check_condition_tensors(given: dict[str, Tensor], side: str, batch: int) -> None:
-    """Raise `UserError` for tensors of a condition that do not fit each other or the batch."""
-    shapes = {name: list(tensor.shape) for name, tensor in given.items()}
-    fits = "tokens" in given and all(
-        len(shape) == CONDITION_TENSORS[name] and shape[0] in (1, batch) and all(shape)
-        for name, shape in shapes.items()
-    )
-    for mask, tokens in (("mask", "tokens"), ("mask_2", "tokens_2")):
-        fits = fits and (mask not in given or (tokens in given and shapes[mask][1] == shapes[tokens][1]))
-    if not fits:
-        raise UserError(
-            f"The {side} conditioning does not fit together, or not the batch of {batch}: {shapes}.",
-            "Look at the node that made it.",
         )
 
 

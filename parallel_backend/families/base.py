@@ -86,8 +86,9 @@ class Condition:
 
     `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
     `pooled` `[B, Cp]`; the distilled `guidance` scale (None: the model is told of none); what the model is told of the
-    picture's `size` and `target_size` (height and width, in pixels; every request tells a size); the `controls` that
-    add to it; the pictures that it is shown.
+    picture's `size` and `target_size` (height and width, in pixels; every request tells a size); the latents of
+    `references` `[B, C, h, w]` that it looks at, scaled as its own, and by what rule they lie beside it; the `controls`
+    that add to it; the pictures that it is shown.
     """
 
     tokens: Tensor
@@ -98,6 +99,8 @@ class Condition:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    references: tuple[Tensor, ...] = ()
+    reference_places: str = "offset"
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
 
@@ -111,6 +114,7 @@ class Condition:
         return replace(
             self,
             **tensors,
+            references=tuple(map(of, self.references)),
             controls=tuple(control.part(part, batch) for control in self.controls),
             image_prompts=tuple(prompt.part(part, batch) for prompt in self.image_prompts),
         )
@@ -171,6 +175,7 @@ class Family(ABC):
 
     `max_side`: the most rows or columns of image tokens that the model has positions for. `carries_text`: whether text
     tokens go through the blocks beside the image's; otherwise every rank has all of the text, and the state's is empty.
+    `takes_references`: whether image tokens of reference pictures may follow the picture's.
     """
 
     name: str
@@ -181,6 +186,7 @@ class Family(ABC):
     latent_shift: float = 0.0
     max_side: int | None = None
     carries_text: bool = True
+    takes_references: bool = False
 
     def __init__(
         self,
@@ -227,9 +233,9 @@ class Family(ABC):
     def embed(
         self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
     ) -> TokenState:
-        """Whole-picture latent `tokens` `[B, S, c]` -> the state of those in `shard`.
+        """Whole-picture latent `tokens` `[B, S, c]`, those of references after them -> the state of those in `shard`.
 
-        `timestep` `[B]` is what `model_sampling.timestep` gives; `grid`: rows and columns of image tokens.
+        `timestep` `[B]` is what `model_sampling.timestep` gives; `grid`: rows and columns of the picture's tokens.
         """
 
     @abstractmethod
@@ -279,6 +285,11 @@ class Family(ABC):
             # Wrapping around is what the reference implementations do with a half patch at the border.
             latent = F.pad(latent, (0, -width % patch, 0, -height % patch), mode="circular")
         return F.pixel_unshuffle(latent, patch).flatten(2).transpose(1, 2)
+
+    def tokenize_all(self, latent: Tensor, condition: Condition) -> Tensor:
+        """The tokens of `latent` `[B, C, H, W]`, then those of the condition's references, one after the other."""
+        pictures = [latent, *(each.to(latent).expand(len(latent), -1, -1, -1) for each in condition.references)]
+        return torch.cat([self.tokenize(picture) for picture in pictures], dim=1)
 
     def untokenize(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """The inverse of `tokenize`: `[B, S, C * patch_size**2]` -> `[B, C, height, width]`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -87,12 +87,31 @@ class SingleBlock:
         return replace(state, text=text, image=image)
 
 
+class Place(NamedTuple):
+    """Where the tokens of a picture are: `index` on the first axis of positions, rows and columns on the others."""
+
+    index: int
+    top: int
+    left: int
+    rows: int
+    columns: int
+
+    def ids(self, device: torch.device) -> Tensor:
+        """`[rows * columns, 3]`, row by row."""
+        ids = torch.empty(self.rows, self.columns, 3, device=device)
+        ids[..., 0] = self.index
+        ids[..., 1] = torch.arange(self.top, self.top + self.rows, device=device)[:, None]
+        ids[..., 2] = torch.arange(self.left, self.left + self.columns, device=device)
+        return ids.flatten(0, 1)
+
+
 class Flux(Family):
     name = "flux"
     latent_channels = 16
     patch_size = 2
     latent_scale = 0.3611
     latent_shift = 0.1159
+    takes_references = True
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
         super().__init__(transformer, dtype, device, **latent)
@@ -101,7 +120,7 @@ class Flux(Family):
         self._single_blocks = [SingleBlock(layer) for layer in self.transformer.single_transformer_blocks]
         self.blocks = [*map(_double_block, self.transformer.transformer_blocks), *self._single_blocks]
         self.prompt_sites = range(len(self.transformer.transformer_blocks))
-        self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
+        self._rotary = lru_cache(maxsize=32)(self._compute_rotary)
 
     @property
     def input_channels(self) -> int:
@@ -147,7 +166,7 @@ class Flux(Family):
             guidance = torch.full_like(timestep, condition.guidance) * 1000
             modulation = model.time_text_embed(timestep, guidance, pooled)
         text_length = condition.tokens.shape[1]
-        rotary = self._rotary(text_length, grid)
+        rotary = self._rotary(text_length, (Place(0, 0, 0, *grid), *self._reference_places(condition, grid)))
         return TokenState(
             image=image,
             text=text,
@@ -158,13 +177,36 @@ class Flux(Family):
     def head(self, state: TokenState) -> Tensor:
         return self.transformer.proj_out(self.transformer.norm_out(state.image, state.modulation))
 
-    def _compute_rotary(self, text_length: int, grid: tuple[int, int]) -> Tensor:
+    def _reference_places(self, condition: Condition, grid: tuple[int, int]) -> list[Place]:
+        """Where the references are, by the rule that the condition names.
+
+        "index": each at the picture's own rows and columns, at the next position of the first axis. "offset": all at
+        position 1, each right of those before or below them, whichever keeps the whole smaller. "uxo" (UNO, arXiv
+        2504.02160): each right below the one before, the first right below the picture.
+        """
+        patch = self.patch_size
+        places: list[Place] = []
+        bottom = right = 0
+        for number, reference in enumerate(condition.references, start=1):
+            height, width = reference.shape[-2:]
+            index = top = left = 0
+            if condition.reference_places == "index":
+                index = number
+            elif condition.reference_places == "uxo":
+                top, left = grid[0] * patch + bottom, grid[1] * patch + right
+                bottom, right = bottom + height, right + width
+            else:
+                index = 1
+                top, left = (0, right) if height + bottom > width + right else (bottom, 0)
+                bottom, right = max(bottom, height + top), max(right, width + left)
+            corner_and_size = (-(-cells // patch) for cells in (top, left, height, width))
+            places.append(Place(index, *corner_and_size))
+        return places
+
+    def _compute_rotary(self, text_length: int, places: tuple[Place, ...]) -> Tensor:
         """Rotations `[St + S, D / 2]`: text tokens sit at position 0, image tokens at their row and column."""
-        rows, columns = grid
-        ids = torch.zeros(text_length + rows * columns, 3, device=self.device)
-        ids[text_length:, 1] = torch.arange(rows, device=self.device).repeat_interleave(columns)
-        ids[text_length:, 2] = torch.arange(columns, device=self.device).repeat(rows)
-        return rotations(*self.transformer.pos_embed(ids))
+        ids = [torch.zeros(text_length, 3, device=self.device), *(place.ids(self.device) for place in places)]
+        return rotations(*self.transformer.pos_embed(torch.cat(ids)))
 
 
 def _double_block(layer: nn.Module) -> Block:

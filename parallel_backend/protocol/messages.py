@@ -104,8 +104,9 @@ Percent = Annotated[float, Field(ge=0.0, le=1.0)]
 class Control(Message):
     """A ControlNet at work, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
 
-    Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it; for one that takes
-    pixels [B or 1, 3, 8 h, 8 w], the control picture in 0..1.
+    Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it, of the size of the
+    latent, or of the area of the entries that name it; for one that takes pixels [B or 1, 3, 8 h, 8 w], the control
+    picture in 0..1.
     """
 
     net: ControlNetRef
@@ -199,10 +200,16 @@ class Schedule(Message):
     denoise: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
-class Conditioning(Message):
-    """One entry. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, as far as the model takes them, `….pooled`
-    [B or 1, Cp], `….mask` [B or 1, St], and the second text encoder's `….tokens_2` and `….mask_2`; for each of the
-    `image_prompts` `….image.<number>` [B or 1, …], the picture as the IP-Adapter's image encoder gives it.
+ReferencePlaces = Literal["offset", "index", "uxo"]
+"""Where reference pictures lie beside the picture: ComfyUI's names for it (families/flux.py says what they mean)."""
+
+
+class Prompt(Message):
+    """What one prediction is told. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, as far as the model takes them,
+    `….pooled` [B or 1, Cp], `….mask` [B or 1, St], the second text encoder's `….tokens_2` and `….mask_2`, and as many
+    `….reference.<number>` [B or 1, C, h, w] as there are `references`: latents of pictures to look at, scaled as the
+    request's latent is. For each of the `image_prompts` `….image.<number>` [B or 1, …], the picture as the IP-Adapter's
+    image encoder gives it.
 
     `size` and `target_size`: height and width in pixels, for models that are told of them.
     """
@@ -210,8 +217,28 @@ class Conditioning(Message):
     guidance: float | None = None
     size: Size | None = None
     target_size: Size | None = None
-    controls: tuple[int, ...] = Field(default=(), description="indices into the request's controls")
+    references: int = Field(default=0, ge=0, le=16)
+    reference_places: ReferencePlaces = "offset"
     image_prompts: tuple[ImagePrompt, ...] = Field(default=(), max_length=16)
+
+
+Cells = Annotated[int, Field(ge=0, le=1 << 17)]
+
+
+class Conditioning(Prompt):
+    """One entry of a side: a prompt, and where, when and how much it counts among the others (strategies/entries.py).
+
+    `prompt`: the earlier entry of this side whose tensors it shares; without one it has its own. `area`: height, width,
+    top and left, in cells of the latent. It counts from `start` to `end` of the run. Tensor `<side>.<index>.region`
+    [B or 1, H, W]: how much it counts in each cell of the latent, times `strength`.
+    """
+
+    prompt: int | None = Field(default=None, ge=0)
+    area: tuple[Cells, Cells, Cells, Cells] | None = None
+    strength: Strength = 1.0
+    start: Percent = 0.0
+    end: Percent = 1.0
+    controls: tuple[int, ...] = Field(default=(), description="indices into the request's controls")
 
 
 class FindChanges(Request):
@@ -238,8 +265,8 @@ class Sample(Request):
     type: Literal["sample"] = "sample"
     model: ModelRef
     layout: Layout
-    positive: tuple[Conditioning, ...] = Field(min_length=1)
-    negative: tuple[Conditioning, ...] = ()
+    positive: tuple[Conditioning, ...] = Field(min_length=1, max_length=64)
+    negative: tuple[Conditioning, ...] = Field(default=(), max_length=64)
     cfg: float = Field(default=1.0, ge=0.0, le=1000.0)
     sampler: str
     schedule: Schedule | None
@@ -269,7 +296,7 @@ class Predict(Request):
 
     `run` names the sampler's run. Its conditions are told once, in `told`, and named by their keys from then on; those
     of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
-    `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Conditioning`
+    `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Prompt`
     that is told (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own ControlNets,
     which `residuals` puts where ComfyUI's lists "input" and "output" have them.
 
@@ -281,7 +308,7 @@ class Predict(Request):
     layout: Layout
     run: Key
     conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
-    told: dict[Key, Conditioning] = Field(default_factory=dict, max_length=256)
+    told: dict[Key, Prompt] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
     residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
-from ..comm import Axis
+from ..comm import Axis, split_sizes
 from ..families.base import Condition
 from ..sampling.model_sampling import ModelSampling
+from .entries import EVERYWHERE, Entry, sum_of_weights, weighted_sum
 
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 """`predict(latent [B, C, H, W], timestep [B], condition)`: a transformer's output, however many ranks compute it."""
+
+Sided = tuple[int, Entry]
+"""An entry and the number of its side: 0 of the positive one, 1 of the negative one."""
 
 
 class Guidance:
     """From a transformer's output to a guided, denoised latent (Ho and Salimans, arXiv 2207.12598).
 
-    With a CFG axis of two, its first rank evaluates the positive condition and its second the negative one; each step
-    they exchange one prediction. At `cfg` 1, or without a negative condition, only the positive one is evaluated.
+    With a CFG axis of two, each of its ranks evaluates half of the entries of both sides; of a single positive and a
+    single negative one that is one each. Each step they exchange a sum of predictions for every side that they have
+    entries of. At `cfg` 1, or without negative entries, only the positive ones are evaluated.
     """
 
     def __init__(
@@ -26,20 +33,22 @@ class Guidance:
         predict: Predict,
         model_sampling: ModelSampling,
         axis: Axis,
-        positive: Condition,
-        negative: Condition | None,
+        positive: Sequence[Entry],
+        negative: Sequence[Entry],
         cfg: float,
     ) -> None:
         self.predict = predict
         self.model_sampling = model_sampling
         self.axis = axis
         self.cfg = cfg
-        self.conditions = [positive] if negative is None or cfg == 1.0 else [positive, negative]
+        self.sides = [positive] if not negative or cfg == 1.0 else [positive, negative]
+        self._entries: list[Sided] = [(side, entry) for side, entries in enumerate(self.sides) for entry in entries]
+        self._repeats = {entry: entry.again() for _, entry in self._entries}
 
     @property
     def own_conditions(self) -> list[Condition]:
-        """Those that this rank evaluates."""
-        return [self.conditions[self.axis.rank]] if self.axis.size == 2 else self.conditions
+        """Those that this rank evaluates in every step of a run all of whose entries count in every step."""
+        return [entry.condition for entry in self._evaluated(self._entries)]
 
     def timestep(self, sigma: Tensor, x: Tensor) -> Tensor:
         """The transformer's clock `[B]` at `sigma` (0-d)."""
@@ -49,16 +58,64 @@ class Guidance:
         """The guided prediction of the clean latent for the noisy `x` `[B, C, H, W]` at `sigma` (0-d), in fp32."""
         latent = self.model_sampling.calculate_input(sigma.to(x.device), x)
         timestep = self.timestep(sigma, x)
-        return self.combine([self.predict(latent, timestep, condition) for condition in self.own_conditions], x, sigma)
+        evaluated = self._evaluated(self._counting(sigma))
+        outputs = [self.predict(entry.within(latent), timestep, entry.condition) for entry in evaluated]
+        return self.combine(outputs, x, sigma)
 
-    def combine(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor) -> Tensor:
-        """The guided prediction, from the outputs for this rank's conditions. Elementwise: `x` may be a strip."""
+    def combine(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor, rows: slice = EVERYWHERE) -> Tensor:
+        """The guided prediction, from the outputs for what this rank evaluates.
+
+        Elementwise where no entry has an area: `x` may then be a strip of the latent, its `rows`.
+        """
+        counting = self._counting(sigma)
         sigma = sigma.to(x.device)
-        outputs = [output.float() for output in outputs]
-        if self.axis.size == 2:
-            outputs = list(self.axis.all_gather(outputs[0].unsqueeze(0), [1, 1], dim=0))
-        predictions = [self.model_sampling.denoised(output, x, sigma) for output in outputs]
-        if len(predictions) == 1:
-            return predictions[0]
-        positive, negative = predictions
+        shares = self._shares(counting)
+        # Beyond the rank's share are outputs that were computed to keep step with the other ranks.
+        predictions = [
+            (side, entry, self.model_sampling.denoised(output.float(), entry.within(x), sigma))
+            for (side, entry), output in zip(shares[self.axis.rank], outputs, strict=False)
+        ]
+        sums = []
+        for side in _sides_in(shares[self.axis.rank]):
+            own = [(entry, prediction) for number, entry, prediction in predictions if number == side]
+            sums.append(weighted_sum(*zip(*own, strict=True), x, rows))
+        totals = self._exchanged(sums, shares, x)
+        for side, total in enumerate(totals):
+            total /= sum_of_weights([entry for number, entry in counting if number == side], x, rows)
+        if len(totals) == 1:
+            return totals[0]
+        positive, negative = totals
         return negative + (positive - negative) * self.cfg
+
+    def _exchanged(self, sums: Sequence[Tensor], shares: Sequence[Sequence[Sided]], like: Tensor) -> list[Tensor]:
+        """The sum of each side over all ranks' shares, from those of this rank's."""
+        sides = [_sides_in(share) for share in shares]
+        counts = [len(each) for each in sides]
+        totals = [torch.zeros_like(like) for _ in self.sides]
+        if not any(counts):
+            return totals
+        own = torch.stack(list(sums)) if sums else like.new_empty((0, *like.shape))
+        gathered = self.axis.all_gather(own, counts, dim=0)
+        for side, part in zip((side for each in sides for side in each), gathered, strict=True):
+            totals[side] += part
+        return totals
+
+    def _counting(self, sigma: Tensor) -> list[Sided]:
+        """Those that count at `sigma`, the same on all ranks."""
+        return [(side, entry) for side, entry in self._entries if entry.counts_at(sigma)]
+
+    def _shares(self, entries: Sequence[Sided]) -> list[Sequence[Sided]]:
+        """Which of them each rank of the axis evaluates."""
+        edges = accumulate(split_sizes(len(entries), self.axis.size), initial=0)
+        return [entries[start:end] for start, end in pairwise(edges)]
+
+    def _evaluated(self, entries: Sequence[Sided]) -> list[Entry]:
+        """This rank's share, and one of them again where others have more: weights are gathered by all together."""
+        shares = self._shares(entries)
+        own = [entry for _, entry in shares[self.axis.rank]]
+        missing = max(map(len, shares)) - len(own)
+        return own + [self._repeats[entries[-1][1]]] * missing
+
+
+def _sides_in(share: Sequence[Sided]) -> list[int]:
+    return sorted({side for side, _ in share})

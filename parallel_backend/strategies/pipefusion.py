@@ -323,7 +323,7 @@ class PipeFusion:
         """The last stage's work: guidance, the sampler's step, and the new latent on its way to the first stage."""
         question = self.questions[unit.question]
         x = samplers.asked(unit.patches)
-        denoised = self.guidance.combine(outputs, x, question.sigma)
+        denoised = self.guidance.combine(outputs, x, question.sigma, self._rows(unit.patches))
         is_broken, is_latent = ~torch.isfinite(denoised).all(), ~torch.isfinite(x).all()
         found = torch.stack((is_broken & is_latent, is_broken & ~is_latent))
         self.failures[:LAST_STEP].clamp_(min=(len(self.questions) - unit.question) * found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.site import Attention
@@ -24,6 +25,12 @@ class TokenPlan:
         # The ranks that get a longer share of the image get a shorter share of the text, so that loads stay level.
         text_sizes = split_sizes(text_length, ranks)[::-1]
         return cls(tuple(text_sizes), tuple(split_sizes(image_length, ranks)))
+
+    def of_first(self, count: int) -> TokenPlan:
+        """The same shares of only the first `count` image tokens."""
+        ends = accumulate(self.image_sizes)
+        sizes = (min(size, max(0, count - end + size)) for size, end in zip(self.image_sizes, ends, strict=True))
+        return TokenPlan(self.text_sizes, tuple(sizes))
 
     def shard(self, rank: int) -> Shard:
         return Shard(text=_range(self.text_sizes, rank), image=_range(self.image_sizes, rank))
@@ -46,39 +53,47 @@ class SequenceParallel:
 
     def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The transformer's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank."""
-        family = self.family
+        family, rank = self.family, self.axis.rank
         height, width = latent.shape[-2:]
         patch = family.patch_size
         grid = (-(-height // patch), -(-width // patch))
-        latent_tokens = family.tokenize(latent)
-        residuals = self._residuals(latent_tokens, timestep, condition, grid) if condition.controls else {}
-        plan = TokenPlan.even(family.text_length(condition), grid[0] * grid[1], self.axis.size)
+        tokens = family.tokenize_all(latent, condition)
+        residuals = self._residuals(tokens, timestep, condition, grid) if condition.controls else {}
+        plan = TokenPlan.even(family.text_length(condition), tokens.shape[1], self.axis.size)
         self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
         family.use_attention(self.attention)
-        state = family.embed(latent_tokens, timestep, condition, plan.shard(self.axis.rank), grid)
+        state = family.embed(tokens, timestep, condition, plan.shard(rank), grid)
         state = replace(state, prompts=condition.prompts_at(timestep, self.attention))
         for number, block in enumerate(family.blocks):
             state = block(state)
             if number in residuals:
                 state = family.add_residual(state, number, residuals[number])
-        tokens = self.axis.all_gather(family.head(state), plan.image_sizes, dim=1)
-        return family.untokenize(tokens, height, width)
+        # What becomes of references is of no use.
+        sizes = plan.of_first(grid[0] * grid[1]).image_sizes
+        output = family.head(replace(state, image=state.image[:, : sizes[rank]]))
+        return family.untokenize(self.axis.all_gather(output, sizes, dim=1), height, width)
 
     def _residuals(
         self, tokens: Tensor, timestep: Tensor, condition: Condition, grid: tuple[int, int]
     ) -> dict[int, Tensor]:
-        """What the controls add to this rank's image tokens, by the number of the block behind which they do."""
-        family, now = self.family, float(timestep[0])
+        """What the controls add to this rank's image tokens, by the number of the block behind which they do.
+
+        `tokens`: of the picture, of which they are made, and of references, to which nothing is added.
+        """
+        family, rank, now, picture = self.family, self.axis.rank, float(timestep[0]), grid[0] * grid[1]
         added: dict[int, Tensor] = {}
         for control in condition.controls:
             if not control.is_active(now):
                 continue
             text_length = family.text_length(condition) + control.extra_text
-            plan = TokenPlan.even(text_length, grid[0] * grid[1], self.axis.size)
-            self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
-            made = control.residuals(tokens, timestep, condition, plan.shard(self.axis.rank), grid, self.attention)
+            plan = TokenPlan.even(text_length, tokens.shape[1], self.axis.size)
+            own = plan.of_first(picture)
+            self.attention.set_lengths(own.text_sizes, own.image_sizes)
+            made = control.residuals(tokens[:, :picture], timestep, condition, own.shard(rank), grid, self.attention)
+            of_references = plan.image_sizes[rank] - own.image_sizes[rank]
+            padded = [F.pad(residual, (0, 0, 0, of_references)) for residual in made] if of_references else made
             for block, number in control.targets(family).items():
-                added[block] = added[block] + made[number] if block in added else made[number]
+                added[block] = added[block] + padded[number] if block in added else padded[number]
         return added
 
 

@@ -14,6 +14,7 @@ from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
 from paralleldit.parallel_backend.sample_request import sample
+from paralleldit.parallel_backend.strategies.entries import Entry
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.transformer import Transformer
@@ -139,7 +140,9 @@ def guided_by(family, mesh, model, shape):
     attention = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
     predict = SequenceParallel(family, mesh.sequence, attention).predict
     positive, negative = (condition.part(own, batch) for condition in conditions)
-    guide = Guidance(predict, family.model_sampling(None), mesh.cfg, positive, negative, CFG)
+    guide = Guidance(
+        predict, family.model_sampling(None), mesh.cfg, [Entry.plain(positive)], [Entry.plain(negative)], CFG
+    )
     denoised = guide.denoised(latent[own], torch.tensor(TINY_MODELS[model].sigma))
     return mesh.data.all_gather(denoised, counts, dim=0)
 

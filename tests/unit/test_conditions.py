@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from paralleldit.parallel_backend.conditioning import Inputs, entries_of
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.protocol.messages import Conditioning
-from paralleldit.parallel_backend.sample_request import condition_from
 from paralleldit.tests.tiny_models import TINY_MODELS
 
 BATCH = 2
@@ -25,7 +25,9 @@ def tensors_of(model: str) -> dict[str, torch.Tensor]:
 
 def taken(model: str, tensors: dict[str, torch.Tensor]) -> Condition:
     named = {f"positive.0.{name}": tensor for name, tensor in tensors.items()}
-    return condition_from((Conditioning(),), "positive", named, TINY_MODELS[model].make_family(2), SHAPE)
+    family = TINY_MODELS[model].make_family(2)
+    (entry,) = entries_of((Conditioning(),), "positive", Inputs(named, family, family.model_sampling(None), SHAPE))
+    return entry.condition
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)
