@@ -58,7 +58,10 @@ class ParallelDiTSampler:
                     list(SCHEDULER_NAMES),
                     {"default": "simple", "tooltip": "How the noise falls over the steps."},
                 ),
-                "positive": ("CONDITIONING", {"tooltip": "What to show."}),
+                "positive": (
+                    "CONDITIONING",
+                    {"tooltip": "What to show: a prompt, or several in their places and times."},
+                ),
                 "latent_image": ("LATENT", {"tooltip": "An empty latent, or a picture's latent with denoise below 1."}),
                 "denoise": (
                     "FLOAT",

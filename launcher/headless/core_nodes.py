@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ...parallel_backend.errors import UserError
+from .conditioning_nodes import CONDITIONING_NODES
 
 MAX_SIDE = 16384
 CELL = 8
@@ -136,10 +137,14 @@ def core_nodes(folders: Folders) -> dict[str, type]:
     """The nodes by name, reading and writing in `folders`."""
     plain = (EmptyLatentImage, EmptySD3LatentImage, LoadImage, SaveImage, PreviewImage)
     nodes = {node.__name__: type(node.__name__, (node,), {"folders": folders}) for node in plain}
-    return nodes | {
-        name: type(name, (Primitive,), {"RETURN_TYPES": (kind,), "options": options})
-        for name, (kind, options) in _PRIMITIVES.items()
-    }
+    return (
+        nodes
+        | CONDITIONING_NODES
+        | {
+            name: type(name, (Primitive,), {"RETURN_TYPES": (kind,), "options": options})
+            for name, (kind, options) in _PRIMITIVES.items()
+        }
+    )
 
 
 def _save(images: Tensor, folder: Path, prefix: str, prompt: Any) -> list[dict[str, str]]:

@@ -88,9 +88,9 @@ class SingleBlock:
 
 
 class Place(NamedTuple):
-    """Where the tokens of a picture are: `index` on the first axis of positions, rows and columns on the others."""
+    """Where the tokens of a picture are: at `first` on the first axis of positions, rows and columns on the others."""
 
-    index: int
+    first: int
     top: int
     left: int
     rows: int
@@ -99,7 +99,7 @@ class Place(NamedTuple):
     def ids(self, device: torch.device) -> Tensor:
         """`[rows * columns, 3]`, row by row."""
         ids = torch.empty(self.rows, self.columns, 3, device=device)
-        ids[..., 0] = self.index
+        ids[..., 0] = self.first
         ids[..., 1] = torch.arange(self.top, self.top + self.rows, device=device)[:, None]
         ids[..., 2] = torch.arange(self.left, self.left + self.columns, device=device)
         return ids.flatten(0, 1)
@@ -189,18 +189,18 @@ class Flux(Family):
         bottom = right = 0
         for number, reference in enumerate(condition.references, start=1):
             height, width = reference.shape[-2:]
-            index = top = left = 0
+            first = top = left = 0
             if condition.reference_places == "index":
-                index = number
+                first = number
             elif condition.reference_places == "uxo":
                 top, left = grid[0] * patch + bottom, grid[1] * patch + right
                 bottom, right = bottom + height, right + width
             else:
-                index = 1
+                first = 1
                 top, left = (0, right) if height + bottom > width + right else (bottom, 0)
                 bottom, right = max(bottom, height + top), max(right, width + left)
             corner_and_size = (-(-cells // patch) for cells in (top, left, height, width))
-            places.append(Place(index, *corner_and_size))
+            places.append(Place(first, *corner_and_size))
         return places
 
     def _compute_rotary(self, text_length: int, places: tuple[Place, ...]) -> Tensor:

@@ -8,7 +8,7 @@ without a mask fades towards its inner borders. Where no entry counts, the predi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,16 +83,16 @@ class Entry:
         return self.weight if self.weight.shape[2] == 1 else self.weight[:, :, rows]
 
 
-def weighted_sum(entries: Sequence[Entry], predictions: Sequence[Tensor], like: Tensor, rows: slice) -> Tensor:
-    """The sum of weighted `predictions`, each of its entry's area, for a latent `like` `[B, C, H, W]`: those `rows`."""
+def weighted_sum(predicted: Iterable[tuple[Entry, Tensor]], like: Tensor, rows: slice) -> Tensor:
+    """The sum of entries' predictions, each of its area and weighted, for those `rows` of a latent: `[B, C, H, W]`."""
     total = torch.zeros_like(like)
-    for entry, prediction in zip(entries, predictions, strict=True):
+    for entry, prediction in predicted:
         entry.within(total).add_(prediction * entry.weight_of(rows))
     return total
 
 
 def sum_of_weights(entries: Sequence[Entry], like: Tensor, rows: slice) -> Tensor:
-    """`[B, 1, H, W]`, never zero: what divides a `weighted_sum` of all `entries` that count."""
+    """`[B, 1, H, W]`: what divides a `weighted_sum` of all `entries` that count."""
     total = like.new_full((like.shape[0], 1, *like.shape[2:]), NO_WEIGHT)
     for entry in entries:
         entry.within(total).add_(entry.weight_of(rows))

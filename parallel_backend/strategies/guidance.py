@@ -71,14 +71,14 @@ class Guidance:
         sigma = sigma.to(x.device)
         shares = self._shares(counting)
         # Beyond the rank's share are outputs that were computed to keep step with the other ranks.
-        predictions = [
+        own = [
             (side, entry, self.model_sampling.denoised(output.float(), entry.within(x), sigma))
             for (side, entry), output in zip(shares[self.axis.rank], outputs, strict=False)
         ]
-        sums = []
-        for side in _sides_in(shares[self.axis.rank]):
-            own = [(entry, prediction) for number, entry, prediction in predictions if number == side]
-            sums.append(weighted_sum(*zip(*own, strict=True), x, rows))
+        sums = [
+            weighted_sum([(entry, prediction) for number, entry, prediction in own if number == side], x, rows)
+            for side in _sides_in(shares[self.axis.rank])
+        ]
         totals = self._exchanged(sums, shares, x)
         for side, total in enumerate(totals):
             total /= sum_of_weights([entry for number, entry in counting if number == side], x, rows)

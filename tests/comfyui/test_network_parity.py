@@ -17,8 +17,8 @@ from paralleldit.nodes.conditioning import travelling
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.conditioning import Inputs, entries_of
 from paralleldit.parallel_backend.families.registry import build_family
-from paralleldit.parallel_backend.sample_request import condition_from
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer
@@ -68,14 +68,14 @@ def test_prediction_equals_the_hosts(name, folder):
     weights = folder / f"{name}.safetensors"
     family = build_family(load_transformer(weights, device="cpu"), weights)
     latent, tokens, entry = host.inputs(family.name)
-    messages, tensors = travelling("positive", [[tokens, entry]], family.name)
-    condition = condition_from(messages, "positive", tensors, family, latent.shape)
+    messages, tensors = travelling("positive", [[tokens, entry]], family.name, latent.shape)
+    sampling = family.model_sampling(None)
+    positive = entries_of(messages, "positive", Inputs(tensors, family, sampling, latent.shape))
     alone = Axis("alone", [0], None, Ledger())
     predict = SequenceParallel(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
     native = load_file(folder / f"{name}.host.safetensors")
-    sampling = family.model_sampling(None)
     torch.testing.assert_close(sampling.sigma(torch.tensor(host.TIMESTEP)), native["sigma"][0])
     with torch.inference_mode():
-        denoised = Guidance(predict, sampling, alone, condition, None, 1.0).denoised(latent, native["sigma"][0])
+        denoised = Guidance(predict, sampling, alone, positive, [], 1.0).denoised(latent, native["sigma"][0])
     error = (denoised - native["denoised"]).norm() / (latent - native["denoised"]).norm()
     assert error <= 1e-4

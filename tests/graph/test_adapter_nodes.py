@@ -270,6 +270,15 @@ def test_a_file_that_is_no_such_controlnet_is_refused_by_its_header(client, mode
         loaded_net(models, "other", shapes)
 
 
+def test_a_prompt_for_an_area_has_the_control_picture_in_the_areas_size(client, net):
+    positive, _ = controlled(net, Vae())
+    around, prompt = [[positive[0][0], {**positive[0][1], "area": (2, 4, 0, 0)}]], positive
+    sample(positive=[*prompt, *around])
+    message, tensors = client.last(messages.Sample)
+    assert [entry.controls for entry in message.positive] == [(0,), (1,)]
+    assert (tensors["control.0"].shape[2:], tensors["control.1"].shape[2:]) == ((4, 4), (2, 4))
+
+
 def test_a_control_picture_is_cut_in_the_middle():
     image = torch.zeros(1, 8, 32, 3)
     image[:, :, 12:20] = 1.0

@@ -15,8 +15,6 @@ from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from paralleldit.launcher import devices, sidecar
 from paralleldit.launcher.sidecar import SidecarSpec
 from paralleldit.nodes import host
-from paralleldit.nodes.conditioning import TRAVELS, entry_of, travelling
-from paralleldit.nodes.handles import ModelHandle
 from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout import Layout
@@ -24,37 +22,9 @@ from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
 from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS
 from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+from paralleldit.tests.graph.sampling import NAME, conditioning, load, node, sample
 
 PACK = Path(__file__).resolve().parents[2]
-NAME = "diffusers/tiny"
-
-
-def node(name: str) -> Any:
-    return NODE_CLASS_MAPPINGS[f"ParallelDiT{name}"]()
-
-
-def conditioning(**entry: Any) -> list[Any]:
-    return [[torch.ones(1, 4, 8), {"pooled_output": torch.ones(1, 6), **entry}]]
-
-
-def load(layout: LayoutChoice | None = None) -> Any:
-    return node("Loader").load(NAME, "auto", layout)[0]
-
-
-def sample(model: Any = None, **changes: Any) -> dict[str, Any]:
-    inputs = {
-        "model": model or load(),
-        "seed": 7,
-        "steps": 3,
-        "cfg": 1.0,
-        "sampler_name": "euler",
-        "scheduler": "simple",
-        "positive": conditioning(),
-        "latent_image": {"samples": torch.zeros(1, 16, 4, 4)},
-        "denoise": 1.0,
-    }
-    return node("Sampler").sample(**(inputs | changes))[0]
-
 
 # -- what the nodes declare ----------------------------------------------------------------------------------------
 
@@ -258,15 +228,12 @@ NAN = torch.full((1, 16, 4, 4), float("nan"))
         ({"sampler_name": "magic"}, ("Unknown sampler 'magic'", "euler")),
         ({"scheduler": "magic"}, ("Unknown scheduler 'magic'", "karras")),
         ({"cfg": 3.0}, ("cfg=3", "negative")),
-        ({"positive": conditioning() * 2}, ("positive conditioning has 2 entries", "1")),
-        ({"cfg": 3.0, "negative": conditioning() * 2}, ("negative conditioning has 2 entries",)),
-        ({"positive": conditioning(area=(1, 1, 0, 0))}, ("carries area",)),
-        ({"positive": conditioning(mask=torch.ones(1, 4, 4))}, ("carries mask",)),
+        ({"positive": []}, ("positive conditioning has no entries",)),
+        ({"positive": conditioning(area=(4, 4, 4, 0))}, ("area of 4 x 4 cells at 0, 4", "4 x 4")),
         ({"positive": conditioning(control=object())}, ("ControlNet of ComfyUI's own",)),
         ({"positive": conditioning(hooks=object())}, ("carries hooks",)),
-        ({"positive": conditioning(start_percent=0.5)}, ("carries start_percent=0.5",)),
-        ({"positive": conditioning(strength=0.5)}, ("carries strength=0.5",)),
-        ({"positive": conditioning(reference_latents=[1])}, ("carries reference_latents",)),
+        ({"positive": conditioning(default=True)}, ("carries default", "KSampler")),
+        ({"positive": conditioning(reference_latents_method="far")}, ("reference_latents_method=far", "offset")),
         ({"positive": conditioning(pooled_output=None)}, ("no pooled_output", "CLIP-L")),
         ({"model": object()}, ("not loaded by Parallel Loader",)),
     ],
@@ -291,71 +258,6 @@ def test_a_layout_that_would_leave_ranks_idle_is_refused(client, layout, changes
         sample(load(layout), **changes)
     assert all(word in str(error.value) for word in words)
     assert not client.sent
-
-
-def test_neutral_settings_of_a_prompt_pass(client):
-    sample(positive=conditioning(strength=1.0, start_percent=0.0, end_percent=1.0, control=None))
-    assert client.last(messages.Sample)
-
-
-# -- what each family takes of a prompt ----------------------------------------------------------------------------
-
-MASK, TEXT, MASK_2 = torch.ones(1, 4), torch.ones(1, 7, 5), torch.ones(1, 7)
-HUNYUAN = {"attention_mask": MASK, "conditioning_mt5xl": TEXT, "attention_mask_mt5xl": MASK_2}
-SIZES = {"width": 640, "height": 480}
-
-
-def model_of(family: str) -> ModelHandle:
-    return ModelHandle(messages.ModelRef(path="unused"), None, family, {"in_channels": 4})
-
-
-@pytest.mark.parametrize(
-    ("family", "entry", "names", "size"),
-    [
-        ("pixart-sigma", {"pooled_output": None}, {"tokens"}, None),
-        ("pixart-alpha", {"pooled_output": torch.ones(1, 6), **SIZES}, {"tokens"}, (480, 640)),
-        ("pixart-alpha", {"attention_mask": MASK, "width": 640}, {"tokens", "mask"}, None),
-        ("hunyuandit", HUNYUAN, {"tokens", "mask", "tokens_2", "mask_2"}, None),
-        ("hunyuandit", {**HUNYUAN, **SIZES}, {"tokens", "mask", "tokens_2", "mask_2"}, (480, 640)),
-    ],
-)
-def test_a_prompt_travels_with_what_its_model_takes(client, family, entry, names, size):
-    sample(model_of(family), positive=[[torch.ones(1, 4, 8), entry]])
-    message, tensors = client.last(messages.Sample)
-    assert {name for name in tensors if name != "latent"} == {f"positive.0.{name}" for name in names}
-    assert message.positive[0].size == size
-    assert tensors["latent"].shape == (1, 4, 4, 4)
-
-
-def test_target_size_travels(client):
-    sizes = {**SIZES, "target_width": 320, "target_height": 240}
-    sample(model_of("hunyuandit"), positive=[[torch.ones(1, 4, 8), {**HUNYUAN, **sizes}]])
-    (entry,) = client.last(messages.Sample)[0].positive
-    assert (entry.size, entry.target_size) == ((480, 640), (240, 320))
-
-
-@pytest.mark.parametrize(
-    ("family", "entry", "words"),
-    [
-        ("flux", {"pooled_output": torch.ones(1, 6), "attention_mask": MASK}, ("carries attention_mask",)),
-        ("hunyuandit", {"attention_mask": MASK}, ("no conditioning_mt5xl", "mT5")),
-        ("pixart-alpha", {"aspect_ratio": 1.5}, ("carries aspect_ratio",)),
-        ("pixart-alpha", {"width": 0, "height": 8}, ("width=0",)),
-    ],
-)
-def test_a_prompt_of_another_model_is_refused(client, family, entry, words):
-    with pytest.raises(UserError) as error:
-        sample(model_of(family), positive=[[torch.ones(1, 4, 8), entry]])
-    assert all(word in str(error.value) for word in words), error.value
-    assert not client.sent
-
-
-@pytest.mark.parametrize("family", TRAVELS)
-def test_an_encoded_prompt_is_one_that_travels(family):
-    travel = TRAVELS[family]
-    tensors = {name: torch.ones(1, 3) for name in ("tokens", *travel.needs.values(), *travel.takes.values())}
-    _, travelling_tensors = travelling("positive", entry_of(tensors, 2.0), family)
-    assert travelling_tensors == {f"positive.0.{name}": tensor for name, tensor in tensors.items()}
 
 
 # -- the other nodes -----------------------------------------------------------------------------------------------

@@ -114,13 +114,27 @@ def test_a_new_run_is_told_all_again(ask):
 def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
     running(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, (0,))
     told = ask.last(messages.Predict)[0].told
-    assert list(told.values()) == [messages.Conditioning(**entry)]
+    assert list(told.values()) == [messages.Prompt(**entry)]
+
+
+def test_reference_latents_are_told_with_their_prompt(ask):
+    references = [torch.ones(4, 16, 6, 8), torch.arange(2.0).repeat_interleave(2).view(4, 1, 1, 1).expand(4, 16, 2, 2)]
+    stepwise = running()
+    for _ in range(2):
+        given = inputs(ref_latents=references, ref_latents_method="uxo")
+        stepwise.predict(LATENT, TIMESTEP, given, 2)
+    (first, tensors), (second, _) = ask.sent
+    assert second.told == {}
+    assert [(each.references, each.reference_places) for each in first.told.values()] == [(2, "uxo")] * 2
+    seen = [tensors[f"{key}.0.reference.1"] for key in first.conditions]
+    assert [tuple(each.shape) for each in seen] == [(1, 16, 2, 2)] * 2
+    assert [float(each.mean()) for each in seen] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ref_latents": [LATENT]}, "reference latents"),
+        ({"ref_latents": [LATENT], "ref_latents_method": "far"}, "reference_latents_method=far"),
         ({"attention_mask": LATENT}, "attention mask"),
         ({"c_size": torch.tensor([[8.0, 8.0]] * 4), "c_ar": torch.full((4, 1), 2.0)}, "aspect_ratio=2"),
         ({"image_meta_size": torch.tensor([[8.0, 8.0, 8.0, 8.0, 1.0, 0.0]] * 4)}, "a crop at 0, 1"),
