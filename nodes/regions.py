@@ -89,7 +89,7 @@ def _in_cells(side: str, area: Sequence[Any], height: int, width: int) -> Area:
     if of_percents:
         rows, columns = max(1, round(rows * height)), max(1, round(columns * width))
         top, left = round(top * height), round(left * width)
-    return rows, columns, top, left
+    return int(rows), int(columns), int(top), int(left)
 
 
 def _resized(side: str, mask: Tensor, height: int, width: int) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from paralleldit.parallel_backend import sample_request
+from paralleldit.parallel_backend.adapters.residuals import GivenResiduals
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.families.base import Condition
@@ -13,7 +14,15 @@ from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
-from paralleldit.tests.ranks.stale_flux import GUIDANCE, StaleModel, make_family, relative_error, request_of, run_of
+from paralleldit.tests.ranks.stale_flux import (
+    GUIDANCE,
+    WIDTH,
+    StaleModel,
+    make_family,
+    relative_error,
+    request_of,
+    run_of,
+)
 
 SIZE = (11, 9)
 LEFT = torch.linspace(1, 0, SIZE[1]).expand(1, *SIZE)
@@ -97,7 +106,10 @@ def reference_inputs(places):
     rand = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
     latent, pictures = rand(2, 16, *SIZE), (rand(1, 16, *REFERENCES[0]), rand(2, 16, *REFERENCES[1]))
     tokens, pooled = rand(1, 7, 24), rand(1, 12)
-    return latent, Condition(tokens, pooled, guidance=GUIDANCE, references=pictures, reference_places=places)
+    # A ControlNet adds to the picture's tokens alone.
+    control = GivenResiduals((rand(2, 30, WIDTH),), {0: 0})
+    told = {"guidance": GUIDANCE, "references": pictures, "reference_places": places}
+    return latent, Condition(tokens, pooled, **told, controls=(control,))
 
 
 def predicted(world, layout):
@@ -128,8 +140,11 @@ def plain_prediction(transformer: FluxTransformer2DModel, places):
         axes = torch.meshgrid(torch.tensor([index]), rows, columns, indexing="ij")
         ids.append(torch.stack(axes, dim=-1).reshape(-1, 3).float())
         tokens.append(grid.flatten(1, 2))
+    (residual,) = condition.controls[0].given
+    residual = torch.cat((residual, *(torch.zeros(2, each.shape[1], WIDTH) for each in tokens[1:])), dim=1)
     output = transformer(
         hidden_states=torch.cat(tokens, dim=1),
+        controlnet_block_samples=[residual, torch.zeros_like(residual)],
         encoder_hidden_states=condition.tokens.expand(2, -1, -1),
         pooled_projections=condition.pooled.expand(2, -1),
         timestep=torch.full((2,), 0.7),
