@@ -16,7 +16,7 @@ from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import NAME
 
 PACK = Path(__file__).resolve().parents[2]
-MASK, PICTURE = torch.ones(8, 8), torch.ones(1, 16, 4, 4)
+MASK, PICTURE = torch.ones(1, 8, 8), torch.ones(1, 16, 4, 4)
 
 
 def prompt(value: float, length: int = 3, **entry: Any) -> list[Any]:
@@ -47,8 +47,8 @@ def made(name: str, *args: Any, **inputs: Any) -> list[Any]:
         ),
         (
             "ConditioningSetMask",
-            {"mask": MASK[None], "strength": 2.0, "set_cond_area": "mask bounds"},
-            {"mask": MASK[None], "mask_strength": 2.0, "set_area_to_bounds": True},
+            {"mask": MASK, "strength": 2.0, "set_cond_area": "mask bounds"},
+            {"mask": MASK, "mask_strength": 2.0, "set_area_to_bounds": True},
         ),
         (
             "FluxKontextMultiReferenceLatentMethod",
