@@ -313,8 +313,8 @@ class Predict(Request):
     residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
 
 
-def entries_of(request: Request) -> tuple[Conditioning, ...]:
-    """The conditions that a request brings."""
+def entries_of(request: Request) -> tuple[Prompt, ...]:
+    """The prompts that a request brings."""
     match request:
         case Sample():
             return (*request.positive, *request.negative)

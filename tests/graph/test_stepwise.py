@@ -122,7 +122,7 @@ def test_reference_latents_are_told_with_their_prompt(ask):
     stepwise = running()
     for _ in range(2):
         given = inputs(ref_latents=references, ref_latents_method="uxo")
-        stepwise.predict(LATENT, TIMESTEP, given, 2)
+        stepwise.predict(LATENT, TIMESTEP, given, (0, 1))
     (first, tensors), (second, _) = ask.sent
     assert second.told == {}
     assert [(each.references, each.reference_places) for each in first.told.values()] == [(2, "uxo")] * 2
