@@ -10,7 +10,7 @@ import torch
 from paralleldit.nodes.conditioning import travelling
 from paralleldit.nodes.regions import placed_sides
 from paralleldit.parallel_backend.comm import Axis, Ledger
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of
+from paralleldit.parallel_backend.conditioning import Inputs, entries_of, sizes_of_controls
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.fitting import Work, misfit_of
@@ -157,7 +157,6 @@ def test_what_is_no_place_in_the_picture_is_refused(entry, words):
     [
         ({"area": (4, 4, 17, 0)}, {}, "area of 4 x 4 cells at 0, 17"),
         ({"prompt": 1}, {}, "prompt of entry 1"),
-        ({"controls": (0,)}, {}, "names controls"),
         ({"references": 1}, {}, "does not look at"),
         ({}, {"positive.0.region": torch.ones(1, 4, 4)}, r"\[1, 4, 4\].*\[2, 20, 14\]"),
         ({}, {"positive.0.region": torch.full((1, *SHAPE[2:]), torch.nan)}, "NaN"),
@@ -167,6 +166,15 @@ def test_the_ranks_refuse_entries_that_do_not_fit_the_latent(change, tensors, wo
     tensors = {"positive.0.tokens": torch.ones(1, 3, 5), **tensors}
     with pytest.raises(UserError, match=words):
         entries_of((Conditioning(**change),), "positive", Inputs(tensors, FAMILY, SAMPLING, SHAPE))
+
+
+def test_a_control_picture_is_of_the_size_of_what_names_it():
+    whole, area = Conditioning(controls=(1,)), Conditioning(controls=(0,), area=(4, 6, 0, 0))
+    assert sizes_of_controls((whole, area), 3, SHAPE) == [(4, 6), (20, 14), (20, 14)]
+    with pytest.raises(UserError, match=r"names controls \(1,\), of which 1"):
+        sizes_of_controls((whole,), 1, SHAPE)
+    with pytest.raises(UserError, match="control 1 is for"):
+        sizes_of_controls((whole, area.model_copy(update={"controls": (1,)})), 2, SHAPE)
 
 
 PIPED, LATE = Layout(pipefusion_degree=2), Layout(distrifusion_degree=2)
