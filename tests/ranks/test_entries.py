@@ -14,15 +14,8 @@ from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
-from paralleldit.tests.ranks.stale_flux import (
-    GUIDANCE,
-    WIDTH,
-    StaleModel,
-    make_family,
-    relative_error,
-    request_of,
-    run_of,
-)
+from paralleldit.tests.ranks.stale_flux import HEADS, WIDTH, StaleModel, make_family, relative_error, request_of, run_of
+from paralleldit.tests.tiny_models import GUIDANCE, TINY_MODELS
 
 SIZE = (11, 9)
 LEFT = torch.linspace(1, 0, SIZE[1]).expand(1, *SIZE)
@@ -72,8 +65,8 @@ def run_with_stale_model(world, patches, warmup, steps, entries):
     ids=str,
 )
 def test_placed_entries_give_what_one_rank_gives(ranks, layout, entries):
-    (alone,) = ranks.run(1, run_with, Layout(), 4, entries)
-    (plain,) = ranks.run(1, run_with, Layout(), 4, entries[:1])
+    (alone,) = ranks.once(1, run_with, Layout(), 4, entries)
+    (plain,) = ranks.once(1, run_with, Layout(), 4, entries[:1])
     assert relative_error(plain, alone) > 1e-3
     for answer in ranks.run(layout.ranks, run_with, layout, 4, entries):
         assert relative_error(answer, alone) <= 1e-5
@@ -82,8 +75,8 @@ def test_placed_entries_give_what_one_rank_gives(ranks, layout, entries):
 @pytest.mark.parametrize("cfg_degree", [1, 2])
 def test_pipefusion_keeps_the_keys_of_every_entry(ranks, cfg_degree):
     layout = Layout(pipefusion_degree=2, num_patches=3, warmup_steps=1, cfg_degree=cfg_degree)
-    (expected,) = ranks.run(1, run_with_stale_model, 3, 1, 4, WHOLE)
-    (alone,) = ranks.run(1, run_with, Layout(), 4, WHOLE)
+    (expected,) = ranks.once(1, run_with_stale_model, 3, 1, 4, WHOLE)
+    (alone,) = ranks.once(1, run_with, Layout(), 4, WHOLE)
     assert relative_error(expected, alone) > 1e-4
     for answer in ranks.run(layout.ranks, run_with, layout, 4, WHOLE):
         assert relative_error(answer, expected) <= 1e-5
@@ -159,7 +152,7 @@ def plain_prediction(transformer: FluxTransformer2DModel, places):
 
 @pytest.mark.parametrize("layout", [Layout(ulysses_degree=2), Layout(ulysses_degree=2, ring_degree=2)], ids=str)
 def test_references_are_seen_as_plain_diffusers_sees_them(ranks, layout):
-    transformer = make_family().transformer
+    transformer = TINY_MODELS["flux dev"].make(HEADS)
     with torch.inference_mode():
         expected = {places: plain_prediction(transformer, places) for places in POSITIONS}
     assert relative_error(expected["index"], expected["offset"]) > 1e-4
