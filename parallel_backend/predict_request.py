@@ -58,7 +58,8 @@ def predict(
     for each in (told[key] for key in request.conditions):
         asked = list(zip(each.prompts, each.pictures, strict=True))
         prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
-        conditions.append(replace(each.condition, image_prompts=prompts))
+        # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
+        conditions.append(replace(each.condition, image_prompts=prompts) if prompts else each.condition)
     given = given_residuals(request.residuals, tensors, family, latent.shape) if request.residuals else None
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
     strategy = SequenceParallel(family, mesh.sequence, attention)

@@ -105,7 +105,12 @@ class Condition:
     image_prompts: tuple[ImagePrompt, ...] = ()
 
     def part(self, part: slice, batch: int) -> Condition:
-        """The condition of the pictures `part` of a batch; one text for all of them stays one."""
+        """The condition of the pictures `part` of a batch; one text for all of them stays one.
+
+        For all pictures it is the same object, by which families keep what they have made of its text.
+        """
+        if part.indices(batch) == (0, batch, 1):
+            return self
 
         def of(tensor: Tensor) -> Tensor:
             return tensor[part] if tensor.shape[0] == batch else tensor[:1]

@@ -28,7 +28,7 @@ def test_text_is_computed_once_for_each_condition(model):
     latent, timestep = draw(2, 4, 8, 8), torch.full((2,), 500.0)
     first = [predict(latent, timestep, condition) for condition in conditions]
     assert len(calls) == 2 * len(family.layers)
-    again = [predict(latent, timestep, condition) for condition in conditions]
+    again = [predict(latent, timestep, condition.part(slice(0, 2), 2)) for condition in conditions]
     assert len(calls) == 2 * len(family.layers)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(*first)
