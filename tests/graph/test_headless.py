@@ -195,7 +195,7 @@ def test_an_editor_workflow_is_refused_with_what_to_give(client, tmp_path):
 
 def test_a_workflow_for_comfyui_is_refused_naming_the_nodes_that_only_run_there(client, tmp_path):
     api = json.loads((PACK / "workflows" / "api" / "flux_txt2img.api.json").read_text())
-    with pytest.raises(UserError, match="only run in ComfyUI: CLIPTextEncode, DualCLIPLoader, FluxGuidance"):
+    with pytest.raises(UserError, match=r"only run in ComfyUI: CLIPTextEncode, DualCLIPLoader\."):
         run(api, tmp_path)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .train import FOLDER, SHIFT
 from .train_vae import load_trained
 
 SCHEDULER_SHIFT = SHIFT[256]
+ORIGIN = ("_name_or_path", "is_local", "local_files_only")
 
 
 def load_averaged() -> DemoModel:
@@ -46,6 +48,15 @@ def pipeline_of(model: DemoModel) -> FluxPipeline:
     )
 
 
+def forget_origin(folder: Path) -> None:
+    """Take out of the configs where on this machine their parts were loaded from."""
+    for path in folder.glob("*/*config.json"):
+        config = json.loads(path.read_text())
+        kept = {key: value for key, value in config.items() if key not in ORIGIN}
+        if kept != config:
+            path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=TARGET)
@@ -55,6 +66,7 @@ def main() -> None:
         load_trained().to(dtype=torch.bfloat16).save_pretrained(options.target / "vae")
     else:
         pipeline_of(load_averaged()).to(dtype=torch.bfloat16).save_pretrained(options.target)
+    forget_origin(options.target)
     size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
     print(f"{options.target}: {size / 1e6:.1f} MB")
 
