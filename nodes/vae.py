@@ -12,6 +12,7 @@ from torch import Tensor
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Decode, EncodeImage, OnOutOfMemory, VaeRef, WeightDtype
 from ..parallel_backend.vae.header import VaeHeader, read_header
+from ..parallel_backend.vae.kinds import check_side
 from ..parallel_backend.vae.tiles import NO_TILES, Tiling, cropped
 from . import paths, session
 from .layout import MAX_DEGREE, LayoutChoice
@@ -41,6 +42,7 @@ class ParallelVAE:
 
     def decode(self, samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error") -> Tensor:
         """Latent `[B, C, h, w]` to pictures `[B, H, W, 3]` in 0..1, `[B, C, t, h, w]` to videos `[B, T, H, W, 3]`."""
+        check_side("decode", self.header.sides, self.header.source)
         return self._ask(Decode, tiling, on_out_of_memory, {"latent": samples}).tensors["image"]
 
     def encode(
@@ -50,6 +52,7 @@ class ParallelVAE:
 
         A VAE of videos takes one video `[T, H, W, 3]`, or `[B, T, H, W, 3]`, and gives `[B, C, t, h, w]`.
         """
+        check_side("encode", self.header.sides, self.header.source)
         image = pixel_samples[..., :3]
         if self.header.frames and image.ndim == 4:
             image = image[None]
@@ -177,6 +180,7 @@ ON_OUT_OF_MEMORY = {
         },
     )
 }
+PIXELS = ("IMAGE", {"tooltip": "The pictures; for a VAE of videos, the frames of one video."})
 VAE = ("VAE", {"tooltip": "From Parallel VAE Loader."})
 
 
@@ -218,8 +222,7 @@ class ParallelDiTVAEEncode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        pixels = ("IMAGE", {"tooltip": "The pictures; for a VAE of videos, the frames of one video."})
-        required = {"pixels": pixels, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}
+        required = {"pixels": PIXELS, "vae": VAE, "tile_size": TILE_SIZE, "overlap": OVERLAP}
         return {"required": required, "optional": ON_OUT_OF_MEMORY}
 
     @classmethod
@@ -247,7 +250,7 @@ class ParallelDiTVAEEncodeForInpaint:
         )
         return {
             "required": {
-                "pixels": ("IMAGE", {"tooltip": "The pictures."}),
+                "pixels": PIXELS,
                 "vae": VAE,
                 "mask": ("MASK", {"tooltip": "What is to be filled anew."}),
                 "grow_mask_by": grow,
@@ -273,6 +276,11 @@ class ParallelDiTVAEEncodeForInpaint:
     ) -> tuple[dict[str, Tensor]]:
         vae, tiling = _ours(vae), _tiling(tile_size, overlap)
         holes = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=pixels.shape[1:3], mode="bilinear").round()
+        if len(holes) not in (1, len(pixels)):
+            raise UserError(
+                f"{len(holes)} masks do not fit {len(pixels)} pictures.",
+                "Give one mask, or one for each picture or frame.",
+            )
         pixels, holes = cropped(pixels, vae.downscale_ratio, 1), cropped(holes, vae.downscale_ratio, 2)
         grey = torch.where(holes.movedim(1, -1).bool(), 0.5, pixels)
         height, width = holes.shape[-2:]

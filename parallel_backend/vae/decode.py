@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..comm import Axis
 from ..errors import UserError
+from .kinds import check_side
 from .load import LoadedVAE
 from .run import UNKNOWN, Memory, run
 from .spread import Report, Side, Work
@@ -32,6 +33,7 @@ def decode(
     Raises UserError for a latent that the VAE cannot decode, for sizes of tiles that make no sense, and where memory
     is too small.
     """
+    check_side("decode", vae.sides, vae.source)
     _check(vae, latent)
 
     def compute(vae: LoadedVAE, part: Tensor) -> Tensor:

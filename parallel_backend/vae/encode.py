@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..comm import Axis
 from ..errors import UserError
+from .kinds import check_side
 from .load import LoadedVAE
 from .run import UNKNOWN, Memory, run
 from .spread import Report, Side, Work
@@ -33,6 +34,7 @@ def encode(
     Raises UserError for anything that is not such a picture, for sizes of tiles that make no sense, and where memory is
     too small.
     """
+    check_side("encode", vae.sides, vae.source)
     _check(vae, image)
 
     def compute(vae: LoadedVAE, part: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from . import hunyuan_keys, ltx_keys, wan_keys
+from . import hunyuan_keys, ltx_keys, mochi_keys, wan_keys
 from .keys import PREFIXES, Shape, ldm_names
 
 
 class FileLayout(NamedTuple):
-    """Files with all tensors of `signs`. `names`: {diffusers' name: key}; `config` from shapes under those names."""
+    """Files with all tensors of `signs`. `names`: {diffusers' name: key}; `config` from shapes under those names.
+
+    Where several names have one key, its tensor holds theirs, one after the other.
+    """
 
     name: str
     signs: tuple[str, ...]
@@ -42,6 +45,28 @@ LAYOUTS = (
         ("decoder.mid_block.resnets.0.norm1.norm_layer.weight",),
         _unchanged,
         hunyuan_keys.cogvideox,
+    ),
+    FileLayout(
+        "AutoencoderKLCogVideoX",
+        ("decoder.mid.block_1.norm1.norm_layer.weight",),
+        hunyuan_keys.cogvideox_names,
+        hunyuan_keys.cogvideox,
+    ),
+    *(
+        FileLayout("AutoencoderKLMochi", (sign,), mochi_keys.names, mochi_keys.config)
+        # Whole or the decoder alone, the encoder alone, and each alone without the name of its side.
+        for sign in (
+            "decoder.blocks.0.1.stack.0.weight",
+            "encoder.layers.1.stack.0.weight",
+            "blocks.0.1.stack.0.weight",
+            "layers.1.stack.0.weight",
+        )
+    ),
+    FileLayout(
+        "AutoencoderKLMochi",
+        ("decoder.block_in.resnets.0.norm1.norm_layer.weight",),
+        _unchanged,
+        mochi_keys.config,
     ),
     FileLayout(
         "AutoencoderKLHunyuanVideo",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..weights.checkpoint import Checkpoint, open_checkpoint
 from .file_layouts import FileLayout
 from .file_layouts import find as find_layout
 from .keys import Shape, config_from_shapes, diffusers_names
-from .kinds import KINDS, Kind
+from .kinds import KINDS, SIDES, Direction, Kind
 
 IMAGE = "AutoencoderKL"
 """The class of a file, and of a config that names none."""
@@ -22,7 +23,10 @@ IMAGE = "AutoencoderKL"
 
 @dataclass(frozen=True)
 class VaeHeader:
-    """`name` of the class in diffusers, its `config`, and {name of a tensor in the class: its key in the files}."""
+    """`name` of the class in diffusers, its `config`, and {name of a tensor in the class: its key in the files}.
+
+    Where several names have one key, its tensor holds theirs, one after the other, in as many rows each.
+    """
 
     source: str
     name: str
@@ -45,11 +49,30 @@ class VaeHeader:
         return self.kind.frames and self.kind.frames(self.config)
 
     @property
+    def sides(self) -> tuple[Direction, ...]:
+        """The directions whose side of the VAE is in the files."""
+        return tuple(way for way, side in SIDES.items() if any(name.startswith(f"{side}.") for name in self.names))
+
+    @property
     def shapes(self) -> dict[str, Shape]:
-        return {name: self.checkpoint.tensors[key].shape for name, key in self.names.items()}
+        return {name: self._shape(key, len(self._sharing[key])) for name, key in self.names.items()}
+
+    def _shape(self, key: str, parts: int) -> Shape:
+        whole = self.checkpoint.tensors[key].shape
+        return whole if parts == 1 else (whole[0] // parts, *whole[1:])
 
     def tensor(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(self.names[name])
+        key = self.names[name]
+        whole, sharing = self.checkpoint.tensor(key), self._sharing[key]
+        return whole if len(sharing) == 1 else whole.chunk(len(sharing))[sharing.index(name)]
+
+    @cached_property
+    def _sharing(self) -> dict[str, list[str]]:
+        """By key: the names that have it."""
+        names: dict[str, list[str]] = {}
+        for name, key in self.names.items():
+            names.setdefault(key, []).append(name)
+        return names
 
 
 def read_header(path: str | Path) -> VaeHeader:
@@ -81,11 +104,11 @@ def read_header(path: str | Path) -> VaeHeader:
 def _of_video(source: str, checkpoint: Checkpoint, layout: FileLayout, prefix: str) -> VaeHeader:
     own = [key.removeprefix(prefix) for key in checkpoint.tensors if key.startswith(prefix)]
     names = {name: prefix + key for name, key in layout.names(own).items()}
+    header = VaeHeader(source, layout.name, {}, names, checkpoint)
     try:
-        config = layout.config({name: checkpoint.tensors[key].shape for name, key in names.items()})
+        return replace(header, config=layout.config(header.shapes))
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise UserError(
             f"{source} looks like an {layout.name}, but its tensors do not make a whole one: {error}.",
             "Fetch the file anew, or give the VAE's diffusers folder.",
         ) from error
-    return VaeHeader(source, layout.name, config, names, checkpoint)

@@ -1,14 +1,14 @@
 """What the header of a HunyuanVideo or CogVideoX VAE file says of it: image autoencoders with a third dimension.
 
 All of them compress by 8 in space and by 4 in time, which no shape tells. Files name their tensors as diffusers does,
-or (HunyuanVideo) as the original image autoencoders do.
+or as the original image autoencoders do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from .keys import NORM_GROUPS, Shape, count
+from .keys import NORM_GROUPS, Shape, count, ldm_names
 
 
 def _config(shapes: Mapping[str, Shape]) -> dict[str, object]:
@@ -26,6 +26,11 @@ def _config(shapes: Mapping[str, Shape]) -> dict[str, object]:
 
 def hunyuan(shapes: Mapping[str, Shape]) -> dict[str, object]:
     return _config(shapes) | {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
+
+
+def cogvideox_names(keys: Iterable[str]) -> dict[str, str]:
+    """{diffusers' name: key in a file of the original (SAT) layout}"""
+    return {name.replace("coder.conv_norm_out.", "coder.norm_out."): key for name, key in ldm_names(keys).items()}
 
 
 def cogvideox(shapes: Mapping[str, Shape]) -> dict[str, object]:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
+from ..errors import UserError
+
 Config = Mapping[str, Any]
 Direction = Literal["decode", "encode"]
+SIDES: dict[Direction, str] = {"decode": "decoder", "encode": "encoder"}
+"""The part of a VAE that works in each direction. Some files hold only one."""
+
+
+def check_side(direction: Direction, held: Collection[Direction], source: str) -> None:
+    """Raises UserError when the VAE of `source`, which can do what is `held`, cannot work in this direction."""
+    if direction not in held:
+        raise UserError(
+            f"{source} cannot {direction}: it holds no {SIDES[direction]}, only another part of a VAE.",
+            f"Choose a file that holds the {SIDES[direction]}, too, or the VAE's diffusers folder.",
+        )
 
 
 @dataclass(frozen=True)

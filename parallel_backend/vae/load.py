@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .header import Shape, VaeHeader, read_header
-from .kinds import KINDS, Direction, Kind
+from .kinds import KINDS, SIDES, Direction, Kind
 
 TIMESTEP, NOISE_SHARE = 0.05, 0.025
 """At which decoders with a timestep work, and the share of noise in what they are given: as in ComfyUI."""
@@ -27,7 +27,7 @@ class LoadedVAE:
     """A VAE on this rank's device, in evaluation mode."""
 
     module: Any
-    """Of one of the classes in `KINDS`."""
+    """Of one of the classes in `KINDS`. Of a side that its file lacks, it has None."""
     source: str
 
     @property
@@ -62,11 +62,16 @@ class LoadedVAE:
         encoder, decoder = self.kind.widths(self.module.config)
         return decoder if direction == "decode" else encoder
 
+    @property
+    def sides(self) -> tuple[Direction, ...]:
+        """The directions whose side it has."""
+        return tuple(way for way, side in SIDES.items() if getattr(self.module, side) is not None)
+
     def hollow(self) -> LoadedVAE:
         """The same VAE with shapes in place of weights, on the meta device."""
         with torch.device("meta"):
             module = type(self.module).from_config(self.module.config).to(self.dtype)
-        return LoadedVAE(module.eval().requires_grad_(False), self.source)
+        return LoadedVAE(_with_sides(module, self.sides).eval().requires_grad_(False), self.source)
 
     @property
     def reach(self) -> int:
@@ -121,9 +126,12 @@ class LoadedVAE:
 
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> LoadedVAE:
-    """Load the VAE that `read_header` finds at `path`. Raises UserError for anything that is not a whole VAE."""
+    """Load the VAE that `read_header` finds at `path`. Raises UserError for anything that is not a whole VAE.
+
+    A file that holds the decoder or the encoder alone gives a VAE without the other.
+    """
     header = read_header(path)
-    module = _module(header)
+    module = _with_sides(_module(header), header.sides)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check(expected, header.shapes, header.source)
     module.load_state_dict(
@@ -144,6 +152,13 @@ def _module(header: VaeHeader) -> ModelMixin:
             return getattr(diffusers, header.name).from_config(dict(header.config))
     except (TypeError, ValueError) as error:
         raise UserError(f"The config.json of {header.source} describes no VAE: {error}.") from error
+
+
+def _with_sides(module: ModelMixin, held: Collection[Direction]) -> ModelMixin:
+    """`module` without the sides that are not `held`."""
+    for direction in SIDES.keys() - held:
+        setattr(module, SIDES[direction], None)
+    return module
 
 
 def _check(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:

@@ -286,6 +286,15 @@ def test_a_vae_decodes_and_encodes(client):
     assert (message.tile_size, message.overlap, tensors["image"].shape[-1]) == (128, 16, 3)
 
 
+def test_a_vae_without_encoder_is_not_asked_to_encode(client):
+    vae = node("VAELoader").load(NAME, "fp32")[0]
+    decoder = {name: key for name, key in vae.header.names.items() if name.startswith("decoder.")}
+    vae = replace(vae, header=replace(vae.header, names=decoder))
+    with pytest.raises(UserError, match="tiny cannot encode: it holds no encoder"):
+        node("VAEEncode").encode(torch.zeros(1, 16, 16, 3), vae, 0, 0)
+    assert not client.sent
+
+
 def test_what_to_do_without_memory_is_told(client):
     vae = node("VAELoader").load(NAME, "fp32")[0]
     pixels, mask = torch.ones(1, 16, 16, 3), torch.zeros(1, 16, 16)
@@ -352,17 +361,31 @@ def test_stock_vae_nodes_find_what_they_ask_of_a_vae(client):
     assert client.last(messages.EncodeImage)[0].overlap == 8
 
 
-def test_encoding_for_inpainting_greys_what_the_mask_covers_and_grows_it(client):
+VIDEO = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
+
+
+@pytest.mark.parametrize(("masks", "video"), [(1, False), (1, True), (5, True)])
+def test_encoding_for_inpainting_greys_what_the_mask_covers_and_grows_it(client, masks, video):
     vae = node("VAELoader").load(NAME, "fp32")[0]
-    pixels, mask = torch.ones(2, 34, 41, 3), torch.zeros(1, 34, 41)
-    mask[0, 10:14, 20:22] = 1
+    if video:
+        vae = replace(vae, header=replace(vae.header, name="AutoencoderKLWan", config=VIDEO))
+    pixels, mask = torch.ones(5, 34, 41, 3), torch.zeros(masks, 34, 41)
+    mask[-1, 10:14, 20:22] = 1
     latent = node("VAEEncodeForInpaint").encode(pixels, vae, mask, 3, 0, 64)[0]
     image = client.last(messages.EncodeImage)[1]["image"]
-    assert image.shape == (2, 32, 40, 3)
-    assert (image == 0.5).sum(dim=(1, 2, 3)).tolist() == [4 * 2 * 3] * 2
-    assert latent["noise_mask"].shape == (1, 1, 32, 40)
+    assert image.shape == (1,) * video + (5, 32, 40, 3)
+    grey = [0, 0, 0, 0, 4 * 2 * 3] if masks > 1 else [4 * 2 * 3] * 5
+    assert (image == 0.5).sum(dim=(-3, -2, -1)).flatten().tolist() == grey
+    assert latent["noise_mask"].shape == (masks, 1, 32, 40)
     grown = latent["noise_mask"].nonzero()[:, 2:]
     assert (grown.amin(0).tolist(), grown.amax(0).tolist()) == ([8, 19], [13, 22])
+
+
+def test_masks_that_do_not_fit_the_pictures_are_counted(client):
+    vae = node("VAELoader").load(NAME, "fp32")[0]
+    with pytest.raises(UserError, match="3 masks do not fit 5 pictures"):
+        node("VAEEncodeForInpaint").encode(torch.ones(5, 16, 16, 3), vae, torch.zeros(3, 16, 16), 0, 0, 64)
+    assert not client.sent
 
 
 @pytest.mark.parametrize(

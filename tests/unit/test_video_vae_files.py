@@ -9,12 +9,16 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers, convert_wan_vae_to_diffusers
+from paralleldit.parallel_backend.comm import Axis, Ledger
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.vae.decode import decode
+from paralleldit.parallel_backend.vae.encode import encode
 from paralleldit.parallel_backend.vae.header import read_header
 from paralleldit.parallel_backend.vae.load import load_vae
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+ALONE = Axis("alone", [0], None, Ledger())
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 WIDE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "latent_channels": 4}
 LTX_091 = {
@@ -73,6 +77,15 @@ CONFIGS = {
         "AutoencoderKLCogVideoX",
         WIDE | {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4},
     ),
+    "Mochi": (
+        "AutoencoderKLMochi",
+        {
+            "latent_channels": 4,
+            "encoder_block_out_channels": (32, 32, 64, 64),
+            "decoder_block_out_channels": (32, 64, 64, 96),
+            "layers_per_block": (2, 1, 1, 2, 1),
+        },
+    ),
 }
 
 
@@ -123,40 +136,20 @@ def wan(name: str, nested: bool) -> str:
     return name
 
 
+LTX_09_ENCODER = (
+    *("0", "0.downsamplers.0", "0.conv_out", "1", "1.downsamplers.0", "1.conv_out"),
+    *("2", "2.downsamplers.0", "3", "mid"),
+)
+LTX_091_DECODER = ("mid", "0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2")
 LTX_BLOCKS = {
     "LTX-Video 0.9": (
-        (
-            "0",
-            "0.downsamplers.0",
-            "0.conv_out",
-            "1",
-            "1.downsamplers.0",
-            "1.conv_out",
-            "2",
-            "2.downsamplers.0",
-            "3",
-            "mid",
-        ),
+        LTX_09_ENCODER,
         ("mid", "0", "1.upsamplers.0", "1", "2.conv_in", "2.upsamplers.0", "2", "3.conv_in", "3.upsamplers.0", "3"),
     ),
-    "LTX-Video 0.9.1": (
-        (
-            "0",
-            "0.downsamplers.0",
-            "0.conv_out",
-            "1",
-            "1.downsamplers.0",
-            "1.conv_out",
-            "2",
-            "2.downsamplers.0",
-            "3",
-            "mid",
-        ),
-        ("mid", "0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2"),
-    ),
+    "LTX-Video 0.9.1": (LTX_09_ENCODER, LTX_091_DECODER),
     "LTX-Video 0.9.5": (
         ("0", "0.downsamplers.0", "1", "1.downsamplers.0", "2", "2.downsamplers.0", "3", "3.downsamplers.0", "mid"),
-        ("mid", "0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2"),
+        LTX_091_DECODER,
     ),
 }
 
@@ -187,12 +180,69 @@ def ldm(name: str) -> str:
     return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
 
 
+MOCHI_ENDS = {
+    "encoder.proj_in.": "encoder.layers.0.",
+    "encoder.norm_out.norm_layer.": "encoder.output_norm.",
+    "encoder.proj_out.": "encoder.output_proj.",
+    "decoder.conv_in.": "decoder.blocks.0.0.",
+    "decoder.proj_out.": "decoder.output_proj.",
+}
+MOCHI_BLOCKS = {
+    "encoder.block_in.": ("encoder.layers.", 1),
+    "encoder.down_blocks.0.": ("encoder.layers.3.layers.", 1),
+    "encoder.down_blocks.1.": ("encoder.layers.4.layers.", 1),
+    "encoder.down_blocks.2.": ("encoder.layers.5.layers.", 1),
+    "encoder.block_out.": ("encoder.layers.", 6),
+    "decoder.block_in.": ("decoder.blocks.0.", 1),
+    "decoder.up_blocks.0.": ("decoder.blocks.1.blocks.", 0),
+    "decoder.up_blocks.1.": ("decoder.blocks.2.blocks.", 0),
+    "decoder.up_blocks.2.": ("decoder.blocks.3.blocks.", 0),
+    "decoder.block_out.": ("decoder.blocks.4.", 0),
+}
+"""With 2, 1, 1, 2 and 1 layers per block: where its layers lie, and the number of the first."""
+MOCHI_PARTS = {
+    "norm1.norm_layer.": "stack.0.",
+    "conv1.conv.": "stack.2.",
+    "norm2.norm_layer.": "stack.3.",
+    "conv2.conv.": "stack.5.",
+    "norm_layer.": "attn_block.norm.",
+    "to_out.0.": "attn_block.attn.out.",
+    "to_": "attn_block.attn.",
+}
+
+
+def mochi(name: str) -> str:
+    for new, old in MOCHI_ENDS.items():
+        if name.startswith(new):
+            return name.replace(new, old)
+    block, (place, first) = next(each for each in MOCHI_BLOCKS.items() if name.startswith(each[0]))
+    kind, rest = name.removeprefix(block).split(".", 1)
+    if kind == "proj":
+        return f"{place.removesuffix('blocks.')}proj.{rest}"
+    if kind == "conv_in":
+        return f"{place}0.{rest.removeprefix('conv.')}"
+    number, rest = rest.split(".", 1)
+    part = next(part for part in MOCHI_PARTS if rest.startswith(part))
+    return f"{place}{first + int(number)}.{rest.replace(part, MOCHI_PARTS[part], 1)}"
+
+
+def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values in one."""
+    whole = {name.replace(".attn.q.", ".attn.qkv."): tensor for name, tensor in state.items()}
+    for name in [name for name in whole if ".attn.qkv." in name]:
+        parts = [whole.pop(name.replace("qkv", part)) for part in ("k", "v")]
+        whole[name] = torch.cat([whole[name], *parts])
+    return whole
+
+
 def original(case: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if case.startswith("Wan"):
         return {wan(name, "2.2" in case): tensor for name, tensor in state.items()}
     if case.startswith("LTX"):
         extra = {"per_channel_statistics.channel": torch.zeros(8), "per_channel_statistics.mean-of-stds": torch.ones(8)}
         return {ltx(name, case): tensor for name, tensor in state.items()} | extra
+    if case == "Mochi":
+        return fused({mochi(name): tensor for name, tensor in state.items()})
     return {
         ldm(name): tensor[..., None, None, None] if ".to_" in name and name.endswith("weight") else tensor
         for name, tensor in state.items()
@@ -215,15 +265,8 @@ def test_these_are_the_layouts_that_diffusers_converts(case):
     assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
 
 
-FILES = [
-    (case, layout)
-    for case in CONFIGS
-    for layout in ("original", "diffusers")
-    if (case, layout) != ("CogVideoX", "original")
-]
-
-
-@pytest.mark.parametrize(("case", "layout"), FILES)
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("case", CONFIGS)
 @torch.no_grad()
 def test_a_file_gives_the_module_that_it_holds(case, layout, tmp_path):
     module = new_module(case)
@@ -261,3 +304,30 @@ def test_a_file_that_lacks_blocks_is_named(tmp_path):
     save_file({name: tensor for name, tensor in state.items() if not name.startswith("encoder")}, file)
     with pytest.raises(UserError, match=r"looks like an AutoencoderKLWan, .*encoder\.conv_in\.weight"):
         read_header(file)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "bare"])
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+@torch.no_grad()
+def test_a_file_with_one_side_works_in_its_direction(side, named, tmp_path):
+    module, file = new_module("Mochi"), tmp_path / "vae.safetensors"
+    state = original("Mochi", module.state_dict())
+    bare = 0 if named else len(f"{side}.")
+    save_file({name[bare:]: tensor.contiguous() for name, tensor in state.items() if name.startswith(side)}, file)
+
+    vae = load_vae(file, device="cpu", dtype=torch.float32)
+
+    header = read_header(file)
+    assert header.sides == vae.sides == vae.hollow().sides
+    assert (header.scale, header.frames, vae.latent_channels, vae.image_channels) == (8, 6, 4, 3)
+    latent, video = torch.randn(1, 4, 2, 2, 2), torch.rand(1, 7, 16, 16, 3)
+    if side == "decoder":
+        picture = module.decode(latent).sample.movedim(1, -1).add(1).div(2).clamp(0, 1)
+        torch.testing.assert_close(decode(vae, latent, ALONE), picture, rtol=0, atol=1e-5)
+        with pytest.raises(UserError, match=r"vae\.safetensors cannot encode: it holds no encoder"):
+            encode(vae, video, ALONE)
+    else:
+        mode = module.encode(video.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+        torch.testing.assert_close(encode(vae, video, ALONE), mode, rtol=0, atol=1e-5)
+        with pytest.raises(UserError, match=r"vae\.safetensors cannot decode: it holds no decoder"):
+            decode(vae, latent, ALONE)
