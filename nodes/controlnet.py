@@ -10,6 +10,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Conditioning, Control, ControlNetRef
 from ..parallel_backend.weights.controlnet import read_controlnet
 from . import paths
+from .span import SPAN, check_span
 from .validation import verdict
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ CONTROL = "control"
 CELL = 8
 """Pixels of a picture for a cell of its latent, in both directions."""
 NO_MODE = -1
+IDLE = "the ControlNet would never work"
+"""In a span without time."""
 PREPARED: dict[int | None, Callable[[Tensor], Tensor]] = {
     # Its VAE was shown edges of half of 255, not of 1: that is twice this, less 1.
     1: lambda edges: 63.75 * edges + 0.75,
@@ -123,7 +126,6 @@ class ParallelDiTControlNetApply:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        share = {"min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What to show."}),
@@ -143,14 +145,7 @@ class ParallelDiTControlNetApply:
                         "tooltip": "How strongly the picture is followed. At 0 the ControlNet is not evaluated.",
                     },
                 ),
-                "start_percent": (
-                    "FLOAT",
-                    {"default": 0.0, **share, "tooltip": "The part of the run after which it begins to work."},
-                ),
-                "end_percent": (
-                    "FLOAT",
-                    {"default": 1.0, **share, "tooltip": "The part of the run after which it works no more."},
-                ),
+                **SPAN,
                 "mode": (
                     "INT",
                     {
@@ -174,7 +169,7 @@ class ParallelDiTControlNetApply:
 
     @classmethod
     def VALIDATE_INPUTS(cls, start_percent: float, end_percent: float) -> bool | str:
-        return verdict(_check_span, start_percent, end_percent)
+        return verdict(check_span, start_percent, end_percent, IDLE)
 
     def apply(
         self,
@@ -188,7 +183,7 @@ class ParallelDiTControlNetApply:
         mode: int,
         vae: Any = None,
     ) -> tuple[list[Any], list[Any]]:
-        _check_span(start_percent, end_percent)
+        check_span(start_percent, end_percent, IDLE)
         message = Control(
             net=controlnet,
             strength=strength,
@@ -260,11 +255,3 @@ def _with(conditioning: Sequence[Any], control: WaitingControl) -> list[Any]:
     return [
         [tokens, {**entry, CONTROL: WaitingControls((*waiting("", entry), control))}] for tokens, entry in conditioning
     ]
-
-
-def _check_span(start: float, end: float) -> None:
-    if start > end:
-        raise UserError(
-            f"start_percent={start:g} is after end_percent={end:g}: the ControlNet would never work.",
-            "Make start_percent the smaller one.",
-        )

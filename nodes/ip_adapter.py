@@ -11,6 +11,7 @@ from ..parallel_backend.protocol.messages import Conditioning, ImagePrompt, IPAd
 from ..parallel_backend.weights.ip_adapter import IPAdapterInfo, read_ip_adapter
 from . import host, paths
 from .handles import handle_of
+from .span import SPAN, check_span
 from .validation import verdict
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ EMBEDDINGS = {"flux": "image_embeds", "sd3": "penultimate_hidden_states"}
 POSITIVE, NEGATIVE = 0, 1
 """As ComfyUI numbers the sides of a prompt."""
 MOST = 100.0
+IDLE = "the picture would never be looked at"
+"""In a span without time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,6 @@ class ParallelDiTIPAdapter:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        share = {"min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "From Parallel Loader or another of our nodes."}),
@@ -73,14 +75,7 @@ class ParallelDiTIPAdapter:
                         "tooltip": "How strongly the picture counts. At 0 it is not looked at.",
                     },
                 ),
-                "start_percent": (
-                    "FLOAT",
-                    {"default": 0.0, **share, "tooltip": "The part of the run after which it begins to work."},
-                ),
-                "end_percent": (
-                    "FLOAT",
-                    {"default": 1.0, **share, "tooltip": "The part of the run after which it works no more."},
-                ),
+                **SPAN,
             },
             "optional": {
                 "negative": (
@@ -96,7 +91,7 @@ class ParallelDiTIPAdapter:
     @classmethod
     def VALIDATE_INPUTS(cls, ip_adapter: str, start_percent: float, end_percent: float) -> bool | str:
         named = verdict(lambda name: paths.resolve(name, KIND, WHAT), ip_adapter)
-        return named if named is not True else verdict(_check_span, start_percent, end_percent)
+        return named if named is not True else verdict(check_span, start_percent, end_percent, IDLE)
 
     def show(
         self,
@@ -108,7 +103,7 @@ class ParallelDiTIPAdapter:
         end_percent: float,
         negative: Any = None,
     ) -> tuple[Any]:
-        _check_span(start_percent, end_percent)
+        check_span(start_percent, end_percent, IDLE)
         handle = handle_of(model)
         path = paths.resolve(ip_adapter, KIND, WHAT)
         info = read_ip_adapter(path)
@@ -157,11 +152,3 @@ def _embedding(info: IPAdapterInfo, output: Any) -> Tensor:
             "SigLIP (so400m, 384 pixels) for Stable Diffusion 3.5.",
         )
     return found.float().cpu()
-
-
-def _check_span(start: float, end: float) -> None:
-    if start > end:
-        raise UserError(
-            f"start_percent={start:g} is after end_percent={end:g}: the picture would never be looked at.",
-            "Make start_percent the smaller one.",
-        )
