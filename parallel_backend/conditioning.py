@@ -37,7 +37,7 @@ class Inputs:
     tensor: Axis | None = None
 
 
-def entries_of(entries: Sequence[Conditioning], side: str, inputs: Inputs) -> list[Entry]:
+def entries_of_side(entries: Sequence[Conditioning], side: str, inputs: Inputs) -> list[Entry]:
     """The entries of a `side` (positive or negative), on the family's device.
 
     Raises `UserError` for what does not fit the model, the latent or itself.

@@ -13,7 +13,7 @@ from .adapters.ip_adapter import IPAdapter
 from .attention.core import AttentionCore, make_attention
 from .attention.site import Attention
 from .comm import Axis, split_sizes
-from .conditioning import Inputs, control_of, entries_of, sizes_of_controls
+from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
 from .errors import UserError
 from .families.base import Family
 from .fitting import Work, check_layout
@@ -70,8 +70,8 @@ def sample(
         for index, control in enumerate(request.controls)
     ]
     inputs = Inputs(tensors, family, model_sampling, latent.shape, controls, adapters or {}, mesh.tensor)
-    positive = entries_of(request.positive, "positive", inputs)
-    negative = entries_of(request.negative, "negative", inputs)
+    positive = entries_of_side(request.positive, "positive", inputs)
+    negative = entries_of_side(request.negative, "negative", inputs)
     token_rows = -(-latent.shape[2] // family.patch_size)
     work = Work(
         batch=batch,

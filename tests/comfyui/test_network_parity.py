@@ -17,7 +17,7 @@ from paralleldit.nodes.conditioning import travelling
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.comm import Axis, Ledger
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of
+from paralleldit.parallel_backend.conditioning import Inputs, entries_of_side
 from paralleldit.parallel_backend.families.registry import build_family
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
@@ -70,7 +70,7 @@ def test_prediction_equals_the_hosts(name, folder):
     latent, tokens, entry = host.inputs(family.name)
     messages, tensors = travelling("positive", [[tokens, entry]], family.name, latent.shape)
     sampling = family.model_sampling(None)
-    positive = entries_of(messages, "positive", Inputs(tensors, family, sampling, latent.shape))
+    positive = entries_of_side(messages, "positive", Inputs(tensors, family, sampling, latent.shape))
     alone = Axis("alone", [0], None, Ledger())
     predict = SequenceParallel(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
     native = load_file(folder / f"{name}.host.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of
+from paralleldit.parallel_backend.conditioning import Inputs, entries_of_side
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.protocol.messages import Conditioning
@@ -26,7 +26,7 @@ def tensors_of(model: str) -> dict[str, torch.Tensor]:
 def taken(model: str, tensors: dict[str, torch.Tensor]) -> Condition:
     named = {f"positive.0.{name}": tensor for name, tensor in tensors.items()}
     family = TINY_MODELS[model].make_family(2)
-    (entry,) = entries_of((Conditioning(),), "positive", Inputs(named, family, family.model_sampling(None), SHAPE))
+    (entry,) = entries_of_side((Conditioning(),), "positive", Inputs(named, family, family.model_sampling(None), SHAPE))
     return entry.condition
 
 

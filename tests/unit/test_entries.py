@@ -10,7 +10,7 @@ import torch
 from paralleldit.nodes.conditioning import travelling
 from paralleldit.nodes.regions import placed_sides
 from paralleldit.parallel_backend.comm import Axis, Ledger
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of, sizes_of_controls
+from paralleldit.parallel_backend.conditioning import Inputs, entries_of_side, sizes_of_controls
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.base import Condition
 from paralleldit.parallel_backend.fitting import Work, misfit_of
@@ -92,7 +92,7 @@ def fade(at: int, length: int, start: int, whole: int) -> float:
             [{"end_percent": 0.5}],
         ),
     ],
-    ids=str,
+    ids=["one", "strengths", "area", "areas", "area against", "masks", "mask in an area", "parts of the run"],
 )
 def test_a_side_is_the_weighted_mean_of_its_entries(positive, negative, sigma):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -100,7 +100,7 @@ def test_a_side_is_the_weighted_mean_of_its_entries(positive, negative, sigma):
     entries = {}
     for side, each in sides.items():
         messages, tensors = travelling(side, each, FAMILY.name, SHAPE)
-        entries[side] = entries_of(messages, side, Inputs(tensors, FAMILY, SAMPLING, SHAPE))
+        entries[side] = entries_of_side(messages, side, Inputs(tensors, FAMILY, SAMPLING, SHAPE))
     alone = Axis("alone", [0], None, Ledger())
     guidance = Guidance(predict, SAMPLING, alone, entries["positive"], entries["negative"], CFG)
     found = guidance.denoised(x, torch.tensor(sigma))
@@ -165,7 +165,7 @@ def test_what_is_no_place_in_the_picture_is_refused(entry, words):
 def test_the_ranks_refuse_entries_that_do_not_fit_the_latent(change, tensors, words):
     tensors = {"positive.0.tokens": torch.ones(1, 3, 5), **tensors}
     with pytest.raises(UserError, match=words):
-        entries_of((Conditioning(**change),), "positive", Inputs(tensors, FAMILY, SAMPLING, SHAPE))
+        entries_of_side((Conditioning(**change),), "positive", Inputs(tensors, FAMILY, SAMPLING, SHAPE))
 
 
 def test_a_control_picture_is_of_the_size_of_what_names_it():

@@ -1,0 +1,70 @@
+"""What the sidecar tells while a request runs, and its replies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from .base import Message, Welcome
+
+Phase = Literal["load", "encode text", "sample", "decode", "encode image"]
+
+
+class Progress(Message):
+    type: Literal["progress"] = "progress"
+    id: int
+    phase: Phase
+    step: int
+    total: int
+
+
+class Log(Message):
+    type: Literal["log"] = "log"
+    id: int
+    level: Literal["info", "warning"]
+    text: str
+
+
+class Memory(Message):
+    """Bytes in use and free on every rank's device, at the end of a run."""
+
+    type: Literal["memory"] = "memory"
+    id: int
+    used: tuple[int, ...]
+    free: tuple[int, ...]
+
+
+class Heartbeat(Message):
+    """Sent every second on every connection. `oldest_beat_s`: seconds since the quietest rank was last alive."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+    oldest_beat_s: float
+    quietest_rank: int
+
+
+class Result(Message):
+    """The end of a request that worked."""
+
+    type: Literal["result"] = "result"
+    id: int
+    data: dict[str, object] = Field(default_factory=dict)
+
+
+class Failure(Message):
+    """The end of a request that did not. Code "user": `UserError`; "crash": a fault of ours, `message` names it.
+
+    `rank` is set when the ranks left the request out of step, led by that rank: then the sidecar ends.
+    """
+
+    type: Literal["failure"] = "failure"
+    id: int
+    code: Literal["user", "cancelled", "crash", "protocol"]
+    message: str
+    hint: str = ""
+    rank: int | None = None
+
+
+FROM_SIDECAR: TypeAdapter[Welcome | Progress | Log | Memory | Heartbeat | Result | Failure] = TypeAdapter(
+    Annotated[Welcome | Progress | Log | Memory | Heartbeat | Result | Failure, Field(discriminator="type")]
+)

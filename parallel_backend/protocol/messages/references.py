@@ -1,0 +1,123 @@
+"""What requests name: models and what is laid beside them, by files as the ranks' host sees them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Message
+
+WeightDtype = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
+
+
+class ModelRef(Message):
+    """A diffusion transformer: a diffusers folder or a safetensors file, as the ranks' host sees the path."""
+
+    kind: Literal["model"] = "model"
+    path: str
+    weight_dtype: WeightDtype = "auto"
+
+
+class TextRef(Message):
+    """The text encoders of a diffusers pipeline folder."""
+
+    kind: Literal["text"] = "text"
+    path: str
+
+
+class VaeRef(Message):
+    """A VAE: a diffusers folder or a single safetensors file."""
+
+    kind: Literal["vae"] = "vae"
+    path: str
+    weight_dtype: WeightDtype = "auto"
+
+
+Strength = Annotated[float, Field(ge=-100.0, le=100.0)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class LoraRef(Message):
+    """A LoRA file of any format, as the ranks' host sees the path.
+
+    `block_strengths`: factors of the strength, one for each of the model's blocks in the order of computation.
+    """
+
+    kind: Literal["lora"] = "lora"
+    path: str
+    strength: Strength = 1.0
+    block_strengths: tuple[Strength, ...] = ()
+
+
+class ControlNetRef(Message):
+    """A ControlNet: a diffusers folder or a safetensors file, as the ranks' host sees the path.
+
+    `dtype`: what the ranks have loaded it in; the client leaves it empty.
+    """
+
+    kind: Literal["controlnet"] = "controlnet"
+    path: str
+    dtype: str = ""
+
+
+Percent = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Control(Message):
+    """A ControlNet at work, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
+
+    Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it, of the size of the
+    latent, or of the area of the entries that name it; for one that takes pixels [B or 1, 3, 8 h, 8 w], the control
+    picture in 0..1.
+    """
+
+    net: ControlNetRef
+    strength: Strength = 1.0
+    start: Percent = 0.0
+    end: Percent = 1.0
+    mode: int | None = Field(default=None, ge=0, le=1000)
+
+
+class IPAdapterRef(Message):
+    """An IP-Adapter: a safetensors file, as the ranks' host sees the path.
+
+    `dtype`: what the ranks have loaded it in; the client leaves it empty.
+    """
+
+    kind: Literal["ip_adapter"] = "ip_adapter"
+    path: str
+    dtype: str = ""
+
+
+class ImagePrompt(Message):
+    """A picture that an IP-Adapter shows the model, from `start` to `end` of the run.
+
+    In a `Predict`, whose run the client knows, it is named while it is to work, and works.
+    """
+
+    adapter: IPAdapterRef
+    weight: Strength = 1.0
+    start: Percent = 0.0
+    end: Percent = 1.0
+
+
+class WeightChange(Message):
+    """A change of the parameter `key` (as the original model and ComfyUI name it), or of `rows` (start, length) of it.
+
+    `digest`: of its tensors, which the ranks have kept (`KeepChanges`). `swap_halves`: its rows are those of the
+    diffusers layout, whose halves the original has the other way around.
+    """
+
+    key: str
+    digest: Digest
+    strength: Strength
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+
+class Adapters(Message):
+    """What lies beside the model's weights in a run: LoRA files, then changes that the graph has sent."""
+
+    files: tuple[LoraRef, ...] = ()
+    changes: tuple[WeightChange, ...] = ()

@@ -1,0 +1,252 @@
+"""What a client asks of the sidecar."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from ...layout import Layout
+from .base import Message
+from .references import (
+    Adapters,
+    Control,
+    Digest,
+    ImagePrompt,
+    ModelRef,
+    Percent,
+    Strength,
+    TextRef,
+    VaeRef,
+)
+
+OnOutOfMemory = Literal["error", "tiles"]
+
+
+class Request(Message):
+    id: int = Field(ge=0, description="chosen by the client; events and the reply carry it")
+
+
+class Load(Request):
+    """Load ahead of use, of a transformer what each rank needs for runs of `layout`; without it, all.
+
+    Reply `data`: {"seconds": …, "models": [what the ranks now hold]}.
+    """
+
+    type: Literal["load"] = "load"
+    ref: Annotated[ModelRef | TextRef | VaeRef, Field(discriminator="kind")]
+    layout: Layout | None = None
+
+
+class EncodeText(Request):
+    """Reply tensors: `tokens` [1, St, C] and those that the family's models need beside it, as in `Conditioning`."""
+
+    type: Literal["encode_text"] = "encode_text"
+    text: TextRef
+    prompt: str
+    prompt_2: str | None = None
+    max_length: int | None = Field(default=None, ge=1, le=4096)
+
+
+Pixels = Annotated[int, Field(ge=1, le=1 << 20)]
+Size = tuple[Pixels, Pixels]
+
+
+class Schedule(Message):
+    """Sigmas by name, computed in the ranks. `denoise` below 1 keeps the last part of a longer schedule."""
+
+    scheduler: str
+    steps: int = Field(ge=1, le=10_000)
+    denoise: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+ReferencePlaces = Literal["offset", "index", "uxo"]
+"""Where reference pictures lie beside the picture: ComfyUI's names for it (families/flux.py says what they mean)."""
+
+
+class Prompt(Message):
+    """What one prediction is told. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, as far as the model takes them,
+    `….pooled` [B or 1, Cp], `….mask` [B or 1, St], the second text encoder's `….tokens_2` and `….mask_2`, and as many
+    `….reference.<number>` [B or 1, C, h, w] as there are `references`: latents of pictures to look at, scaled as the
+    request's latent is. For each of the `image_prompts` `….image.<number>` [B or 1, …], the picture as the IP-Adapter's
+    image encoder gives it.
+
+    `size` and `target_size`: height and width in pixels, for models that are told of them.
+    """
+
+    guidance: float | None = None
+    size: Size | None = None
+    target_size: Size | None = None
+    references: int = Field(default=0, ge=0, le=16)
+    reference_places: ReferencePlaces = "offset"
+    image_prompts: tuple[ImagePrompt, ...] = Field(default=(), max_length=16)
+
+
+Cells = Annotated[int, Field(ge=0, le=1 << 17)]
+
+
+class Conditioning(Prompt):
+    """One entry of a side: a prompt, and where, when and how much it counts among the others (strategies/entries.py).
+
+    `prompt`: the earlier entry of this side whose tensors it shares; without one it has its own. `area`: height, width,
+    top and left, in cells of the latent. It counts from `start` to `end` of the run. Tensor `<side>.<index>.region`
+    [B or 1, H, W]: how much it counts in each cell of the latent, times `strength`.
+    """
+
+    prompt: int | None = Field(default=None, ge=0)
+    area: tuple[Cells, Cells, Cells, Cells] | None = None
+    strength: Strength = 1.0
+    start: Percent = 0.0
+    end: Percent = 1.0
+    controls: tuple[int, ...] = Field(default=(), description="indices into the request's controls")
+
+
+class FindChanges(Request):
+    """Reply `data`: {"missing": [those of `digests` that the ranks do not hold]}."""
+
+    type: Literal["find_changes"] = "find_changes"
+    digests: tuple[Digest, ...]
+
+
+class KeepChanges(Request):
+    """Tensors `<index>.<role>` of the change `digests[index]`; the roles are those of `adapters.deltas.ROLES`."""
+
+    type: Literal["keep_changes"] = "keep_changes"
+    digests: tuple[Digest, ...]
+
+
+class Sample(Request):
+    """Sample a latent. Tensors: `latent` [B, C, H, W] (unscaled), optionally `noise_mask` [B or 1, 1, H', W'],
+    `sigmas` [steps + 1] when `schedule` is None, and those of every `Conditioning` (side = positive | negative).
+
+    Reply tensor: `latent` [B, C, H, W]. Events: `Progress` per step, with tensor `preview` [1, C, H, W] if asked.
+    """
+
+    type: Literal["sample"] = "sample"
+    model: ModelRef
+    layout: Layout
+    positive: tuple[Conditioning, ...] = Field(min_length=1, max_length=64)
+    negative: tuple[Conditioning, ...] = Field(default=(), max_length=64)
+    cfg: float = Field(default=1.0, ge=0.0, le=1000.0)
+    sampler: str
+    schedule: Schedule | None
+    sampling_shift: float | None = Field(
+        default=None, description="the flow shift, where the graph changes the family's own"
+    )
+    seed: int = Field(ge=0, lt=2**64)
+    batch_index: tuple[int, ...] | None = None
+    add_noise: bool = True
+    cpu_noise_offset: int = Field(
+        default=1, ge=0, le=1, description="from the seed to that of a stochastic sampler's noise, where a CPU draws it"
+    )
+    preview: bool = False
+    adapters: Adapters = Adapters()
+    controls: tuple[Control, ...] = Field(default=(), max_length=16)
+
+
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+ResidualList = Literal["input", "output"]
+ResidualNumber = Annotated[int, Field(ge=0, le=1024)]
+
+
+class Predict(Request):
+    """One prediction of the transformer for a sampler that runs in the client, for one or more conditions at once.
+
+    `run` names the sampler's run. Its conditions are told once, in `told`, and named by their keys from then on; those
+    of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
+    `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Prompt`
+    that is told (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own ControlNets,
+    which `residuals` puts where ComfyUI's lists "input" and "output" have them.
+
+    Reply tensor: `prediction` [N * B, C, H, W]; or `data` {"missing": [keys]} of conditions that are not held.
+    """
+
+    type: Literal["predict"] = "predict"
+    model: ModelRef
+    layout: Layout
+    run: Key
+    conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
+    told: dict[Key, Prompt] = Field(default_factory=dict, max_length=256)
+    adapters: Adapters = Adapters()
+    residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
+
+
+def entries_of(request: Request) -> tuple[Prompt, ...]:
+    """The prompts that a request brings."""
+    match request:
+        case Sample():
+            return (*request.positive, *request.negative)
+        case Predict():
+            return tuple(request.told.values())
+    return ()
+
+
+class EndRun(Request):
+    """Forget what was told for the predictions of `run`."""
+
+    type: Literal["end_run"] = "end_run"
+    run: Key
+
+
+class VaeWork(Request):
+    """`tile_size` in pixels; 0 shares each whole picture in row bands (exact). `on_out_of_memory`: whether tiles may be
+    taken where memory is too small for that."""
+
+    vae: VaeRef
+    tile_size: int = Field(default=0, ge=0, le=8192)
+    overlap: int = Field(default=64, ge=0, le=4096)
+    on_out_of_memory: OnOutOfMemory = "error"
+
+
+class Decode(VaeWork):
+    """Latent to picture. Tensor: `latent` [B, C, h, w]. Reply tensor: `image` [B, H, W, 3] in 0..1."""
+
+    type: Literal["decode"] = "decode"
+
+
+class EncodeImage(VaeWork):
+    """Picture to latent. Tensor: `image` [B, H, W, 3] in 0..1. Reply tensor: `latent` [B, C, h, w]."""
+
+    type: Literal["encode_image"] = "encode_image"
+
+
+class Unload(Request):
+    """Free what the ranks hold. Reply `data`: {"freed_bytes": [per rank]}."""
+
+    type: Literal["unload"] = "unload"
+
+
+class Status(Request):
+    """Reply `data`: {"ranks": [per rank], "models": [...], "traffic": {...}, "uptime_s": ...}."""
+
+    type: Literal["status"] = "status"
+
+
+class Shutdown(Request):
+    type: Literal["shutdown"] = "shutdown"
+
+
+class Cancel(Message):
+    """Leave the run `id` at the next step. It is answered by that run's `Failure` of code "cancelled"."""
+
+    type: Literal["cancel"] = "cancel"
+    id: int
+
+
+AnyRequest = (
+    Load
+    | EncodeText
+    | FindChanges
+    | KeepChanges
+    | Sample
+    | Predict
+    | EndRun
+    | Decode
+    | EncodeImage
+    | Unload
+    | Status
+    | Shutdown
+)
+FROM_CLIENT: TypeAdapter[AnyRequest | Cancel] = TypeAdapter(Annotated[AnyRequest | Cancel, Field(discriminator="type")])
