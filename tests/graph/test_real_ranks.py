@@ -59,24 +59,19 @@ def test_one_command_makes_a_picture_and_the_sidecar_stays_for_the_next(launcher
     assert np.array_equal(*pictures)
 
 
-def test_every_layout_makes_the_same_picture(launcher):
-    pictures = []
-    for degree in ("ulysses", "ring"):
-        done = run_demo(launcher, f"--output={degree}", "--set", "6.cfg=1", "--set", f"1.{degree}_degree=2")
-        assert f"layout            {degree}2" in done.stdout, done.stderr
-        pictures.append(pixels(launcher.folder / degree))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
-
-
-def test_a_fault_in_the_ranks_is_told_and_the_next_run_works(launcher):
+def test_a_fault_in_the_ranks_is_told_and_then_every_layout_makes_the_same_picture(launcher):
     broken = run_demo(launcher, "--output=broken", "--set", "1.attention=flash2")
     assert broken.returncode == 1
     assert "node 6 (Parallel Sampler)" in broken.stderr
     assert "flash" in broken.stderr
     assert not list((launcher.folder / "broken").glob("*.png"))
-    after = run_demo(launcher, "--output=after")
-    assert after.returncode == 0
-    assert "starting" not in after.stderr
+    pictures = []
+    for degree in ("ulysses", "ring"):
+        done = run_demo(launcher, f"--output={degree}", "--set", "6.cfg=1", "--set", f"1.{degree}_degree=2")
+        assert f"layout            {degree}2" in done.stdout, done.stderr
+        assert "starting" not in done.stderr
+        pictures.append(pixels(launcher.folder / degree))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_a_vae_with_ranks_of_its_own_decodes_beside_those_that_sample(launcher):

@@ -42,23 +42,28 @@ class RankPool:
         self.pipes: list[Connection] = []
         self.processes = []
         self.known: dict[str, list[Any]] = {}
-        for rank in range(POOL_SIZE):
+        for rank in range(POOL_SIZE + 1):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, there, port), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
+        # What others are compared with comes from a rank that stays alone, and leaves the others' world as it is.
+        self.alone = self.pipes.pop()
 
     def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(world: Axis, *args)` on n ranks; the list of what each returned. A rank's error fails the test."""
         code = function.__code__
-        self.generation += self.world_size != n
-        self.world_size = n
-        for pipe in self.pipes[:n]:
-            pipe.send((code.co_filename, function.__name__, n, self.generation, args))
+        pipes, generation = [self.alone], 0
+        if n > 1:
+            self.generation += self.world_size != n
+            self.world_size = n
+            pipes, generation = self.pipes[:n], self.generation
+        for pipe in pipes:
+            pipe.send((code.co_filename, function.__name__, n, generation, args))
         answers: dict[int, Any] = {}
-        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:n])}
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
         while waiting:
             failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
             ready = wait(list(waiting), timeout=STRAGGLERS_S if failures else TIMEOUT_S)
@@ -81,7 +86,7 @@ class RankPool:
         return self.known[question]
 
     def close(self) -> None:
-        for pipe in self.pipes:
+        for pipe in (*self.pipes, self.alone):
             pipe.send(None)
         for process in self.processes:
             process.join(timeout=10)
@@ -96,13 +101,13 @@ def _serve(rank: int, pipe: Connection, port: int) -> None:
     _load_module(Path(__file__).resolve().parent.parent / "conftest.py")
     from paralleldit.parallel_backend.comm import Axis, Ledger
 
-    store = dist.TCPStore("127.0.0.1", port, POOL_SIZE, is_master=rank == 0, timeout=timedelta(seconds=120))
-    joined = 0
+    store = dist.TCPStore("127.0.0.1", port, POOL_SIZE + 1, is_master=rank == 0, timeout=timedelta(seconds=120))
+    joined = None
     while (task := pipe.recv()) is not None:
         path, name, n, generation, args = task
         try:
             if generation != joined:
-                _join_world(dist.PrefixStore(f"world {generation}", store), rank, n)
+                _join_world(dist.PrefixStore(f"world {generation}", store), rank % POOL_SIZE, n)
                 joined = generation
             world = Axis("world", range(n), dist.group.WORLD, Ledger())
             answer = (True, getattr(_load_module(Path(path)), name)(world, *args))

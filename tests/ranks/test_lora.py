@@ -192,7 +192,7 @@ STAGED = [
 @pytest.mark.parametrize("layout", STAGED, ids=str)
 def test_stages_hold_the_lora_of_their_blocks(ranks, files, layout):
     lora, with_it = files.lora("flux dev", "original", "kohya")
-    (expected,) = ranks.run(1, sampled, Layout(), with_it, ())
+    (expected,) = ranks.once(1, sampled, Layout(), with_it, ())
     base = files.base("flux dev")
     for answer in ranks.run(layout.ranks, sampled, layout, base, [LoraRef(path=str(lora))]):
         assert relative_error(answer, expected) <= 1e-5
