@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,24 @@ from ..families.hunyuandit import HunyuanDiT, as_block
 from ..families.sd3 import SD3
 from ..weights.controlnet import ControlNetInfo
 from ..weights.controlnet_load import load_controlnet
+
+
+class Given(NamedTuple):
+    """What a ControlNet is evaluated for: the arguments of `Family.embed`, and of the control picture the tokens of
+    what it sees, `[B, S, c]`, and the kind."""
+
+    tokens: Tensor
+    timestep: Tensor
+    condition: Condition
+    shard: Shard
+    grid: tuple[int, int]
+    picture: Tensor
+    mode: int | None
+
+    @property
+    def shown(self) -> Tensor:
+        """This rank's tokens of the control picture."""
+        return self.picture[:, self.shard.image]
 
 
 class ControlNet(ABC):
@@ -68,25 +86,20 @@ class ControlNet(ABC):
         return ((picture.float() - shift) * self.model.latent_scale).to(self.model.device)
 
     @abstractmethod
-    def embed(
-        self,
-        tokens: Tensor,
-        picture: Tensor,
-        mode: int | None,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-    ) -> TokenState:
-        """As `Family.embed`; `picture`: the tokens of what it sees of the control picture, `[B, S, c]`."""
+    def embed(self, given: Given) -> TokenState:
+        """As `Family.embed`."""
 
-    @abstractmethod
     def outputs(self) -> Sequence[nn.Module]:
         """What makes a residual of each block's image tokens."""
+        return self.module.controlnet_blocks
 
     @abstractmethod
     def targets(self, family: Family) -> dict[int, int]:
         """From each block of the model that a residual is added behind to the number of that residual."""
+
+    def patches(self, embedder: Any, tokens: Tensor) -> Tensor:
+        """Latent tokens through a convolution whose stride is its size."""
+        return F.linear(tokens.to(self.view.dtype), embedder.proj.weight.flatten(1), embedder.proj.bias)
 
     def residuals(self, state: TokenState) -> list[Tensor]:
         """Every block's residual of the image tokens, `[B, Si, h]`."""
@@ -117,19 +130,11 @@ class FluxControlNet(ControlNet):
             return picture  # another stage evaluates it
         return hint((2 * picture - 1).to(self.model.device, self.model.dtype))
 
-    def embed(
-        self,
-        tokens: Tensor,
-        picture: Tensor,
-        mode: int | None,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-    ) -> TokenState:
+    def embed(self, given: Given) -> TokenState:
         model, dtype = self.module, self.view.dtype
+        tokens, timestep, condition, shard, grid, _, mode = given
         image = model.x_embedder(tokens[:, shard.image].to(dtype))
-        image = image + model.controlnet_x_embedder(picture[:, shard.image].to(dtype))
+        image = image + model.controlnet_x_embedder(given.shown.to(dtype))
         text = model.context_embedder(condition.tokens.to(dtype)).expand(len(tokens), -1, -1)
         if self.extra_text:
             assert mode is not None
@@ -161,26 +166,13 @@ class SD3ControlNet(ControlNet):
         super().__init__(info, module, dtype, device)
         self.latent_shift = not info.config["force_zeros_for_pooled_projection"]
 
-    def embed(
-        self,
-        tokens: Tensor,
-        picture: Tensor,
-        mode: int | None,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-    ) -> TokenState:
+    def embed(self, given: Given) -> TokenState:
+        tokens, timestep, condition, shard, grid, *_ = given
         if not self.latent_shift:
             assert condition.pooled is not None
             condition = replace(condition, pooled=torch.zeros_like(condition.pooled))
         state = self.view.embed(tokens, timestep, condition, shard, grid)
-        return replace(
-            state, image=state.image + _patches(self.module.pos_embed_input, picture[:, shard.image], self.view)
-        )
-
-    def outputs(self) -> Sequence[nn.Module]:
-        return self.module.controlnet_blocks
+        return replace(state, image=state.image + self.patches(self.module.pos_embed_input, given.shown))
 
     def targets(self, family: Family) -> dict[int, int]:
         # The last block, which gives no text, gets none.
@@ -204,23 +196,11 @@ class SD3ImageControlNet(ControlNet):
 
     view_class = SD3ImageBlocks
 
-    def embed(
-        self,
-        tokens: Tensor,
-        picture: Tensor,
-        mode: int | None,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-    ) -> TokenState:
+    def embed(self, given: Given) -> TokenState:
         assert isinstance(self.model, SD3)
-        control = _patches(self.module.pos_embed_input, picture[:, shard.image], self.view)
-        image = self.model.embed_image(tokens, shard, grid) + control
+        tokens, timestep, condition, shard, grid, *_ = given
+        image = self.model.embed_image(tokens, shard, grid) + self.patches(self.module.pos_embed_input, given.shown)
         return self.view.resume(image, image[:, :0], timestep, condition, shard, grid)
-
-    def outputs(self) -> Sequence[nn.Module]:
-        return self.module.controlnet_blocks
 
     def targets(self, family: Family) -> dict[int, int]:
         # As in Stability's own code and in ComfyUI, behind the last block too; diffusers leaves that out.
@@ -242,22 +222,11 @@ class HunyuanControlNet(ControlNet):
 
     view_class = HunyuanBlocks
 
-    def embed(
-        self,
-        tokens: Tensor,
-        picture: Tensor,
-        mode: int | None,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-    ) -> TokenState:
+    def embed(self, given: Given) -> TokenState:
+        tokens, timestep, condition, shard, grid, *_ = given
         state = self.view.embed(tokens, timestep, condition, shard, grid)
-        control = _patches(self.module.pos_embed, picture[:, shard.image], self.view)
+        control = self.patches(self.module.pos_embed, given.shown)
         return replace(state, image=state.image + self.module.input_block(control))
-
-    def outputs(self) -> Sequence[nn.Module]:
-        return self.module.controlnet_blocks
 
     def targets(self, family: Family) -> dict[int, int]:
         return {source: source for source in family.skips}
@@ -316,7 +285,7 @@ class Control:
         view = self.net.view
         view.use_attention(attention)
         picture = view.tokenize(self.picture).expand(len(tokens), -1, -1)
-        state = self.net.embed(tokens, picture, self.mode, timestep, condition, shard, grid)
+        state = self.net.embed(Given(tokens, timestep, condition, shard, grid, picture, self.mode))
         return [self.strength * residual for residual in self.net.residuals(state)]
 
 
@@ -337,8 +306,3 @@ def _as_image_block(layer: nn.Module) -> Block:
         return replace(state, image=layer(hidden_states=state.image, temb=state.modulation))
 
     return run
-
-
-def _patches(embedder: Any, tokens: Tensor, view: Family) -> Tensor:
-    """Latent tokens through a convolution whose stride is its size."""
-    return F.linear(tokens.to(view.dtype), embedder.proj.weight.flatten(1), embedder.proj.bias)
