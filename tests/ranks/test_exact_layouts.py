@@ -226,7 +226,7 @@ def cells():
             yield cell(table, layout, TINY_MODELS[model].family.name)
 
 
-@pytest.mark.parametrize("layout", SPREAD, ids=str)
+@pytest.mark.parametrize("layout", sorted(SPREAD, key=lambda layout: layout.ranks), ids=str)
 def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout):
     paths = [model_path(model, shape[0]) for model, shape in SPREAD_CASES]
     for answers in ranks.run(layout.ranks, guided_by_part, layout, SPREAD_CASES, paths, "auto"):

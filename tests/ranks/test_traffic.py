@@ -174,7 +174,10 @@ def expected_bytes(layout: Layout, model: str, block_bytes: list[int], stage: St
     }
 
 
-@pytest.mark.parametrize(("layout", "model"), [(layout, model) for layout, models in ROWS for model in models], ids=str)
+CASES = [(layout, model) for layout, models in ROWS for model in models]
+
+
+@pytest.mark.parametrize(("layout", "model"), sorted(CASES, key=lambda case: case[0].ranks), ids=str)
 def test_bytes_sent_match_theory(ranks, model_of, layout, model):
     path, block_bytes = model_of(model)
     for index, sent, messages in ranks.run(layout.ranks, traffic_per_step, layout, model, path):
