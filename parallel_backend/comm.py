@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,12 @@ class Axis:
         self.ledger = ledger
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
+
+    def release(self) -> list[dist.ProcessGroup]:
+        """The group, if there is one, for `leave_groups`. The axis cannot be used any more."""
+        group = self.group
+        del self.group
+        return [] if group is None else [group]
 
     def start_all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Exchange:
         """Send `x.split(send_sizes)[j]` to rank j, and receive what all ranks send here, concatenated in their order.
@@ -178,6 +185,22 @@ def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     if not isinstance(group, dist.ProcessGroup):
         raise RuntimeError(f"rank {dist.get_rank()} is not among the ranks {list(ranks)} of the group that it makes")
     return group
+
+
+def leave_groups(groups: list[dist.ProcessGroup]) -> None:
+    """Give up `groups`, and empty the list: ranks that wait in one of them for this rank raise at once.
+
+    For gloo alone, which has no other way to end a collective early: it closes a group's connections with the last
+    reference to it. So nobody else may hold the groups, or work that is under way in them (`Exchange`, `Hop`), also no
+    frame of an error that was not collected yet.
+    """
+    for group in groups:
+        dist.destroy_process_group(group)
+        del group
+    # A group goes once its own collectives under way are over. They may need ranks that raise only when another group
+    # goes: none of these waits for another.
+    for _ in range(len(groups)):
+        threading.Thread(target=groups.pop, daemon=True).start()
 
 
 def split_sizes(total: int, parts: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The ranks' agreement: the same request and the same cancel point for all, over a CPU group of long patience."""
+"""The ranks' agreement: the same request and the same cancel point for all, over CPU groups of long patience."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 
+from .comm import leave_groups
 from .errors import Cancelled
 from .protocol import messages
 from .protocol.frames import parse
@@ -21,12 +22,22 @@ PATIENCE = timedelta(days=365)
 
 
 class Control:
-    """Collectives on the control group. Every rank makes the same calls in the same order."""
+    """Collectives on a group of its own. Every rank makes the same calls in the same order."""
 
     def __init__(self) -> None:
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+
+    def leave(self) -> None:
+        """Give up the group, as `leave_groups` does: ranks that wait in it for this one raise."""
+        groups = [self._group]
+        del self._group
+        leave_groups(groups)
+
+    def start_meeting(self) -> dist.Work:
+        """Begin to wait until every rank has come here."""
+        return cast(dist.Work, dist.barrier(group=self._group, async_op=True))
 
     def share(self, work: Work | None) -> Work:
         """Rank 0's work on every rank."""

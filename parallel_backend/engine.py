@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapters.store import AdapterStore
 from .agreement import check_agreement
-from .comm import Axis, Ledger
+from .comm import Axis, Ledger, leave_groups, new_group
 from .errors import UserError
 from .fitting import Work, check_layout
 from .layout import Layout
@@ -41,7 +41,7 @@ class Engine:
         self.device = device
         self.models = ModelStore(device)
         self.adapters = AdapterStore()
-        self.world = Axis("world", range(dist.get_world_size()), dist.group.WORLD, Ledger())
+        self.world = _world()
         self._meshes: dict[Layout, Mesh] = {}
         self._told = ToldConditions()
         self._serve = {
@@ -70,6 +70,20 @@ class Engine:
             "models": self.models.summary(),
             "traffic": {str(layout): mesh.ledger.summary() for layout, mesh in self._meshes.items()},
         }
+
+    def leave(self) -> None:
+        """As the worker's `Engine.leave`. The models stay."""
+        self.models.let_go()
+        axes = [self.world, *(axis for mesh in self._meshes.values() for axis in mesh.axes)]
+        self._meshes.clear()
+        leave_groups([group for axis in axes for group in axis.release()])
+
+    def rejoin(self, run: Run) -> None:
+        """As the worker's `Engine.rejoin`. What clients have sent they will be asked for again."""
+        self.world = _world()
+        self.models.keep_common(run)
+        self.adapters.forget()
+        self._told.clear()
 
     def _load(self, request: messages.Load, tensors: dict[str, Tensor], run: Run) -> Answer:
         started = time.monotonic()
@@ -219,3 +233,9 @@ class Engine:
             case [str(message), str(hint)]:
                 raise UserError(message, hint)
         return result
+
+
+def _world() -> Axis:
+    """All ranks, in a group of their own: the default one cannot be left."""
+    ranks = range(dist.get_world_size())
+    return Axis("world", ranks, new_group(ranks) if len(ranks) > 1 else None, Ledger())

@@ -23,6 +23,7 @@ class Mesh:
         check_layout(layout, Work(ranks=dist.get_world_size()))
         self.layout = layout
         self.ledger = Ledger()
+        self.axes: list[Axis] = []  # all of those below
         self.tensor, self.ulysses, self.ring, self.distrifusion, self.pipefusion, self.cfg, self.data = (
             self._axis(axis, (axis,)) for axis in AXES
         )
@@ -44,4 +45,5 @@ class Mesh:
                 offsets = [offset + index * stride for index in range(degree) for offset in offsets]
             stride *= degree
         ranks = [base + offset for offset in offsets]
-        return Axis(name, ranks, new_group(ranks) if len(ranks) > 1 else None, self.ledger)
+        self.axes.append(Axis(name, ranks, new_group(ranks) if len(ranks) > 1 else None, self.ledger))
+        return self.axes[-1]

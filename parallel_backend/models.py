@@ -128,6 +128,26 @@ class ModelStore:
                 return free
             self._give_up(others[0], f"the work of {Path(ref.path).name}", run)
 
+    def let_go(self) -> None:
+        """Of what is under way to other ranks."""
+        for held in self._held.values():
+            if isinstance(held.ref, ModelRef):
+                held.model.let_go()
+
+    def keep_common(self, run: Run) -> None:
+        """A collective: forget what not all ranks hold, and the order in which they used the rest."""
+        shared = [ref for ref in self._held if not isinstance(ref, TextRef)]
+        names = {ref: f"{type(ref).__name__} {ref.model_dump_json()}" for ref in shared}
+        first, *others = (
+            [str(name) for name in each] for each in run.gather(list(names.values())) if isinstance(each, list)
+        )
+        common = [name for name in first if all(name in each for each in others)]
+        for ref in sorted(shared, key=lambda ref: common.index(names[ref]) if names[ref] in common else -1):
+            if names[ref] in common:
+                self._held.move_to_end(ref)
+            else:
+                del self._held[ref]
+
     def unload(self) -> int:
         """Forget every model; the number of bytes that this process uses less of its device."""
         used = self.memory()["used"]

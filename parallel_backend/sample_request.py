@@ -14,7 +14,7 @@ from .attention.core import AttentionCore, make_attention
 from .attention.site import Attention
 from .comm import Axis, split_sizes
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
-from .errors import UserError
+from .errors import Cancelled, UserError
 from .families.base import Family
 from .fitting import Work, check_layout
 from .layout import Layout, patches_of
@@ -129,8 +129,13 @@ def sample(
     if mesh.pipefusion.size == 1 or steps < 1:
         try:
             sampled = run_sampler(model, job, on_step)
-        finally:
+        except (Cancelled, UserError):
             strategy.finish()
+            raise
+        except Exception:
+            strategy.forget()
+            raise
+        strategy.finish()
     else:
         assert isinstance(attention, AttentionCore)
         pipeline = PipeFusion(

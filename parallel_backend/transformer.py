@@ -42,3 +42,8 @@ class Transformer:
         if self._sharded:
             self._sharded.begin(mesh.replicas)
         return self._family
+
+    def let_go(self) -> None:
+        """Of what is under way to other ranks, wherever it was interrupted."""
+        if self._sharded:
+            self._sharded.let_go()

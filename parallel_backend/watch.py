@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.2
 HEARTBEAT_S = 1.0
 AGREEMENT_S = 2.0
-"""After a crash: enough for the other ranks to crash alike, or for torchrun to notice the rank that died first."""
+"""After a crash on CUDA: enough for torchrun to notice the rank that died first."""
 FAREWELL_S = 10.0
 
 
@@ -52,7 +52,10 @@ class Watch(threading.Thread):
     # -- ranks -----------------------------------------------------------------------------------------------
 
     def _look_for_failure(self) -> None:
-        """A crash ends the sidecar in any case; for a user's error the other ranks have time to arrive at it too."""
+        """The other ranks have time to arrive at a user's error too, or to notice that a rank gave up their groups.
+
+        A crash on CUDA ends the sidecar in any case.
+        """
         sequence = self.sequence
         if sequence is None or not self._store.check([f"failed/{sequence}"]):
             return
@@ -61,7 +64,8 @@ class Watch(threading.Thread):
         failed = json.loads(self._store.get(f"failed/{sequence}"))
         rank = failed.pop("rank")
         outcome = Outcome(**failed)
-        patience = AGREEMENT_S if outcome.kind == "crash" else self._settings.hang_timeout
+        ends = outcome.is_broken and self._settings.device == "cuda"
+        patience = AGREEMENT_S if ends else self._settings.hang_timeout
         if time.monotonic() - self._failed_since[1] > patience and self.sequence == sequence:
             self.crash(outcome, rank)
 

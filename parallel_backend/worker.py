@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,8 +21,9 @@ from .protocol import messages, records
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
-    from .control import Control, Run
+    from .control import Run
     from .outcomes import Outcome
     from .server import Server, Work
     from .watch import Watch
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+ALONE_S = 2.0
+"""How long a rank that leaves a request with a user's error waits for others to arrive at it too."""
+POLL_S = 0.01
 LAST_WORDS_S = 5.0
 """How long a rank that lost its peers waits for torchrun to end it, so that its exit hides no other rank's death."""
 
@@ -40,6 +46,14 @@ class Engine(Protocol):
     ) -> tuple[dict[str, object], dict[str, torch.Tensor]]: ...
 
     def status(self) -> dict[str, object]: ...
+
+    def leave(self) -> None:
+        """This rank alone: give up all groups and what is under way in them, so that no rank waits there for it."""
+        ...
+
+    def rejoin(self, run: Run) -> None:
+        """Form groups anew, after every rank has left the former ones, and hold the same models on all again."""
+        ...
 
 
 def main(engine_factory: Callable[[torch.device], Engine]) -> None:
@@ -78,9 +92,11 @@ class Rank:
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
-        dist.init_process_group(backend, timeout=timedelta(seconds=settings.compute_timeout))
-        self.control: Control = Control()
+        self.backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
+        self.can_regroup = not cuda
+        dist.init_process_group(self.backend, timeout=timedelta(seconds=settings.compute_timeout))
+        self.control, self.within = Control(), Control()
+        """Between requests, and within one: this group a rank can leave before the others do."""
         self.store = connect_store()
         Pulse(rank, settings.hang_timeout + LAST_WORDS_S).start()
         self.engine = engine_factory(self.device)
@@ -114,11 +130,9 @@ class Rank:
         self.sequence += 1
         if self.watch:
             self.watch.sequence = self.sequence
-        data, tensors, outcome = self._attempt(work, Run(self.control, work))
+        data, tensors, outcome = self._attempt(work, Run(self.within, work))
         outcomes = self._agree(outcome)
-        verdict = judge(work.request.id, outcomes)
-        if self.watch:
-            self.watch.sequence = None
+        verdict = judge(work.request.id, outcomes, can_regroup=self.can_regroup)
         is_last = isinstance(work.request, messages.Shutdown)
         if self.server:
             if is_last:
@@ -131,6 +145,10 @@ class Rank:
                 self.server.finish(work, messages.Result(id=work.request.id, data=data), tensors)
         if not verdict.is_warm:
             self._end(outcomes[verdict.rank], verdict.rank)
+        if not verdict.in_step:
+            self._regroup(work, has_left=outcomes[self.rank].gave_up)
+        if self.watch:
+            self.watch.sequence = None
         if is_last and self.server:
             self.server.close()
         return not is_last
@@ -144,7 +162,7 @@ class Rank:
             return data, tensors, Outcome("ok")
         except Exception as error:
             outcome = describe(error, self.rank, self.device)
-            if outcome.kind == "crash":
+            if outcome.is_broken:
                 log.exception("request %s failed", work.request.type)
             if outcome.kind != "cancelled":
                 report_failure(self.store, self.sequence, self.rank, outcome)
@@ -174,10 +192,55 @@ class Rank:
         return {**self.last_status, "busy": busy, "uptime_s": time.monotonic() - self.born}
 
     def _agree(self, outcome: Outcome) -> dict[int, Outcome]:
+        """Every rank's outcome. Ranks that wait within the request for this one, which left it, are made to leave."""
         from .outcomes import Outcome
 
+        meeting = self.control.start_meeting()
+        if self.can_regroup and outcome.kind != "ok" and not self._others_come(meeting, outcome):
+            self._leave()
+            outcome = replace(outcome, gave_up=True)
+        meeting.wait()
         gathered = self.control.gather(outcome.to_json())
         return {rank: Outcome(**each) for rank, each in enumerate(gathered) if isinstance(each, dict)}
+
+    def _others_come(self, meeting: dist.Work, outcome: Outcome) -> bool:
+        """Whether no other rank stays behind, as far as can be told from this rank's outcome and in a moment."""
+        if outcome.is_broken:
+            return False
+        deadline = time.monotonic() + ALONE_S
+        while not meeting.is_completed() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return meeting.is_completed()
+
+    def _leave(self) -> None:
+        gc.collect()
+        self.engine.leave()
+        self.within.leave()
+
+    def _regroup(self, work: Work, *, has_left: bool) -> None:
+        """Form all groups anew. All ranks do, once they have left the request."""
+        import torch.distributed as dist
+
+        from .control import Control, Run
+
+        if not has_left:
+            self._leave()
+        # A rank closes the old groups only when nobody reads from them any more.
+        keys = [f"left/{self.sequence}/{rank}" for rank in range(self.settings.ranks)]
+        self.store.set(keys[self.rank], "")
+        self.store.wait(keys)
+        dist.destroy_process_group()
+        store = dist.PrefixStore(f"after/{self.sequence}", self.store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(
+            self.backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.settings.ranks,
+            timeout=timedelta(seconds=self.settings.compute_timeout),
+        )
+        self.control, self.within = Control(), Control()
+        self.engine.rejoin(Run(self.within, work))
+        log.info("the ranks have formed their groups anew")
 
     def _open(self) -> None:
         from .server import Server, listen

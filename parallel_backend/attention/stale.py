@@ -58,6 +58,10 @@ class StaleAttention:
         for kept in self._kept.values():
             if kept.coming:
                 kept.coming.wait()
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what is kept."""
         self._kept.clear()
 
     def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:

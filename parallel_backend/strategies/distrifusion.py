@@ -35,6 +35,9 @@ class DistriFusion(SequenceParallel):
         # Every rank has sent what the others wait for here.
         self._stale.finish()
 
+    def forget(self) -> None:
+        self._stale.forget()
+
     def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """As `SequenceParallel.predict`."""
         evaluation = self._evaluations[id(condition)]

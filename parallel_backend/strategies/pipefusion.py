@@ -24,7 +24,7 @@ from ..comm import split_sizes
 from ..errors import Cancelled, UserError
 from ..families.base import Family
 from ..mesh import Mesh
-from ..outcomes import describe
+from ..outcomes import STAY_READY, describe
 from ..sampling.driver import SamplingJob, check_result, not_finite, prepare
 from ..sampling.solver import Denoise
 from ..sampling.strips import StripSamplers, questions_of
@@ -278,7 +278,7 @@ class PipeFusion:
                 raise
             log.exception("stage %d of %d failed", self.stage.index + 1, self.stage.count)
             outcome = describe(error, dist.get_rank(), self.latent.device)
-            self.fault = (outcome.message, outcome.hint)
+            self.fault = (outcome.message, f"{outcome.hint} {STAY_READY}".strip())
             self.failures[STAGE] = 1
             return None
 

@@ -51,6 +51,9 @@ class SequenceParallel:
     def finish(self) -> None:
         """The run is over, however it ended; all ranks leave it at the same step."""
 
+    def forget(self) -> None:
+        """This rank leaves the run, wherever the others are."""
+
     def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The transformer's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank."""
         family, rank = self.family, self.axis.rank

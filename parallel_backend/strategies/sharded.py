@@ -54,6 +54,11 @@ class ShardedWeights:
             slot.wait()
             slot.block = None
 
+    def let_go(self) -> None:
+        """Of gathers that may never end."""
+        for slot in self._slots:
+            slot.gather = None
+
     def around(self, blocks: Sequence[Block]) -> list[Block]:
         """The blocks, each with its weights at hand while it computes."""
         return [self._around(number, block) for number, block in enumerate(blocks)]

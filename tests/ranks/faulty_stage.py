@@ -1,41 +1,51 @@
-"""The real engine, in which rank 1 does what the request says in the middle of it.
+"""The real engine, in which a rank does what the request says in the middle of it.
 
-In its stage of a pipeline what the run's seed says; in its band of a picture what the overlap of tiles says, for which
-a decode in bands has no other use.
+Between two blocks of a model what the run's seed says, and the rank that it says; in rank 1's band of a picture what
+the overlap of tiles says, for which a decode in bands has no other use.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from parallel_backend import sample_request
+from parallel_backend import transformer
 from parallel_backend.engine import Engine
-from parallel_backend.strategies.pipefusion import PipeFusion
+from parallel_backend.transformer import Transformer
 from parallel_backend.vae import spread
 from parallel_backend.vae.bands import Bands
 from parallel_backend.worker import main
 
-WORKS, RAISES, DIES = range(3)
+WORKS, RAISES, DIES, LACKS_MEMORY = range(4)
+RANK = 10
+"""A seed is what happens, and so many for each rank before the one that it happens to."""
+BLOCKS = 9
+"""Of a run, that are computed before."""
 CONVOLUTIONS = 5
 """Of a decode, that work before one runs out of memory."""
 
 
-class FaultyStage(PipeFusion):
-    def __init__(self, family, mesh, attention, guidance, job, **more):
-        super().__init__(family, mesh, attention, guidance, job, **more)
-        self.seed = job.seed
+class FaultyTransformer(Transformer):
+    left, what = -1, WORKS
 
-    def _through_blocks(self, unit, *rest):
-        if dist.get_rank() == 1 and unit.question == 3 and unit.patches[0] == 1:
-            if self.seed == RAISES:
-                raise ValueError("this stage was told to fail")
-            if self.seed == DIES:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._family.blocks = [partial(self._after_fault, block) for block in self._family.blocks]
+
+    def _after_fault(self, block, state):
+        FaultyTransformer.left -= 1
+        if FaultyTransformer.left == 0:
+            if self.what == RAISES:
+                raise ValueError("this rank was told to fail")
+            if self.what == LACKS_MEMORY:
+                raise torch.OutOfMemoryError("this rank was told to run out of memory")
+            if self.what == DIES:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super()._through_blocks(unit, *rest)
+        return block(state)
 
 
 class FaultyBands(Bands):
@@ -51,12 +61,17 @@ class FaultyBands(Bands):
 
 
 class FaultyEngine(Engine):
+    def _sample(self, request, *rest):
+        rank, FaultyTransformer.what = divmod(request.seed, RANK)
+        FaultyTransformer.left = BLOCKS if rank == dist.get_rank() else -1
+        return super()._sample(request, *rest)
+
     def _decode(self, request, *rest):
         FaultyBands.left = CONVOLUTIONS if dist.get_rank() == 1 and request.overlap == RAISES else None
         return super()._decode(request, *rest)
 
 
 if __name__ == "__main__":
-    sample_request.PipeFusion = FaultyStage
+    transformer.Transformer = FaultyTransformer
     spread.Bands = FaultyBands
     main(FaultyEngine)

@@ -23,6 +23,12 @@ class StandIn:
     def status(self) -> dict[str, object]:
         return {"models": [], "handled": self.handled}
 
+    def leave(self):
+        """In vain: ranks wait for each other in the default group, which cannot be left."""
+
+    def rejoin(self, run):
+        """There is nothing to form anew."""
+
     def handle(self, request, tensors, run):
         self.handled += 1
         what, _, rank = request.prompt.partition(" ")

@@ -197,7 +197,7 @@ def test_logs_are_bounded_and_a_full_disk_is_told_once(client, spec):
         ("die 1", SidecarError, r"Rank 1 \(process \d+\) was killed by SIGKILL", 5),
         ("hang 0", SidecarError, "Rank 0 hangs", HANG_S + 5),
         ("hang 1", SidecarError, "Rank 1 hangs", HANG_S + 5),
-        ("crash 1", SidecarError, "Rank 1 failed: ValueError: the stand-in was told to crash.*line", 5),
+        ("crash 1", SidecarError, "Rank 1 failed: ValueError: the stand-in was told to crash.*line", HANG_S + 5),
         ("user_error 1", UserError, "This prompt cannot be encoded. Use another.", HANG_S + 5),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from paralleldit.launcher import devices, life, runtime_dir, sidecar
 from paralleldit.launcher.sidecar import SidecarSpec
 from paralleldit.parallel_backend.agent import cause_of_death
 from paralleldit.parallel_backend.errors import Cancelled, UserError
-from paralleldit.parallel_backend.outcomes import Outcome, describe, judge
+from paralleldit.parallel_backend.outcomes import STAY_READY, Outcome, describe, judge
 from paralleldit.parallel_backend.protocol import records
 
 PACK = Path(__file__).resolve().parents[2]
@@ -148,10 +149,11 @@ def test_only_one_process_at_a_time_starts_or_stops(tmp_path):
 
 OKAY, CANCELLED = Outcome("ok"), Outcome("cancelled", "Cancelled.")
 USER, OTHER, CRASH = Outcome("user", "bad"), Outcome("user", "worse"), Outcome("crash", "broken")
+LOST = Outcome("lost", "alone")
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "code", "rank", "is_warm"),
+    ("outcomes", "code", "rank", "in_step"),
     [
         ([OKAY, OKAY], None, None, True),
         ([CANCELLED, CANCELLED], "cancelled", None, True),
@@ -161,12 +163,22 @@ USER, OTHER, CRASH = Outcome("user", "bad"), Outcome("user", "worse"), Outcome("
         ([OKAY, CANCELLED], "cancelled", 1, False),
         ([CANCELLED, USER, CRASH], "crash", 2, False),
         ([CRASH, CRASH], "crash", 0, False),
+        ([replace(USER, gave_up=True), USER], "user", 0, False),
+        ([LOST, CRASH, LOST], "crash", 1, False),
+        ([LOST, USER], "user", 1, False),
+        ([LOST, OKAY], "crash", 0, False),
     ],
 )
-def test_ranks_stay_warm_only_when_all_left_a_request_alike(outcomes, code, rank, is_warm):
-    verdict = judge(5, dict(enumerate(outcomes)))
+def test_ranks_stay_warm_when_all_left_a_request_alike_or_can_form_groups_anew(outcomes, code, rank, in_step):
+    verdict = judge(5, dict(enumerate(outcomes)), can_regroup=False)
     failure = verdict.failure
-    assert (failure and failure.code, failure and failure.rank, verdict.is_warm) == (code, rank, is_warm)
+    assert (failure and failure.code, failure and failure.rank, verdict.is_warm) == (code, rank, in_step)
+    verdict = judge(5, dict(enumerate(outcomes)), can_regroup=True)
+    assert (verdict.is_warm, verdict.in_step) == (True, in_step)
+    if failure:
+        assert verdict.failure.message == failure.message == outcomes[verdict.rank].message
+        assert (verdict.failure.code, verdict.failure.rank) == ({"crash": "user"}.get(code, code), None)
+        assert verdict.failure.hint.endswith(STAY_READY) != in_step
 
 
 @pytest.mark.parametrize(
@@ -175,6 +187,7 @@ def test_ranks_stay_warm_only_when_all_left_a_request_alike(outcomes, code, rank
         (UserError("wrong", "do this"), "user", "wrong"),
         (Cancelled("stop"), "cancelled", "stop"),
         (ValueError("oops"), "crash", "Rank 3 failed: ValueError: oops"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "lost", "Rank 3 failed: "),
         (torch.OutOfMemoryError("CUDA out of memory."), "crash", "Rank 3 ran out of memory on cpu: "),
         (MemoryError(), "crash", "Rank 3 ran out of memory on cpu: "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "crash", "Rank 3 ran out of memory on cpu: "),
