@@ -15,7 +15,8 @@ SMALLEST = 65
 """Objects of fewer px are specks and are not counted."""
 RIM = 4
 """Width in px of an object's outline, left out where its colour is looked for."""
-BACKGROUND_REACH = 28.0
+HAZE, SOLID = 28.0, 70.0
+"""What is nearer to the background than the one, in RGB, is no object; what is farther than the other always is."""
 MATCH = 0.68
 """Overlap (IoU) that an object must reach with its best template to be called a shape at all."""
 ANGLES = (-0.24, -0.12, 0.0, 0.12, 0.24)
@@ -37,8 +38,8 @@ class Seen:
 def look(picture: np.ndarray) -> tuple[str, list[Seen]]:
     """The background's colour and the objects of a uint8 picture `[H, W, 3]`."""
     pixels = picture.astype(np.float32)
-    background, solid = _split(pixels)
-    labels = _components(solid)
+    background, away = _split(pixels)
+    labels = _components(_solid(away))
     found = [
         _describe(pixels, labels == label)
         for label in np.unique(labels[labels > 0])
@@ -88,7 +89,10 @@ def _related(relation: str, first: list[Seen], second: list[Seen]) -> bool:
 
 
 def _split(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """The background colour that most pixels are near (at any lightness it is drawn with), and what is not near it."""
+    """The background colour that most pixels are near, and how far each pixel is from it, `[H, W]`.
+
+    At any lightness that it is drawn with.
+    """
     best: tuple[str, np.ndarray] | None = None
     for name, colour in BACKGROUNDS.items():
         base = np.array(colour, np.float32)
@@ -97,7 +101,21 @@ def _split(pixels: np.ndarray) -> tuple[str, np.ndarray]:
         if best is None or np.minimum(away, 40).mean() < np.minimum(best[1], 40).mean():
             best = name, away
     assert best is not None
-    return best[0], best[1] > BACKGROUND_REACH
+    return best
+
+
+def _solid(away: np.ndarray) -> np.ndarray:
+    """What belongs to objects, by how far each px is from the background.
+
+    A blurred edge runs where an object's contrast has fallen to half: each object has a level of its own, half of its
+    median, so that a faint haze neither joins two of them nor fills a ring.
+    """
+    rough = _components(away > HAZE)
+    solid = np.zeros(away.shape, bool)
+    for label in np.unique(rough[rough > 0]):
+        part = rough == label
+        solid |= part & (away > np.clip(0.5 * np.median(away[part]), HAZE, SOLID))
+    return solid
 
 
 def _components(solid: np.ndarray) -> np.ndarray:
@@ -119,8 +137,9 @@ def _palette() -> tuple[tuple[str, ...], np.ndarray]:
     """Names and colours that vote for an object's colour; stripes vote for the colour that they belong to."""
     names, colours = list(COLOURS), [np.array(c, np.float32) for c in COLOURS.values()]
     for name in COLOURS:
-        names.append("" if name in ("white", "black") else name)
-        colours.append(stripe_colour(name))
+        if name not in ("white", "black"):
+            names.append(name)
+            colours.append(stripe_colour(name))
     return tuple(names), np.stack(colours)
 
 
@@ -132,8 +151,7 @@ def _colour_of(pixels: np.ndarray, mask: np.ndarray) -> str:
     chosen = np.linalg.norm(pixels[inside][:, None] - colours, axis=-1).argmin(axis=1)
     votes = {name: 0 for name in COLOURS}
     for index, amount in zip(*np.unique(chosen, return_counts=True), strict=True):
-        if names[index]:
-            votes[names[index]] += int(amount)
+        votes[names[index]] += int(amount)
     return max(votes, key=lambda name: votes[name])
 
 

@@ -47,6 +47,8 @@ POSITIONS = {
     "at the bottom right": (0.75, 0.75),
     "in the center": (0.5, 0.5),
 }
+LEAST_CONTRAST = 100
+"""Objects are at least so far from their background in RGB: white on pale yellow is no picture of anything."""
 HELD_OUT_SHARE = 8
 """One combination in this many is never trained on."""
 MARGIN = 0.02
@@ -214,10 +216,20 @@ def _sample_group(rng: np.random.Generator, background: str, pair: bool) -> Grou
     fill = _pick(rng, FILLS, (0.6, 0.18, 0.22))
     if shape == "ring" or size == "small":
         fill = "plain"
-    colour = _pick(rng, tuple(name for name in COLOURS if name != background))
-    if fill == "striped" and background == "gray" and colour in ("white", "black"):
+    colour = _pick(rng, colours_on(background))
+    if fill == "striped" and colour in ("white", "black"):
         fill = "plain"
     return Group(count, size, fill, colour, shape)
+
+
+def colours_on(background: str) -> tuple[str, ...]:
+    """The colours that objects may have on a background: of another name, and told apart from it at a glance."""
+    base = np.array(BACKGROUNDS[background], np.float32)
+    return tuple(
+        name
+        for name, colour in COLOURS.items()
+        if name != background and np.linalg.norm(np.array(colour, np.float32) - base) >= LEAST_CONTRAST
+    )
 
 
 def _region(which: int, relation: str | None) -> tuple[float, float, float, float]:
@@ -328,9 +340,10 @@ def _draw_background(scene: Scene, axis: np.ndarray) -> np.ndarray:
 
 
 def stripe_colour(colour: str) -> np.ndarray:
-    """The second colour of a striped object, float32 `[3]`."""
-    if colour in ("white", "black"):
-        return np.full(3, 118, np.float32)
+    """The second colour of a striped object, float32 `[3]`.
+
+    White and black have none: their gray stripes would be lost on a shaded background.
+    """
     return np.array(COLOURS[colour], np.float32) * np.float32(0.55)
 
 

@@ -51,7 +51,7 @@ def new_vae() -> AutoencoderKL:
 
 def picture(index: int, size: int) -> np.ndarray:
     """Mostly scenes, one in ten an edge map and one in ten a chalk drawing."""
-    scene = make_scene(SEED, index)
+    scene = make_scene(SEED, index, canvas=size)
     if index % 10 == 0:
         return draw(scene, size, "chalk")
     drawn = draw(scene, size)
@@ -141,7 +141,7 @@ def loss_of(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) ->
 @torch.no_grad()
 def judge(vae: AutoencoderKL) -> tuple[float, np.ndarray]:
     """PSNR in dB on unseen 256 px scenes, and a sheet of truth above reconstruction."""
-    truth = to_tensor([draw(make_scene(SEED + 1, i, held_out=True), 256) for i in range(8)])
+    truth = to_tensor([draw(make_scene(SEED + 1, i, held_out=True, canvas=256), 256) for i in range(8)])
     made = vae.decode(vae.encode(truth).latent_dist.mean).sample.clamp(-1, 1)
     psnr = float(10 * torch.log10(4 / F.mse_loss(made, truth)))
     return psnr, np.concatenate([np.concatenate(to_pictures(t), axis=1) for t in (truth, made)], axis=0)
