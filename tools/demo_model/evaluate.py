@@ -116,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser, limit: int, size: int) -> None:
     add("--limit", type=int, default=limit, help=f"how many held-out captions (default {limit})")
     add("--size", type=int, default=size)
     add("--steps", type=int, default=20)
-    add("--guidance", type=float, default=3.5)
+    add("--guidance", type=float, default=5.0)
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=8)
     add("--threads", type=int, default=2)
