@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from typing import Any
@@ -28,6 +29,16 @@ def stock(**changes: Any) -> dict[str, Any]:
     links = {"model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0]}
     settings = {"seed": 0, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return {"class_type": "KSampler", "inputs": links | settings | changes}
+
+
+def change(graph: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put nodes (`"20"`) and inputs of nodes (`"6.model"`) into a workflow."""
+    for place, value in copy.deepcopy(changes).items():
+        key, _, name = place.partition(".")
+        if name:
+            graph[key]["inputs"][name] = value
+        else:
+            graph[key] = value
 
 
 def picture(host: Host, run: Run, file: dict[str, str] | None = None) -> np.ndarray:

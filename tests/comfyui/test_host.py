@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paralleldit.nodes import NODE_CLASS_MAPPINGS
-from paralleldit.tests.comfyui.graphs import NAME, STEPS, demo_with, picture, psnr, stock
+from paralleldit.tests.comfyui.graphs import NAME, STEPS, change, demo_with, picture, psnr, stock
 from paralleldit.tests.comfyui.host import PACK
 from PIL import Image
 from safetensors.torch import load_file
@@ -294,26 +294,6 @@ def test_an_interrupt_ends_stock_ksampler_within_a_step_and_the_sidecar_stays_wa
         ),
         (
             {
-                "20": {
-                    "class_type": "ConditioningCombine",
-                    "inputs": {"conditioning_1": ["3", 0], "conditioning_2": ["4", 0]},
-                },
-                "6.positive": ["20", 0],
-            },
-            "2 entries",
-        ),
-        (
-            {
-                "20": {
-                    "class_type": "ConditioningSetArea",
-                    "inputs": {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0, "conditioning": ["3", 0]},
-                },
-                "6.positive": ["20", 0],
-            },
-            "area",
-        ),
-        (
-            {
                 "20": {"class_type": "RescaleCFG", "inputs": {"model": ["2", 0], "multiplier": 0.7}},
                 "6.model": ["20", 0],
             },
@@ -339,8 +319,6 @@ def test_an_interrupt_ends_stock_ksampler_within_a_step_and_the_sidecar_stays_wa
         "stock, attention patch",
         "save",
         "merge",
-        "two prompts",
-        "area",
         "cfg function",
         "other prediction",
         "attention patch",
@@ -348,13 +326,28 @@ def test_an_interrupt_ends_stock_ksampler_within_a_step_and_the_sidecar_stays_wa
 )
 def test_what_cannot_travel_is_refused_by_name(host, demo, changes, words):
     demo["6"]["inputs"]["seed"] = 99
-    for place, value in copy.deepcopy(changes).items():
-        key, _, name = place.partition(".")
-        if name:
-            demo[key]["inputs"][name] = value
-        else:
-            demo[key] = value
+    change(demo, changes)
     assert words in host.run(demo).error
+
+
+def test_two_prompts_one_of_them_in_an_area_run_in_the_parallel_sampler(host, demo):
+    demo["6"]["inputs"]["seed"] = 98
+    plain = picture(host, host.run(demo))
+    change(
+        demo,
+        {
+            "20": {
+                "class_type": "ConditioningSetArea",
+                "inputs": {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0, "conditioning": ["4", 0]},
+            },
+            "21": {
+                "class_type": "ConditioningCombine",
+                "inputs": {"conditioning_1": ["3", 0], "conditioning_2": ["20", 0]},
+            },
+            "6.positive": ["21", 0],
+        },
+    )
+    assert not np.array_equal(picture(host, host.run(demo)), plain)
 
 
 def test_status_and_unload_run_in_the_graph(host, demo):
