@@ -127,15 +127,15 @@ def sample(
     steps = len(job.sigmas) - 1
     warn_of_warmup(request.layout, steps, run)
     if mesh.pipefusion.size == 1 or steps < 1:
+        leave = strategy.forget
         try:
             sampled = run_sampler(model, job, on_step)
+            leave = strategy.finish
         except (Cancelled, UserError):
-            strategy.finish()
+            leave = strategy.finish
             raise
-        except Exception:
-            strategy.forget()
-            raise
-        strategy.finish()
+        finally:
+            leave()
     else:
         assert isinstance(attention, AttentionCore)
         pipeline = PipeFusion(
