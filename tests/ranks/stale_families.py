@@ -89,6 +89,8 @@ class StaleModel:
     def finish(self):
         pass
 
+    forget = finish
+
     def predict(self, latent, timestep, condition):
         length, prompt = self.family.text_length(condition), id(condition)
         evaluation = self.evaluations[prompt] = self.evaluations.get(prompt, -1) + 1

@@ -125,6 +125,8 @@ class StaleModel:
     def finish(self):
         pass
 
+    forget = finish
+
     def turns(self, evaluation, length, rows, columns):
         """The text and image tokens that are computed at once, one turn after the other."""
         strips = [part.tolist() for part in torch.arange(rows).tensor_split(self.patches)]
