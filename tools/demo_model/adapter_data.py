@@ -20,18 +20,21 @@ BATCH = 32
 
 @dataclass
 class Examples:
-    """Packed latents `[N, S, 64]` and the tokens of the captions."""
+    """Packed latents `[N, S, 64]`, and the captions as `DemoModel.read` gives them."""
 
     clean: torch.Tensor
-    clip_ids: torch.Tensor
-    t5_ids: torch.Tensor
+    pooled: torch.Tensor
+    text: torch.Tensor
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> torch.Tensor:
     """Normalised and packed latents `[N, S, 64]` of uint8 pictures."""
     latents = torch.cat(
-        [vae.encode(to_tensor(pictures[i : i + BATCH])).latent_dist.mean for i in range(0, len(pictures), BATCH)]
+        [
+            vae.encode(to_tensor(pictures[i : i + BATCH]).to(vae.device)).latent_dist.mean
+            for i in range(0, len(pictures), BATCH)
+        ]
     )
     return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
@@ -40,7 +43,7 @@ def make_examples(model: DemoModel, vae: AutoencoderKL, count: int, style: Style
     """The first `count` scenes in a style."""
     scenes = [make_scene(SEED, index) for index in range(count)]
     clean = encode(vae, [draw(scene, SIZE, style) for scene in scenes])
-    return Examples(clean, *model.tokenize([scene.caption() for scene in scenes]))
+    return Examples(clean, *model.read_all([scene.caption() for scene in scenes]))
 
 
 def make_edges(vae: AutoencoderKL, count: int) -> torch.Tensor:
@@ -50,8 +53,9 @@ def make_edges(vae: AutoencoderKL, count: int) -> torch.Tensor:
 
 def noisy_batch(examples: Examples, step: int, size: int) -> tuple[torch.Tensor, ...]:
     """Chosen indices, noise `[B, S, 64]` and noise levels `[B]` of one step."""
-    rng = np.random.default_rng([SEED, step])
-    chosen = torch.from_numpy(rng.integers(len(examples.clean), size=size))
-    noise = torch.from_numpy(rng.standard_normal((size, *examples.clean.shape[1:]), dtype=np.float32))
-    sigma = shifted(torch.sigmoid(torch.from_numpy(rng.standard_normal(size, dtype=np.float32))), SHIFT[SIZE])
+    device = examples.clean.device
+    generator = torch.Generator(device).manual_seed((SEED << 32) + step)
+    chosen = torch.randint(len(examples.clean), (size,), generator=generator, device=device)
+    noise = torch.randn(size, *examples.clean.shape[1:], generator=generator, device=device)
+    sigma = shifted(torch.sigmoid(torch.randn(size, generator=generator, device=device)), SHIFT[SIZE])
     return chosen, noise, sigma

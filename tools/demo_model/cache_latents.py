@@ -1,25 +1,31 @@
-"""Draw training scenes and keep their latents: `python -m tools.demo_model.cache_latents` (resumes by itself)."""
+"""Draw training scenes and keep their latents: `python -m tools.demo_model.cache_latents` (resumes by itself).
+
+On a machine with a GPU `--times 8` draws as many times more, on all cores.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import multiprocessing
 
-from . import checkpoint
+from . import checkpoint, machine
 from .scenes import draw, label_map, make_scene
 from .train_vae import load_trained, to_tensor
 
 FOLDER = checkpoint.CACHE / "latents"
 SEED = 5
 SHARD = 1000
-PLAN = {128: 24_000, 256: 3_000, 192: 3_000, 384: 1_000}
+PLAN = {128: 24_000, 256: 6_000, 192: 3_000, 384: 1_000}
 """Pictures per size in px. Each size draws other scenes."""
 OFFSET = {128: 0, 256: 1_000_000, 192: 2_000_000, 384: 3_000_000}
 
@@ -38,24 +44,52 @@ def shard_path(size: int, shard: int) -> Path:
     return FOLDER / f"{size}-{shard:03d}.safetensors"
 
 
-@torch.no_grad()
-def make_shard(vae, size: int, shard: int) -> None:
+@dataclass
+class Drawn:
+    """The pictures of one shard, uint8 `[N, H, W, 3]`, their label shares uint8 `[N, S, L]` and captions."""
+
+    size: int
+    shard: int
+    pictures: torch.Tensor
+    labels: torch.Tensor
+    captions: list[str]
+
+
+def draw_shard(job: tuple[int, int]) -> Drawn:
+    """`job`: the size in px and the shard's number."""
+    size, shard = job
     scenes = [make_scene(SEED, OFFSET[size] + shard * SHARD + i, canvas=size) for i in range(SHARD)]
-    batch = max(1, 32 * 128 * 128 // (size * size))
-    latents = [
-        vae.encode(to_tensor([draw(scene, size) for scene in scenes[s : s + batch]])).latent_dist.mean
-        for s in range(0, SHARD, batch)
-    ]
     labels = np.stack([label_map(scene, size // 16) for scene in scenes]) * 255 + 0.5
+    return Drawn(
+        size,
+        shard,
+        torch.from_numpy(np.stack([draw(scene, size) for scene in scenes])),
+        torch.from_numpy(labels.astype(np.uint8)).flatten(1, 2).contiguous(),
+        [scene.caption() for scene in scenes],
+    )
+
+
+def drawn_by(workers: int, jobs: list[tuple[int, int]]) -> Iterator[Drawn]:
+    """The shards in any order; `workers` processes draw, or for one this process."""
+    if workers == 1:
+        yield from map(draw_shard, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(draw_shard, jobs)
+
+
+@torch.no_grad()
+def keep_latents(vae, drawn: Drawn) -> None:
+    batch = max(1, 32 * machine.BATCH_SCALE[vae.device.type] * 128 * 128 // drawn.size**2)
+    latents = [
+        vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mean for pictures in drawn.pictures.split(batch)
+    ]
     normal = (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
-    tensors = {
-        "latents": normal.half().contiguous(),
-        "labels": torch.from_numpy(labels.astype(np.uint8)).flatten(1, 2).contiguous(),
-    }
-    path = shard_path(size, shard)
+    path = shard_path(drawn.size, drawn.shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"captions": json.dumps([scene.caption() for scene in scenes])})
+    tensors = {"latents": normal.half().cpu().contiguous(), "labels": drawn.labels}
+    save_file(tensors, partial, metadata={"captions": json.dumps(drawn.captions)})
     partial.rename(path)
 
 
@@ -76,17 +110,20 @@ def load_latents(size: int) -> Latents:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
+    machine.add_options(parser)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(PLAN))
+    parser.add_argument("--times", type=int, default=1, help="so many times the pictures")
+    parser.add_argument("--workers", type=int, help="processes that draw (default: one, or with a GPU all cores)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    vae = load_trained().to(memory_format=torch.channels_last)
+    device = machine.prepare(options)
+    workers = options.workers or (1 if device.type == "cpu" else os.cpu_count() or 1)
+    vae = load_trained().to(device, memory_format=torch.channels_last)
     started = time.monotonic()
-    for size in options.sizes:
-        for shard in range(PLAN[size] // SHARD):
-            if not shard_path(size, shard).exists():
-                make_shard(vae, size, shard)
-                print(f"{size} px: {(shard + 1) * SHARD} pictures, {time.monotonic() - started:.0f} s", flush=True)
+    jobs = [(size, shard) for size in options.sizes for shard in range(options.times * PLAN[size] // SHARD)]
+    missing = [job for job in jobs if not shard_path(*job).exists()]
+    for count, drawn in enumerate(drawn_by(workers, missing), 1):
+        keep_latents(vae, drawn)
+        print(f"{count} of {len(missing)} shards: {drawn.size} px, {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
+from . import machine
 from .checker import FOUR, check
 from .checkpoint import TARGET
 from .export import load_averaged, pipeline_of
@@ -34,13 +35,14 @@ def held_out(count: int, size: int) -> list[Scene]:
 
 
 def load_pipeline(options: argparse.Namespace) -> FluxPipeline:
-    """The stock pipeline, fp32, of the exported or of the newest averaged weights."""
+    """The stock pipeline, fp32, of the exported or of the newest averaged weights, on the device of `options`."""
+    device = machine.prepare(options)
     if options.newest:
         pipeline = pipeline_of(load_averaged())
     else:
         pipeline = FluxPipeline.from_pretrained(options.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 def sample(
@@ -79,7 +81,7 @@ def reconstruct(pipeline: FluxPipeline, pictures: list[np.ndarray], batch: int) 
     """The pictures through the VAE and back."""
     made: list[np.ndarray] = []
     for first in range(0, len(pictures), batch):
-        latents = pipeline.vae.encode(to_tensor(pictures[first : first + batch])).latent_dist.mean
+        latents = pipeline.vae.encode(to_tensor(pictures[first : first + batch]).to(pipeline.device)).latent_dist.mean
         made += list(to_pictures(pipeline.vae.decode(latents).sample))
     return made
 
@@ -119,8 +121,8 @@ def add_options(parser: argparse.ArgumentParser, limit: int, size: int) -> None:
     add("--guidance", type=float, default=5.0)
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=8)
-    add("--threads", type=int, default=2)
     add("--sheet", type=Path, help="write a contact sheet here")
+    machine.add_options(parser)
 
 
 def main() -> None:
@@ -129,7 +131,6 @@ def main() -> None:
     parser.add_argument("--truth", action="store_true")
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     pipeline = load_pipeline(options)
     scenes = held_out(options.limit, options.size)
     if options.truth:

@@ -49,7 +49,7 @@ def with_controlnet(pipeline: FluxPipeline, folder: Path) -> FluxControlNetPipel
         controlnet=FluxControlNetModel.from_pretrained(folder, dtype=torch.float32),
     )
     controlled.set_progress_bar_config(disable=True)
-    return controlled
+    return controlled.to(pipeline.device)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("what", choices=("chalk", "edges"))
     add_options(parser, limit=48, size=128)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     trained = DIFFUSERS_FILE if options.what == "chalk" else CONTROLNET_TARGET
     if not trained.exists():
         raise SystemExit(f"{trained} is not there: train it first (see tools/demo_model/README.md)")

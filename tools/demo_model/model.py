@@ -75,6 +75,10 @@ class DemoModel(nn.Module):
     def load_exported(self, folder: Path) -> None:
         """Take the weights of a diffusers folder; the label head, which no export holds, stays as it is."""
         self.transformer.load_state_dict(FluxTransformer2DModel.from_pretrained(folder / "transformer").state_dict())
+        self.load_exported_text(folder)
+
+    def load_exported_text(self, folder: Path) -> None:
+        """Take the text encoders of a diffusers folder."""
         self.clip.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
         self.t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2").state_dict())
 
@@ -84,15 +88,32 @@ class DemoModel(nn.Module):
             token_ids(self.t5_tokenizer, captions, T5_LENGTH),
         )
 
+    def read(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text encoders make of tokenized captions: pooled `[B, 128]` and tokens `[B, T, 128]`."""
+        return self.clip(clip_ids).pooler_output, self.t5(t5_ids).last_hidden_state
+
+    @torch.no_grad()
+    def read_all(self, captions: list[str], batch: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `read`, of captions as they are said."""
+        device = self.label_head[1].weight.device
+        ids = [each.split(batch) for each in self.tokenize(captions)]
+        pooled, text = zip(
+            *(self.read(clip.to(device), t5.to(device)) for clip, t5 in zip(*ids, strict=True)), strict=True
+        )
+        return torch.cat(pooled), torch.cat(text)
+
     def forward(
-        self, tokens: torch.Tensor, sigma: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor, side: int
+        self, tokens: torch.Tensor, sigma: torch.Tensor, pooled: torch.Tensor, text: torch.Tensor, side: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy image tokens `[B, S, 64]` of a `side`-wide grid to velocity `[B, S, 64]` and labels `[B, S, L]`."""
+        """Noisy image tokens `[B, S, 64]` of a `side`-wide grid to velocity `[B, S, 64]` and labels `[B, S, L]`.
+
+        `pooled`, `text`: of `read`.
+        """
         transformer = self.transformer
-        temb = transformer.time_text_embed(sigma * 1000, self.clip(clip_ids).pooler_output)
-        text = transformer.context_embedder(self.t5(t5_ids).last_hidden_state)
+        temb = transformer.time_text_embed(sigma * 1000, pooled)
+        text = transformer.context_embedder(text)
         image = transformer.x_embedder(tokens)
-        ids = torch.cat([torch.zeros(text.shape[1], 3), image_ids(tokens.shape[1] // side, side)])
+        ids = torch.cat([torch.zeros(text.shape[1], 3), image_ids(tokens.shape[1] // side, side)]).to(tokens.device)
         rotary = transformer.pos_embed(ids)
         for block in transformer.transformer_blocks:
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)

@@ -21,11 +21,12 @@ def sample(
 ) -> np.ndarray:
     """Pictures uint8 `[B, size, size, 3]` after 20 Euler steps with true CFG."""
     side, count = size // 16, len(captions)
-    clip_ids, t5_ids = model.tokenize(captions + [""] * count)
-    x = torch.randn(count, side * side, 64, generator=torch.Generator().manual_seed(seed))
+    pooled, text = model.read_all(captions + [""] * count)
+    device = text.device
+    x = torch.randn(count, side * side, 64, generator=torch.Generator().manual_seed(seed)).to(device)
     sigmas = shifted(torch.linspace(1, 0, STEPS + 1), shift)
     for sigma, following in pairwise(sigmas):
-        both, _ = model(torch.cat([x, x]), sigma.expand(2 * count), clip_ids, t5_ids, side)
+        both, _ = model(torch.cat([x, x]), sigma.expand(2 * count).to(device), pooled, text, side)
         asked, empty = both.chunk(2)
         x = x + (following - sigma) * torch.lerp(empty, asked, GUIDANCE)
     latents = unpack(x, side, side) / vae.config.scaling_factor + vae.config.shift_factor

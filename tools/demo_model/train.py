@@ -1,34 +1,33 @@
 """Train the transformer: `python -m tools.demo_model.train --steps 20000` (resumes by itself).
 
 The learning rate and the picture sizes follow the steps done, and every step costs about the same: an interrupted or
-slowed run goes on where it was. SIGTERM and SIGINT save and end it. The text encoders are those of `train_text`.
+slowed run goes on where it was. SIGTERM and SIGINT save and end it. The text encoders are those of `train_text`, or
+where it has not run those that are exported. On a GPU a step has 32 times the pictures: `--steps 6000` is plenty.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from . import checkpoint
+from . import checkpoint, machine
 from .cache_latents import Latents, load_latents
 from .interruption import Interruption
 from .model import DemoModel, label_loss, pack, shifted
 from .sampling import sample_sheet
-from .scenes import make_scene
 from .train_text import load_taught
 from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "transformer"
 SEED = 21
-LEARNING_RATE = 1e-3
+LEARNING_RATE = {"cpu": 1e-3, "cuda": 2e-3}
+"""For the pictures that a step has on such a device."""
 WARMUP_STEPS = 100
 DECAY_FROM = 0.6
 LARGE_FROM = 0.5
@@ -39,6 +38,7 @@ PROMPT_DROPOUT = 0.1
 UNIFORM_SHARE = 0.15
 LABEL_WEIGHT = 0.3
 EMA_DECAY = 0.998
+PRINT_SECONDS = 30
 SAVE_SECONDS = 240
 SHEET_SECONDS = 480
 SHEET_CAPTIONS = (
@@ -56,36 +56,35 @@ SHEET_CAPTIONS = (
 class Feed:
     """Random batches of the cached latents of one size; the batch of a step depends on the step alone."""
 
-    def __init__(self, cached: Latents, model: DemoModel) -> None:
-        self.cached = cached
-        self.clip_ids, self.t5_ids = model.tokenize(cached.captions)
-        self.no_clip, self.no_t5 = model.tokenize([""])
+    def __init__(self, cached: Latents, model: DemoModel, device: torch.device) -> None:
+        self.size, self.device = cached.size, device
+        self.batch = BATCH[cached.size] * machine.BATCH_SCALE[device.type]
+        self.latents, self.labels = cached.latents.to(device), cached.labels.to(device)
+        self.pooled, self.text = (each.half() for each in model.read_all(cached.captions))
+        self.unsaid = model.read_all([""])
 
     def at(self, step: int) -> tuple[torch.Tensor, ...]:
-        rng = np.random.default_rng([SEED, self.cached.size, step])
-        size = BATCH[self.cached.size]
-        chosen = torch.from_numpy(rng.integers(len(self.cached.captions), size=size))
-        dropped = torch.from_numpy(rng.random(size) < PROMPT_DROPOUT)[:, None]
-        clean = pack(self.cached.latents[chosen].float())
-        normal = torch.from_numpy(rng.standard_normal(size, dtype=np.float32)) * 1.2
-        sigma = shifted(torch.sigmoid(normal), SHIFT[self.cached.size])
-        uniform = torch.from_numpy(rng.random(size, dtype=np.float32))
-        sigma = torch.where(torch.from_numpy(rng.random(size) < UNIFORM_SHARE), uniform, sigma)
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        return (
-            clean,
-            noise,
-            sigma,
-            torch.where(dropped, self.no_clip, self.clip_ids[chosen]),
-            torch.where(dropped, self.no_t5, self.t5_ids[chosen]),
-            self.cached.labels[chosen].float() / 255,
-        )
+        generator = torch.Generator(self.device).manual_seed((SEED * 1000 + self.size << 32) + step)
+
+        def uniform() -> torch.Tensor:
+            return torch.rand(self.batch, generator=generator, device=self.device)
+
+        chosen = torch.randint(len(self.latents), (self.batch,), generator=generator, device=self.device)
+        clean = pack(self.latents[chosen].float())
+        normal = torch.randn(self.batch, generator=generator, device=self.device) * 1.2
+        sigma = shifted(torch.sigmoid(normal), SHIFT[self.size])
+        sigma = torch.where(uniform() < UNIFORM_SHARE, uniform(), sigma)
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        dropped = uniform() < PROMPT_DROPOUT
+        pooled = torch.where(dropped[:, None], self.unsaid[0], self.pooled[chosen].float())
+        text = torch.where(dropped[:, None, None], self.unsaid[1], self.text[chosen].float())
+        return clean, noise, sigma, pooled, text, self.labels[chosen].float() / 255
 
 
-def learning_rate(step: int, share: float) -> float:
+def learning_rate(top: float, step: int, share: float) -> float:
     """Warm-up, then constant, then linear to a fiftieth over the last part of the steps."""
     fall = min(1.0, max(0.02, (1 - share) / (1 - DECAY_FROM)))
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * fall
+    return top * min(1.0, (step + 1) / WARMUP_STEPS) * fall
 
 
 def size_at(step: int, share: float, large_from: float) -> int:
@@ -96,7 +95,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the steps at 128 px only")
-    parser.add_argument("--threads", type=int, default=2)
+    machine.add_options(parser)
     parser.add_argument("--from-export", action="store_true", help="without a checkpoint, start from the export")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     return parser.parse_args()
@@ -104,15 +103,16 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    torch.set_num_threads(options.threads)
+    device = machine.prepare(options)
     torch.manual_seed(SEED)
+    checkpoint.CACHE.mkdir(exist_ok=True)
     (checkpoint.CACHE / "train.pid").write_text(f"{os.getpid()}\n")
-    model, shadow = DemoModel(), DemoModel().requires_grad_(False)
+    model, shadow = DemoModel().to(device), DemoModel().to(device).requires_grad_(False)
     for encoder in (model.clip, model.t5):
         encoder.requires_grad_(False)
     weights = [p for p in model.parameters() if p.requires_grad]
     average = [p for p, trained in zip(shadow.parameters(), model.parameters(), strict=True) if trained.requires_grad]
-    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE[device.type], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     step, seconds = 0, 0.0
     resumed = checkpoint.load(FOLDER)
     if resumed is not None:
@@ -125,48 +125,45 @@ def main() -> None:
     else:
         if options.from_export:
             model.load_exported(checkpoint.TARGET)
-            exported = copy.deepcopy(model)
-        load_taught(model)
-        if options.from_export:
-            follow_exported(model, exported)
+        else:
+            load_taught(model)
         shadow.load_state_dict(model.state_dict())
     feeds: dict[int, Feed] = {}
-    vae = load_trained()
+    vae = load_trained().to(device)
     if options.compile:
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     interruption = Interruption()
     begun = time.monotonic() - seconds
     saved = sheeted = printed = time.monotonic()
-    since: dict[int, list[tuple[float, float]]] = {}
+    since: dict[int, list[torch.Tensor]] = {}
     pictures = 0
     while not interruption and step < options.steps:
         share = step / options.steps
         size = size_at(step, share, options.large_from)
         if size not in feeds:
-            feeds[size] = Feed(load_latents(size), model)
-        clean, noise, sigma, clip_ids, t5_ids, shares = feeds[size].at(step)
-        level = sigma[:, None, None]
-        velocity, logits = model(torch.lerp(clean, noise, level), sigma, clip_ids, t5_ids, size // 16)
-        flow = F.mse_loss(velocity, noise - clean)
-        labels = label_loss(logits, shares)
+            feeds[size] = Feed(load_latents(size), model, device)
+        clean, noise, sigma, pooled, text, shares = feeds[size].at(step)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        with machine.autocast(device):
+            velocity, logits = model(noisy, sigma, pooled, text, size // 16)
+        flow = F.mse_loss(velocity.float(), noise - clean)
+        labels = label_loss(logits.float(), shares)
         optimizer.zero_grad(set_to_none=True)
         (flow + LABEL_WEIGHT * labels).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, share)
+        optimizer.param_groups[0]["lr"] = learning_rate(LEARNING_RATE[device.type], step, share)
         optimizer.step()
         step += 1
         keep = min(EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(average, weights, 1 - keep)
-        since.setdefault(size, []).append((flow.item(), labels.item()))
+        since.setdefault(size, []).append(torch.stack((flow, labels)).detach())
         pictures += len(clean)
         now = time.monotonic()
-        if now - printed > 60:
-            losses = ", ".join(
-                f"{size} px: flow {np.mean([f for f, _ in v]):.4f} labels {np.mean([s for _, s in v]):.3f}"
-                for size, v in sorted(since.items())
-            )
+        if now - printed > PRINT_SECONDS:
+            means = {size: torch.stack(losses).mean(0).tolist() for size, losses in sorted(since.items())}
+            losses = ", ".join(f"{size} px: flow {f:.4f} labels {s:.3f}" for size, (f, s) in means.items())
             speed = pictures / (now - printed)
             print(f"step {step}, {(now - begun) / 60:.1f} min, {speed:.1f} pictures/s, {losses}", flush=True)
             since, pictures, printed = {}, 0, now
@@ -179,29 +176,6 @@ def main() -> None:
     save(model, shadow, optimizer, step, time.monotonic() - begun)
     write_sheet(shadow, vae, FOLDER / "sheets" / f"{step:06d}.png", 256)
     print(f"ended at step {step}", flush=True)
-
-
-def follow_exported(model: DemoModel, exported: DemoModel, steps: int = 400) -> None:
-    """Fit the transformer's two text inputs so that captions enter it through the taught encoders as they did before.
-
-    Text of other encoders would throw an exported transformer off all that it has learnt.
-    """
-    inputs = torch.nn.ModuleList((model.transformer.context_embedder, model.transformer.time_text_embed.text_embedder))
-    optimizer = torch.optim.Adam(inputs.parameters(), 3e-3)
-    for step in range(steps):
-        captions = [make_scene(SEED, step * 64 + index).caption() for index in range(62)] + ["", ""]
-        clip_ids, t5_ids = model.tokenize(captions)
-        with torch.no_grad():
-            texts = [(m.t5(t5_ids).last_hidden_state, m.clip(clip_ids).pooler_output) for m in (exported, model)]
-            before = exported.transformer
-            asked = before.context_embedder(texts[0][0]), before.time_text_embed.text_embedder(texts[0][1])
-        loss = sum(F.mse_loss(layer(text), goal) for layer, text, goal in zip(inputs, texts[1], asked, strict=True))
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 99:
-            print(f"text inputs after {step + 1} steps: distance {loss.item():.4f}", flush=True)
 
 
 def save(model: DemoModel, shadow: DemoModel, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxControlNetModel
 from torch.nn import functional as F
 
-from . import checkpoint
+from . import checkpoint, machine
 from .adapter_data import SIZE, make_edges, make_examples, noisy_batch
 from .export import load_averaged
 from .interruption import Interruption
@@ -42,16 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=6000)
-    parser.add_argument("--threads", type=int, default=2)
+    machine.add_options(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    device = machine.prepare(options)
     torch.manual_seed(0)
-    model = load_averaged()
-    vae = load_trained()
+    model = load_averaged().to(device)
+    vae = load_trained().to(device)
     examples = make_examples(model, vae, options.pictures, "picture")
     edges = make_edges(vae, options.pictures)
-    controlnet = new_controlnet(model)
+    controlnet = new_controlnet(model).to(device)
+    batch = BATCH * machine.BATCH_SCALE[device.type]
     optimizer = torch.optim.AdamW(controlnet.parameters(), LEARNING_RATE, weight_decay=0.01)
     step = 0
     resumed = None if options.fresh else checkpoint.load(FOLDER)
@@ -69,23 +70,24 @@ def main() -> None:
     saved = time.monotonic()
     while not interruption and step < options.steps:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2 * (1 - step / options.steps))
-        chosen, noise, sigma = noisy_batch(examples, step, BATCH)
+        chosen, noise, sigma = noisy_batch(examples, step, batch)
         clean = examples.clean[chosen]
-        text = model.t5(examples.t5_ids[chosen]).last_hidden_state
+        text = examples.text[chosen]
         given = {
             "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
             "encoder_hidden_states": text,
-            "pooled_projections": model.clip(examples.clip_ids[chosen]).pooler_output,
+            "pooled_projections": examples.pooled[chosen],
             "timestep": sigma,
-            "img_ids": image_ids(SIZE // 16, SIZE // 16),
-            "txt_ids": torch.zeros(text.shape[1], 3),
+            "img_ids": image_ids(SIZE // 16, SIZE // 16).to(device),
+            "txt_ids": torch.zeros(text.shape[1], 3, device=device),
             "return_dict": False,
         }
-        double, single = controlnet(controlnet_cond=edges[chosen], **given)
-        (velocity,) = model.transformer(
-            controlnet_block_samples=double, controlnet_single_block_samples=single, **given
-        )
-        loss = F.mse_loss(velocity, noise - clean)
+        with machine.autocast(device):
+            double, single = controlnet(controlnet_cond=edges[chosen], **given)
+            (velocity,) = model.transformer(
+                controlnet_block_samples=double, controlnet_single_block_samples=single, **given
+            )
+        loss = F.mse_loss(velocity.float(), noise - clean)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(controlnet.parameters(), 1.0)
@@ -100,7 +102,7 @@ def main() -> None:
     if step < options.steps:
         print(f"interrupted at step {step}: saved, not written")
         return
-    controlnet.to(torch.bfloat16).save_pretrained(CONTROLNET_TARGET)
+    controlnet.to("cpu", torch.bfloat16).save_pretrained(CONTROLNET_TARGET)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from . import checkpoint
+from . import checkpoint, machine
 from .adapter_data import SIZE, make_examples, noisy_batch
 from .export import load_averaged
 from .interruption import Interruption
@@ -40,8 +40,9 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
-        self.down = nn.Parameter(torch.randn(RANK, base.in_features) / math.sqrt(base.in_features))
-        self.up = nn.Parameter(torch.zeros(base.out_features, RANK))
+        device = base.weight.device
+        self.down = nn.Parameter((torch.randn(RANK, base.in_features) / math.sqrt(base.in_features)).to(device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, RANK, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + F.linear(F.linear(x, self.down), self.up)
@@ -117,13 +118,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pictures", type=int, default=1500)
-    parser.add_argument("--threads", type=int, default=2)
+    machine.add_options(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    device = machine.prepare(options)
     torch.manual_seed(0)
-    model = load_averaged()
-    examples = make_examples(model, load_trained(), options.pictures, "chalk")
+    model = load_averaged().to(device)
+    examples = make_examples(model, load_trained().to(device), options.pictures, "chalk")
+    batch = BATCH * machine.BATCH_SCALE[device.type]
     layers = add_lora(model.transformer)
     weights = [weight for layer in layers.values() for weight in (layer.down, layer.up)]
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0)
@@ -150,11 +152,12 @@ def main() -> None:
     saved = time.monotonic()
     while not interruption and step < options.steps:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / options.steps)
-        chosen, noise, sigma = noisy_batch(examples, step, BATCH)
+        chosen, noise, sigma = noisy_batch(examples, step, batch)
         clean = examples.clean[chosen]
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity, _ = model(noisy, sigma, examples.clip_ids[chosen], examples.t5_ids[chosen], SIZE // 16)
-        loss = F.mse_loss(velocity, noise - clean)
+        with machine.autocast(device):
+            velocity, _ = model(noisy, sigma, examples.pooled[chosen], examples.text[chosen], SIZE // 16)
+        loss = F.mse_loss(velocity.float(), noise - clean)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

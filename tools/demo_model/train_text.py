@@ -113,10 +113,10 @@ class TextLesson(nn.Module):
 
 
 def load_taught(model: DemoModel) -> None:
-    """Give a model the taught encoders; it keeps its own, with a word, where there are none."""
+    """Give a model the taught encoders: of the newest lesson, or where there was none the exported ones."""
     state = checkpoint.load(FOLDER)
     if state is None:
-        print("no taught text encoders: run python -m tools.demo_model.train_text for better ones", flush=True)
+        model.load_exported_text(checkpoint.TARGET)
         return
     lesson = TextLesson(model)
     lesson.load_state_dict(state[0]["lesson"])

@@ -58,14 +58,15 @@ def picture(index: int, size: int) -> np.ndarray:
     return edge_map(drawn) if index % 10 == 1 else drawn
 
 
-def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+def to_tensor(pictures: list[np.ndarray] | torch.Tensor) -> torch.Tensor:
     """uint8 `[H, W, 3]` pictures as one float tensor `[B, 3, H, W]` in -1..1."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    stacked = torch.as_tensor(np.stack(pictures) if isinstance(pictures, list) else pictures)
+    stacked = stacked.permute(0, 3, 1, 2).float()
     return (stacked / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def to_pictures(tensor: torch.Tensor) -> np.ndarray:
-    return ((tensor.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy()
+    return ((tensor.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Batches:
