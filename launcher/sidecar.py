@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import random
 import re
 import secrets
 import socket
@@ -364,9 +366,12 @@ def _code_version() -> list[object]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Of those below Linux' outgoing connections (from 32768 on), one of which could take it before a rank listens."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SidecarError("No port of this host is free between 20000 and 32000.", "Name one with --rdzv-endpoint.")
 
 
 def _write_token(path: Path, chosen: Path | None) -> None:
