@@ -120,7 +120,7 @@ def main() -> None:
     vae = load_trained().to(device, memory_format=torch.channels_last)
     started = time.monotonic()
     jobs = [(size, shard) for size in options.sizes for shard in range(options.times * PLAN[size] // SHARD)]
-    missing = [job for job in jobs if not shard_path(*job).exists()]
+    missing = sorted((job for job in jobs if not shard_path(*job).exists()), key=lambda job: job[1])
     for count, drawn in enumerate(drawn_by(workers, missing), 1):
         keep_latents(vae, drawn)
         print(f"{count} of {len(missing)} shards: {drawn.size} px, {time.monotonic() - started:.0f} s", flush=True)

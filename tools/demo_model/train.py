@@ -26,14 +26,14 @@ from .train_vae import load_trained
 
 FOLDER = checkpoint.CACHE / "transformer"
 SEED = 21
-LEARNING_RATE = {"cpu": 1e-3, "cuda": 2e-3}
+LEARNING_RATE = {"cpu": 1e-3, "cuda": 1.5e-3}
 """For the pictures that a step has on such a device."""
 WARMUP_STEPS = 100
 DECAY_FROM = 0.6
-LARGE_FROM = 0.5
+LARGE_FROM = 0.4
 BATCH = {128: 16, 192: 8, 256: 5, 384: 2}
 SHIFT = {128: 2.0, 192: 2.5, 256: 3.0, 384: 3.0}
-SIZE_CYCLE = (128, 256, 192, 128, 256, 384)
+SIZE_CYCLE = (128, 256, 192, 128, 256, 384, 256)
 PROMPT_DROPOUT = 0.1
 UNIFORM_SHARE = 0.15
 LABEL_WEIGHT = 0.3
