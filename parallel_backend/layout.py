@@ -16,7 +16,7 @@ AXES = ("tensor", "ulysses", "ring", "distrifusion", "pipefusion", "cfg", "data"
 REPLICAS = ("ulysses", "ring", "distrifusion", "cfg", "data")
 """Axes over which all ranks compute with the same weights."""
 
-AttentionKernel = Literal["auto", "sdpa", "flash2", "flash3", "sage", "yunchang"]
+AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "sage", "yunchang"]
 Weights = Literal["whole", "sharded", "offloaded"]
 Refresh = Literal["all", "in_turn"]
 

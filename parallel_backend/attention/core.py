@@ -27,7 +27,7 @@ def make_attention(
     """Attention over the ranks of both axes by the kernel `name`. Raises `UserError` when it cannot run here."""
     if name == "yunchang":
         return YunchangAttention(ulysses, ring, device, dtype)
-    return AttentionCore(ulysses, ring, select_kernel(name, device, dtype))
+    return AttentionCore(ulysses, ring, select_kernel(name, device, dtype, with_lse=ring.size > 1))
 
 
 class AttentionCore:
