@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -254,6 +254,12 @@ def _mask(batch: int, text: int) -> Tensor:
 def tensors_of(side: str, condition: Condition) -> dict[str, Tensor]:
     """The condition's tensors as a request carries them."""
     return {f"{side}.0.{name}": value for name, value in vars(condition).items() if isinstance(value, Tensor)}
+
+
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    """The condition with its tensors on `device`."""
+    tensors = {name: value.to(device) for name, value in vars(condition).items() if isinstance(value, Tensor)}
+    return replace(condition, **tensors)
 
 
 def entry_of(condition: Condition) -> Conditioning:

@@ -9,29 +9,36 @@ from paralleldit.parallel_backend.attention.kernels import KERNELS, select_kerne
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
-TOLERANCE = {"sdpa": 4e-3, "flash2": 4e-3, "flash3": 4e-3, "sage": 5e-2}
+TOLERANCE = {"sdpa": 4e-3, "cudnn": 4e-3, "flash2": 4e-3, "flash3": 4e-3, "sage": 5e-2}
 """Relative: bf16 rounding, and for Sage that of 8-bit queries and keys."""
+WIDTHS = [64, 72, 88, 128]
+"""Of attention heads: Stable Diffusion 3's, PixArt's, HunyuanDiT's and Flux.1's."""
 
 
-@pytest.fixture(autouse=True)
-def _needs_cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-
-
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernel_equals_sdpa_in_fp32(name, dtype):
-    kernel = KERNELS[name]
+def test_kernel_equals_sdpa_in_fp32(device, name, dtype, width):
+    kernel, device = KERNELS[name], torch.device(device)
+    if kernel.cuda_only and device.type != "cuda":
+        pytest.skip(f"{name} needs a CUDA device")
     if kernel.package and find_spec(kernel.package) is None:
         pytest.skip(f"{kernel.package} is not installed")
     if kernel.half_only and dtype == torch.float32:
         pytest.skip(f"{name} has no fp32")
-    q, k, v = (torch.randn(2, 4, length, 64, device=CUDA, dtype=dtype) for length in (70, 130, 130))
-    scores = q.float() @ k.float().transpose(-1, -2) / 8
+    # As the core has them: tokens before heads.
+    q, k, v = (
+        torch.randn(2, length, 4, width, device=device, dtype=dtype).transpose(1, 2) for length in (70, 130, 130)
+    )
+    keys = k.clone()
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    out, lse = select_kernel(name, CUDA, dtype).attend_with_lse(q, k, v)
-    for result in (out, select_kernel(name, CUDA, dtype).attend(q, k, v)):
+    results = [select_kernel(name, device, dtype).attend(q, k, v)]
+    if not kernel.lacks_lse():
+        out, lse = select_kernel(name, device, dtype, with_lse=True).attend_with_lse(q, k, v)
+        results.append(out)
+        scores = q.float() @ k.float().transpose(-1, -2) / width**0.5
+        torch.testing.assert_close(lse.float(), scores.logsumexp(-1), atol=5e-2, rtol=0)
+    for result in results:
+        assert result.shape == expected.shape
         assert (result.float() - expected).norm() / expected.norm() <= TOLERANCE[name]
-    torch.testing.assert_close(lse.float(), scores.logsumexp(-1), atol=5e-2, rtol=0)
+    assert torch.equal(k, keys), "keys may be kept for the next step"

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,19 +33,21 @@ STRAGGLERS_S = 5
 class RankPool:
     """Runs module-level functions of test modules on the first n of its ranks."""
 
-    def __init__(self) -> None:
-        # One server imports torch once; the ranks are its forks, made before it has any thread.
-        context = mp.get_context("forkserver")
-        diffusers = "diffusers.models.transformers.transformer_flux"
-        context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "accelerate", diffusers])
+    def __init__(self, size: int = POOL_SIZE, start: str = "forkserver") -> None:
+        """`start`: how processes are started. A fork may not use CUDA once its parent has asked for devices."""
+        context = mp.get_context(start)
+        if isinstance(context, ForkServerContext):
+            # One server imports torch once; the ranks are its forks, made before it has any thread.
+            diffusers = "diffusers.models.transformers.transformer_flux"
+            context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "accelerate", diffusers])
         port = _free_port()
         self.generation = self.world_size = 0
         self.pipes: list[Connection] = []
         self.processes = []
         self.known: dict[str, list[Any]] = {}
-        for rank in range(POOL_SIZE + 1):
+        for rank in range(size + 1):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there, port), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, there, port), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -94,20 +97,20 @@ class RankPool:
                 process.kill()
 
 
-def _serve(rank: int, pipe: Connection, port: int) -> None:
+def _serve(rank: int, size: int, pipe: Connection, port: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     _load_module(Path(__file__).resolve().parent.parent / "conftest.py")
     from paralleldit.parallel_backend.comm import Axis, Ledger
 
-    store = dist.TCPStore("127.0.0.1", port, POOL_SIZE + 1, is_master=rank == 0, timeout=timedelta(seconds=120))
+    store = dist.TCPStore("127.0.0.1", port, size + 1, is_master=rank == 0, timeout=timedelta(seconds=120))
     joined = None
     while (task := pipe.recv()) is not None:
         path, name, n, generation, args = task
         try:
             if generation != joined:
-                _join_world(dist.PrefixStore(f"world {generation}", store), rank % POOL_SIZE, n)
+                _join_world(dist.PrefixStore(f"world {generation}", store), rank % size, n)
                 joined = generation
             world = Axis("world", range(n), dist.group.WORLD, Ledger())
             answer = (True, getattr(_load_module(Path(path)), name)(world, *args))

@@ -19,8 +19,9 @@ CFG, HEADS, TEXT, STEPS = 3.0, 3, 5, 4
 SIZE = (11, 9)
 
 
-def sampled(world, model, layout, path=None):
-    """A guided batch of two, with a negative prompt of another length; by a part of the model that lies at `path`."""
+def sampled(world, model, layout, path=None, device=CPU):
+    """A guided batch of two, with a negative prompt of another length; by a part of the model that lies at `path`, on
+    `device`."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny, mesh = TINY_MODELS[model], Mesh(layout)
@@ -39,7 +40,8 @@ def sampled(world, model, layout, path=None):
         schedule=messages.Schedule(scheduler="simple", steps=STEPS, denoise=0.8),
         seed=42,
     )
-    family = Transformer(path, CPU, part=Part.of(layout, mesh)).on(mesh) if path else tiny.make_family(HEADS)
+    part = Part.of(layout, mesh)
+    family = Transformer(path, torch.device(device), part=part).on(mesh) if path else tiny.make_family(HEADS)
     work = SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None)
     return sample_request.sample(request, tensors, family, mesh, Run(Control(), work))
 

@@ -28,13 +28,14 @@ CASES = [
 ]
 
 
-def attend(world, ulysses, ring, tokens, heads, batch, dtype):
+def attend(world, ulysses, ring, tokens, heads, batch, dtype, device="cpu"):
     mesh = Mesh(Layout(ulysses_degree=ulysses, ring_degree=ring))
     core = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
     lengths = split_sizes(tokens, ulysses * ring)
     core.set_lengths([0] * len(lengths), lengths)
     start = sum(lengths[: mesh.sequence.rank])
     shares = [part[:, start : start + lengths[mesh.sequence.rank]] for part in inputs(tokens, heads, batch, dtype)]
+    shares = [share.to(device) for share in shares]
     value, key, query = (core.send(share) for share in reversed(shares))
     return core(query, key, value)
 
@@ -44,11 +45,16 @@ def inputs(tokens, heads, batch, dtype):
     return [torch.randn(batch, tokens, heads, 16, generator=generator).to(dtype) for _ in range(3)]
 
 
+def error_of(shares, tokens, heads, batch, dtype):
+    """Of what all ranks give together, relative to attention in one process and in fp32."""
+    q, k, v = (part.transpose(1, 2) for part in inputs(tokens, heads, batch, dtype))
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).transpose(1, 2)
+    return (torch.cat(shares, dim=1).float() - expected).norm() / expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("ulysses", "ring", "tokens", "heads", "batch"), CASES)
 def test_shares_of_attention_equal_the_whole(ranks, ulysses, ring, tokens, heads, batch, dtype):
     shares = ranks.run(ulysses * ring, attend, ulysses, ring, tokens, heads, batch, dtype)
-    q, k, v = (part.transpose(1, 2) for part in inputs(tokens, heads, batch, dtype))
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).transpose(1, 2)
-    error = (torch.cat(shares, dim=1).float() - expected).norm() / expected.norm()
+    error = error_of(shares, tokens, heads, batch, dtype)
     assert error <= (1e-5 if dtype == torch.float32 else 1e-2)

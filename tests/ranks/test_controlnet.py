@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
     return place
 
 
-def sampled(world, layout, name, folder, controls, sigmas, pictures=None):
+def sampled(world, layout, name, folder, controls, sigmas, pictures=None, device=CPU):
     """A guided run through the engine: from the tiny model's one noise level to none, or over `sigmas`."""
     model, _ = NETS[name]
     latent, drawn, positive, negative = inputs(model, name == "flux pixels")
@@ -67,7 +67,7 @@ def sampled(world, layout, name, folder, controls, sigmas, pictures=None):
     tensors = {"latent": latent, "sigmas": torch.tensor(sigmas), **tensors_of("positive", positive)}
     tensors |= tensors_of("negative", negative)
     tensors |= {f"control.{index}": picture for index, picture in enumerate(pictures or drawn)}
-    return Engine(CPU).handle(request, tensors, run_of(request)[0])[1]["latent"]
+    return Engine(torch.device(device)).handle(request, tensors, run_of(request)[0])[1]["latent"]
 
 
 def refusal_of(world, *args):

@@ -19,7 +19,7 @@ from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
-from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
 
 CFG = 3.0
 DEPTH = 1
@@ -120,13 +120,13 @@ def guided(world, degrees, cases, dtype):
     return {case: guided_by(TINY_MODELS[case[0]].make_family(case[1][0], dtype, DEPTH), mesh, *case) for case in cases}
 
 
-def guided_by_part(world, layout, cases, paths, dtype):
+def guided_by_part(world, layout, cases, paths, dtype, device=CPU):
     """As `guided`, by ranks that read their parts of the files. Where these move, the second finds what the first left
     behind."""
     mesh = Mesh(layout)
     answers = {}
     for case, path in zip(cases, paths, strict=True):
-        transformer = Transformer(path, CPU, dtype, Part.of(layout, mesh))
+        transformer = Transformer(path, torch.device(device), dtype, Part.of(layout, mesh))
         if layout.weights != "whole":
             guided_by(transformer.on(mesh), mesh, *case)
         answers[case] = guided_by(transformer.on(mesh), mesh, *case)
@@ -137,6 +137,7 @@ def guided_by(family, mesh, model, shape):
     """A guided prediction of the family, this rank's part of the batch gathered to the whole."""
     _, height, width, text, batch = shape
     latent, *conditions = make_inputs(model, height, width, text, batch)
+    latent, conditions = latent.to(family.device), [on_device(each, family.device) for each in conditions]
     counts = split_sizes(batch, mesh.data.size)
     own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
     attention = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
@@ -146,7 +147,7 @@ def guided_by(family, mesh, model, shape):
         predict, family.model_sampling(None), mesh.cfg, [Entry.plain(positive)], [Entry.plain(negative)], CFG
     )
     denoised = guide.denoised(latent[own], torch.tensor(TINY_MODELS[model].sigma))
-    return mesh.data.all_gather(denoised, counts, dim=0)
+    return mesh.data.all_gather(denoised, counts, dim=0).cpu()
 
 
 def layout_of(degrees) -> Layout:

@@ -99,15 +99,20 @@ def adapters_of(model):
     return [flux_adapter(2, seed) for seed in (2, 3)]
 
 
+def write(place, model):
+    """A model and its IP-Adapters."""
+    TINY_MODELS[model].make(HEADS).save_pretrained(place / model)
+    for number, parts in enumerate(adapters_of(model)):
+        tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+        save_file(xlabs_names(parts) if number else tensors, place / f"{model} {number}.safetensors")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of the models and their IP-Adapters."""
     place = tmp_path_factory.mktemp("ip_adapters")
     for model in MODELS:
-        TINY_MODELS[model].make(HEADS).save_pretrained(place / model)
-        for number, parts in enumerate(adapters_of(model)):
-            tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
-            save_file(xlabs_names(parts) if number else tensors, place / f"{model} {number}.safetensors")
+        write(place, model)
     return place
 
 
@@ -127,7 +132,7 @@ def prompts_of(model, folder, **changes):
     return tuple(ImagePrompt(adapter=ref, weight=WEIGHT - number, **changes) for number, ref in enumerate(refs))
 
 
-def sampled(world, layout, model, folder, prompts, sigmas, pictures=None):
+def sampled(world, layout, model, folder, prompts, sigmas, pictures=None, device=CPU):
     """A guided run: from the tiny model's one noise level to none, or over `sigmas`."""
     latent, drawn, positive, negative = inputs(model)
     pictures = drawn if pictures is None else pictures
@@ -147,7 +152,7 @@ def sampled(world, layout, model, folder, prompts, sigmas, pictures=None):
     tensors |= tensors_of("negative", negative)
     for number, picture in enumerate(pictures[: len(prompts)]):
         tensors |= {f"positive.0.image.{number}": picture, f"negative.0.image.{number}": torch.zeros_like(picture)}
-    return Engine(CPU).handle(request, tensors, run_of(request)[0])[1]["latent"]
+    return Engine(torch.device(device)).handle(request, tensors, run_of(request)[0])[1]["latent"]
 
 
 def shown_to_diffusers(model):

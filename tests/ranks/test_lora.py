@@ -115,7 +115,7 @@ def files(tmp_path_factory):
     return Files(tmp_path_factory.mktemp("lora"))
 
 
-def predicted(world, layout, cases):
+def predicted(world, layout, cases, device=CPU):
     """For each case (model, its path, LoRA files): the prediction with them, and whether the one after is as before.
 
     Cases of one model file follow each other, and are one model's LoRAs in turn.
@@ -123,7 +123,7 @@ def predicted(world, layout, cases):
     mesh = Mesh(layout)
     answers = []
     for (model, path), own in groupby(cases, key=lambda case: case[:2]):
-        transformer, store = Transformer(path, CPU, part=Part.of(layout, mesh)), AdapterStore()
+        transformer, store = Transformer(path, torch.device(device), part=Part.of(layout, mesh)), AdapterStore()
 
         def predict(loras, transformer=transformer, store=store, model=model):
             family = transformer.on(mesh)

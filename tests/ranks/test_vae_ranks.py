@@ -62,7 +62,7 @@ def error(mine: Tensor, truth: Tensor) -> float:
     return float((mine - truth).norm() / truth.norm())
 
 
-def quiet_vae(case: str) -> LoadedVAE:
+def quiet_vae(case: str, device: torch.device | str = "cpu") -> LoadedVAE:
     """One whose pictures are not cut off at 0 and 1."""
     vae = new_vae(case)
     named = vae.module.decoder.named_modules()
@@ -70,6 +70,7 @@ def quiet_vae(case: str) -> LoadedVAE:
         part for name, part in named if isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear) and "time_" not in name
     ]
     layers[-1].weight.mul_(0.05)
+    vae.module.to(device)
     return vae
 
 
@@ -87,9 +88,9 @@ def truths(axis: Axis, case: str) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def results(axis: Axis, case: str) -> list[tuple[Tensor | None, Tensor | None]]:
-    """What the ranks decode and encode, per shape, all by the same loaded VAE."""
-    vae = quiet_vae(case)
+def results(axis: Axis, case: str, device: torch.device | str = "cpu") -> list[tuple[Tensor | None, Tensor | None]]:
+    """What the ranks decode and encode on `device`, per shape, all by the same loaded VAE."""
+    vae = quiet_vae(case, device)
     return [
         (decode(vae, latents(vae, *shape), axis), encode(vae, images(vae, *shape), axis)) for shape in shapes_of(vae)
     ]
