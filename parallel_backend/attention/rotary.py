@@ -7,11 +7,17 @@ from torch import Tensor
 
 
 def rotations(cosines: Tensor, sines: Tensor) -> Tensor:
-    """Unit complex numbers `[S, D / 2]` from tables `[S, D]` in which every angle stands twice."""
-    return torch.complex(cosines[:, ::2].float(), sines[:, ::2].float())
+    """Cosine and sine of every angle, fp32 `[S, D / 2, 2]`, from tables `[S, D]` in which each stands twice."""
+    return torch.stack((cosines[:, ::2], sines[:, ::2]), dim=-1).float()
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of `x` `[B, S, H, D]` by `rotation` `[S, D / 2]`, in fp32, as one complex multiplication."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (x.shape[-1] // 2, 2)))
-    return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)
+    """Turn the pairs of `x` `[B, S, H, D]` by `rotation` `[S, D / 2, 2]`, in fp32."""
+    pairs, rotation = x.float().unflatten(-1, (x.shape[-1] // 2, 2)), rotation.unsqueeze(1)
+    if torch.compiler.is_compiling():
+        # The compiler makes one kernel of this, and none of complex numbers.
+        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).to(x.dtype)

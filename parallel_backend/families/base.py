@@ -152,8 +152,8 @@ class TokenState:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
     `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`; for the families that turn their queries and keys,
-    `rotary` `[St + Si, D / 2]` (attention.rotary); `skips`: image tokens that a later block takes in, by the number of
-    the block that gave them; `prompts`: the pictures that its blocks are shown.
+    `rotary` `[St + Si, D / 2, 2]` (attention.rotary); `skips`: image tokens that a later block takes in, by the number
+    of the block that gave them; `prompts`: the pictures that its blocks are shown.
     """
 
     image: Tensor
@@ -221,6 +221,10 @@ class Family(ABC):
             self.latent_scale = latent_scale
         if latent_shift is not None:
             self.latent_shift = latent_shift
+
+    def compile_blocks(self) -> None:
+        """From now on compute with blocks that `torch.compile` makes, one of each kind. The first steps take longer."""
+        self.blocks = [torch.compile(block) for block in self.blocks]
 
     @abstractmethod
     def use_attention(self, attention: Attention) -> None:

@@ -204,7 +204,7 @@ class Flux(Family):
         return places
 
     def _compute_rotary(self, text_length: int, places: tuple[Place, ...]) -> Tensor:
-        """Rotations `[St + S, D / 2]`: text tokens sit at position 0, image tokens at their row and column."""
+        """Rotations `[St + S, D / 2, 2]`: text tokens sit at position 0, image tokens at their row and column."""
         ids = [torch.zeros(text_length, 3, device=self.device), *(place.ids(self.device) for place in places)]
         return rotations(*self.transformer.pos_embed(torch.cat(ids)))
 

@@ -120,7 +120,7 @@ class HunyuanDiT(CrossAttentionFamily):
         return replace(state, skips={**state.skips, block: state.skips[block] + residual})
 
     def _compute_rotary(self, grid: tuple[int, int]) -> Tensor:
-        """Rotations `[S, D / 2]`: the picture fills the longer side of the square that the model was trained on."""
+        """Rotations `[S, D / 2, 2]`: the picture fills the longer side of the square that the model was trained on."""
         side = TRAINED_SIDE // self.patch_size
         extents = [round(side / max(grid) * extent) for extent in grid]
         starts = [round((side - extent) / 2) for extent in extents]

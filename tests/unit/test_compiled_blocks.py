@@ -1,0 +1,34 @@
+"""Compiled blocks predict what plain ones do, and few are compiled, however many there are."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from paralleldit.parallel_backend.attention.core import AttentionCore
+from paralleldit.parallel_backend.attention.kernels import KERNELS
+from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS
+from torch._dynamo.utils import counters
+
+
+# Of Flux a double block, the first single block, and the others, whose text and image lie in one tensor.
+@pytest.mark.parametrize(("model", "most"), [("flux dev", 3), ("pixart alpha", 8)])
+def test_compiled_blocks_predict_the_same(model, most):
+    tiny = TINY_MODELS[model]
+    family = tiny.family(tiny.make(2, depth=3), torch.float32, CPU)
+    ulysses, ring, sequence = (Axis(name, [0], None, Ledger()) for name in ("ulysses", "ring", "sequence"))
+    strategy = SequenceParallel(family, sequence, AttentionCore(ulysses, ring, KERNELS["sdpa"]))
+    generator = torch.Generator().manual_seed(5)
+    condition = tiny.condition(lambda *shape: torch.randn(*shape, generator=generator), 1, 5)
+    latent = torch.randn(1, family.latent_channels, 8, 6, generator=generator)
+    timestep = torch.tensor([0.7])
+    with torch.inference_mode():
+        plain = strategy.predict(latent, timestep, condition)
+        family.compile_blocks()
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = [strategy.predict(latent, timestep, each) for each in (condition, replace(condition))]
+    for each in compiled:
+        torch.testing.assert_close(each, plain, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= most
