@@ -10,6 +10,7 @@ from ..parallel_backend.fitting import Work, check_layout
 from ..parallel_backend.layout import (
     AXES,
     AttentionKernel,
+    Compile,
     Layout,
     Refresh,
     Weights,
@@ -24,7 +25,12 @@ MAX_DEGREE = 1024
 GIVEN = ("tensor_degree", "distrifusion_degree", "pipefusion_degree")
 """Degrees that are never chosen for the user: they approximate, or depend on the links."""
 
-CHOICES = {"attention": get_args(AttentionKernel), "weights": get_args(Weights), "refresh": get_args(Refresh)}
+CHOICES = {
+    "attention": get_args(AttentionKernel),
+    "weights": get_args(Weights),
+    "refresh": get_args(Refresh),
+    "compile": get_args(Compile),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class LayoutChoice:
     distrifusion_degree: int = 1
     refresh: Refresh = "all"
     stage_blocks: str = ""
+    compile: Compile = "off"
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -58,7 +65,7 @@ class LayoutChoice:
         if best not in candidates:
             candidates = [layout for layout in candidates if guided or layout.cfg_degree == 1] or candidates
             best = max(candidates, key=lambda layout: (-layout.data_degree, layout.cfg_degree, layout.ulysses_degree))
-        settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh")
+        settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh", "compile")
         layout = best.model_copy(update={name: getattr(self, name) for name in settings})
         layout = layout.model_copy(update={"stage_blocks": self.blocks_by_stage()})
         check_layout(layout, Work(ranks=ranks))
@@ -194,6 +201,14 @@ class ParallelDiTLayout:
                         "default": "",
                         "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. Empty: so many that "
                         "the fullest stage has as few parameters as possible.",
+                    },
+                ),
+                "compile": (
+                    list(get_args(Compile)),
+                    {
+                        "default": "off",
+                        "tooltip": "blocks: computes with blocks compiled by torch.compile. The first steps of each "
+                        "new size take longer. Without LoRAs only.",
                     },
                 ),
             },

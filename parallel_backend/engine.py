@@ -116,10 +116,7 @@ class Engine:
     def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .sample_request import sample
 
-        mesh = self._mesh(request.layout)
-        transformer = self.models.transformer(request.model, run, self._part(request.layout))
-        family = transformer.on(mesh)
-        self.adapters.adapt(transformer, request.adapters, run)
+        mesh, transformer, family = self._ready(request, run)
         stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
         refs = [control.net for control in request.controls]
         nets = {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
@@ -141,16 +138,23 @@ class Engine:
         missing = [key for key in request.conditions if key not in request.told and key not in self._told]
         if missing:
             return {"missing": missing}, {}
-        mesh = self._mesh(request.layout)
-        transformer = self.models.transformer(request.model, run, self._part(request.layout))
-        family = transformer.on(mesh)
-        self.adapters.adapt(transformer, request.adapters, run)
+        mesh, transformer, family = self._ready(request, run)
         told = [each.prompts for key in request.conditions if (each := self._told.get(key))]
         prompts = [prompt for own in told for prompt in own]
         prompts += [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
         adapters = self._ip_adapters(prompts, transformer, family, Stage(), run)
         mesh.ledger.reset()
         return {}, {"prediction": predict(request, tensors, self._told, family, mesh, run, adapters)}
+
+    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, Family]:
+        """The mesh and the model of a request's layout, with the changes that it asks for."""
+        mesh = self._mesh(request.layout)
+        transformer = self.models.transformer(request.model, run, self._part(request.layout))
+        family = transformer.on(mesh)
+        self.adapters.adapt(transformer, request.adapters, run)
+        if request.layout.compile == "blocks":
+            transformer.compile_blocks(run)
+        return mesh, transformer, family
 
     def _ip_adapters(
         self,

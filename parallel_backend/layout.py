@@ -19,6 +19,7 @@ REPLICAS = ("ulysses", "ring", "distrifusion", "cfg", "data")
 AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "sage", "yunchang"]
 Weights = Literal["whole", "sharded", "offloaded"]
 Refresh = Literal["all", "in_turn"]
+Compile = Literal["off", "blocks"]
 
 
 class Layout(BaseModel):
@@ -33,6 +34,8 @@ class Layout(BaseModel):
 
     `weights`: what the ranks that compute with the same blocks keep of them between two uses: "whole" blocks, equal
     shares of each ("sharded"), or such shares in host memory ("offloaded").
+
+    `compile`: "blocks" computes with blocks that `torch.compile` makes. The first steps of each new size take longer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -50,6 +53,7 @@ class Layout(BaseModel):
     stage_blocks: tuple[int, ...] = ()
     refresh: Refresh = "all"
     weights: Weights = "whole"
+    compile: Compile = "off"
 
     def degree(self, axis: str) -> int:
         return getattr(self, f"{axis}_degree")
@@ -90,7 +94,8 @@ class Layout(BaseModel):
         named = [f"{axis}{self.degree(axis)}" for axis in AXES if self.degree(axis) > 1]
         weights = "" if self.weights == "whole" else f", weights {self.weights}"
         stages = f", stage_blocks {','.join(map(str, self.stage_blocks))}" if self.stage_blocks else ""
-        return (" x ".join(named) or "one rank") + stages + weights
+        compiled = "" if self.compile == "off" else f", {self.compile} compiled"
+        return (" x ".join(named) or "one rank") + stages + weights + compiled
 
 
 def parse_layout(text: str) -> Layout:

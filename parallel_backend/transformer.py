@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .adapters.layers import AdaptedLayers
 from .adapters.names import Names
-from .families.base import Family
+from .families.base import Block, Family, compiled
 from .families.registry import build_family
 from .mesh import Mesh
 from .parts import WHOLE, Part
 from .strategies.sharded import ShardedWeights
 from .strategies.tensor import TensorParallel
 from .weights.load import load_transformer
+
+if TYPE_CHECKING:
+    from .control import Run
 
 
 class Transformer:
@@ -30,20 +35,34 @@ class Transformer:
         self.names = Names(loaded.family, loaded.shapes)
         self.adapted = AdaptedLayers(loaded, self._tensor)
         self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None
-        if self._sharded:
-            blocks = list(self._family.blocks)
-            own = part.stage.blocks(self._family.block_parameters)
-            blocks[own] = self._sharded.around(blocks[own])
-            self._family.blocks = blocks
+        self._own = part.stage.blocks(self._family.block_parameters)
+        self._plain = self._family.blocks
+        self._blocks = self._gathered(self._plain)
+        self._compiled: Sequence[Block] | None = None
 
     def on(self, mesh: Mesh) -> Family:
         """The family, its parts meeting those of the ranks of `mesh`. All of them begin a run with this call."""
         self._tensor.axis = mesh.tensor
+        self._family.blocks = self._blocks
         if self._sharded:
             self._sharded.begin(mesh.replicas)
         return self._family
+
+    def compile_blocks(self, run: Run) -> None:
+        """Compute the run that `on` began with compiled blocks; with plain ones where LoRAs are on them."""
+        if self.adapted.is_on:
+            run.log("info", "Blocks with LoRAs are not compiled: every layer with one would be compiled by itself.")
+            return
+        self._compiled = self._compiled or self._gathered(compiled(self._plain))
+        self._family.blocks = self._compiled
 
     def let_go(self) -> None:
         """Of what is under way to other ranks, wherever it was interrupted."""
         if self._sharded:
             self._sharded.let_go()
+
+    def _gathered(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """The blocks, with their weights put together while they compute where these are sharded."""
+        if self._sharded is None:
+            return blocks
+        return [*blocks[: self._own.start], *self._sharded.around(blocks[self._own]), *blocks[self._own.stop :]]

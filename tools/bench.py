@@ -8,7 +8,8 @@ else the machine does falls on all of them alike. Step time: of the steps after 
 forward. A guided run evaluates the model twice a step, and its speed-up counts both. Speed-up: over plain diffusers on
 one rank; beside it the machine's own ceiling, which is what as many copies of that as there are ranks gain that share
 nothing. Bytes: what the rank that sends most sends in a step.
-Weights and peak: of the rank that has most, as tools/bench_memory.py measures them. Prints Markdown.
+Weights and peak: of the rank that has most, as tools/bench_memory.py measures them. Prints Markdown, and meanwhile on
+stderr how far it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import gc
 import os
 import random
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +157,8 @@ def measure(rank: int, arguments: argparse.Namespace, folder: str, answers) -> N
                 seconds = sampled(layouts[name], meshes[name], control, folder, side, results[name])
             if round_number:  # what is measured first is slower
                 results[name].seconds.append(seconds)
+            if rank == 0:
+                print(f"round {round_number} of {arguments.rounds}: {name}, {seconds:.3f} s", file=sys.stderr)
     if rank == 0:
         answers.put(results)
     dist.barrier()

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from parallel_backend.attention.core import AttentionCore
 from parallel_backend.attention.kernels import KERNELS
 from parallel_backend.comm import Axis, Ledger
-from parallel_backend.families.base import Condition
+from parallel_backend.families.base import Condition, compiled
 from parallel_backend.families.flux import Flux
 from parallel_backend.strategies.sequence import SequenceParallel
 
@@ -104,7 +104,7 @@ class Variants:
         kernels = installed if has_gpu else ["sdpa"]
         peers = {PLAIN: "native", f"{PLAIN}, cuDNN": "_native_cudnn"} if has_gpu else {PLAIN: "native"}
         family, compiled_family = self._family(), self._family()
-        compiled_family.compile_blocks()
+        compiled_family.blocks = compiled(compiled_family.blocks)
         steps = {name: self._plain(backend) for name, backend in peers.items()}
         steps |= {f"engine, {name}": self._ours(family, name) for name in kernels}
         steps |= {f"{name}, compiled": self._plain(backend, compiled=True) for name, backend in peers.items()}

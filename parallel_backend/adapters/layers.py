@@ -131,6 +131,11 @@ class AdaptedLayers:
             self._replace(name, parameter)
         self.key = key
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any change is."""
+        return bool(self._layers or self._replaced)
+
     def take_off(self) -> None:
         """All changes: the model is what it was, bit for bit."""
         for layer in self._layers:

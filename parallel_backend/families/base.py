@@ -175,6 +175,11 @@ class Shard:
 Block = Callable[[TokenState], TokenState]
 
 
+def compiled(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks as `torch.compile` makes them: one of each kind, when it is first used with tensors of such sizes."""
+    return [torch.compile(block) for block in blocks]
+
+
 class Family(ABC):
     """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
 
@@ -221,10 +226,6 @@ class Family(ABC):
             self.latent_scale = latent_scale
         if latent_shift is not None:
             self.latent_shift = latent_shift
-
-    def compile_blocks(self) -> None:
-        """From now on compute with blocks that `torch.compile` makes, one of each kind. The first steps take longer."""
-        self.blocks = [torch.compile(block) for block in self.blocks]
 
     @abstractmethod
     def use_attention(self, attention: Attention) -> None:

@@ -40,10 +40,15 @@ def sampled(world, model, layout, path=None, device=CPU):
         schedule=messages.Schedule(scheduler="simple", steps=STEPS, denoise=0.8),
         seed=42,
     )
-    part = Part.of(layout, mesh)
-    family = Transformer(path, torch.device(device), part=part).on(mesh) if path else tiny.make_family(HEADS)
-    work = SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None)
-    return sample_request.sample(request, tensors, family, mesh, Run(Control(), work))
+    run = Run(Control(), SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None))
+    if path is None:
+        family = tiny.make_family(HEADS)
+    else:
+        transformer = Transformer(path, torch.device(device), part=Part.of(layout, mesh))
+        family = transformer.on(mesh)
+        if layout.compile == "blocks":
+            transformer.compile_blocks(run)
+    return sample_request.sample(request, tensors, family, mesh, run)
 
 
 class StaleAttention:
