@@ -227,6 +227,8 @@ class ModelStore:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            # Of offloaded weights. Older releases of torch call it by the second name.
+            getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", lambda: None))()
 
     def _vae_dtype(self, ref: VaeRef) -> torch.dtype:
         if ref.weight_dtype == "auto":

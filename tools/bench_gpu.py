@@ -90,6 +90,7 @@ class Variants:
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self._arguments, self._device = arguments, device
         self._weights = {name: _random(name, tensor, device) for name, tensor in self._empty().state_dict().items()}
+        self._own = self._family()
         self._side = round(arguments.tokens**0.5)
         generator = torch.Generator(device).manual_seed(3)
         self._latent = torch.randn(1, 16, 2 * self._side, 2 * self._side, device=device, generator=generator)
@@ -103,10 +104,10 @@ class Variants:
         installed = [name for name, kernel in KERNELS.items() if not kernel.package or find_spec(kernel.package)]
         kernels = installed if has_gpu else ["sdpa"]
         peers = {PLAIN: "native", f"{PLAIN}, cuDNN": "_native_cudnn"} if has_gpu else {PLAIN: "native"}
-        family, compiled_family = self._family(), self._family()
+        compiled_family = self._family()
         compiled_family.blocks = compiled(compiled_family.blocks)
         steps = {name: self._plain(backend) for name, backend in peers.items()}
-        steps |= {f"engine, {name}": self._ours(family, name) for name in kernels}
+        steps |= {f"engine, {name}": self._ours(self._own, name) for name in kernels}
         steps |= {f"{name}, compiled": self._plain(backend, compiled=True) for name, backend in peers.items()}
         ours = [name for name in kernels if name in ("sdpa", "cudnn")]
         return steps | {f"engine, {name}, compiled": self._ours(compiled_family, name) for name in ours}
@@ -139,7 +140,7 @@ class Variants:
         return lambda: strategy.predict(self._latent, self._sigma, condition)
 
     def _plain(self, backend: str, *, compiled: bool = False) -> Step:
-        side, family, module = self._side, self._family(), self._module()
+        side, family, module = self._side, self._own, self._module()
         # Said of every module: the backend that one is told is also that of all which are told of none.
         module.set_attention_backend(backend)
         if compiled:

@@ -38,12 +38,18 @@ def load_shards(
     offsets = [_offsets(entries) for entries in blocks]
     sizes = [_rounded_up(starts[-1], share.count * ALIGNMENT) for starts in offsets]
     buffers = tuple(torch.empty(max(sizes), dtype=torch.uint8, device=reader.device) for _ in blocks[:2])
+    lengths = [size // share.count for size in sizes]
     pinned = in_host_memory and reader.device.type == "cuda"
-    shares = []
-    for number, (entries, starts, size) in enumerate(zip(blocks, offsets, sizes, strict=True)):
-        length = size // share.count
-        device = torch.device("cpu") if in_host_memory else reader.device
-        own = torch.empty(length, dtype=torch.uint8, device=device, pin_memory=pinned)
+    device = torch.device("cpu") if in_host_memory else reader.device
+    # Pinned memory comes in powers of two.
+    pieces = pieces_of(lengths) if pinned else [(length, [length]) for length in lengths]
+    shares = [
+        own
+        for size, parts in pieces
+        for own in torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)[: sum(parts)].split(parts)
+    ]
+    for number, (entries, starts, own) in enumerate(zip(blocks, offsets, shares, strict=True)):
+        length = lengths[number]
         begin, end = share.index * length, (share.index + 1) * length
         for entry, start in zip(entries, starts, strict=False):
             first, last = max(begin, start), min(end, start + entry.bytes)
@@ -53,8 +59,22 @@ def load_shards(
                 own[first - begin : last - begin] = flat.view(torch.uint8)
             place = buffers[number % len(buffers)][start : start + entry.bytes]
             entry.assign(module, place.view(entry.dtype).view(entry.shape))
-        shares.append(own)
     return BlockShards(tuple(shares), buffers)
+
+
+def pieces_of(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Pieces of memory for parts of these `lengths`, in order: a power of two, and the parts that it is for.
+
+    As large as what is left of the parts fills, so that little of the pieces stays empty.
+    """
+    pieces: list[tuple[int, list[int]]] = []
+    left = list(lengths)
+    while left:
+        size = max(1 << sum(left).bit_length() - 1, 1 << max(left[0] - 1, 0).bit_length())
+        ends = [end for end in accumulate(left) if end <= size]
+        pieces.append((size, left[: len(ends)]))
+        left = left[len(ends) :]
+    return pieces
 
 
 def _offsets(entries: Sequence[Entry]) -> list[int]:

@@ -8,6 +8,7 @@ from paralleldit.parallel_backend.parts import WHOLE, Part, Share
 from paralleldit.parallel_backend.stages import Stage
 from paralleldit.parallel_backend.weights.load import LoadedTransformer, load_transformer
 from paralleldit.parallel_backend.weights.reader import Reader
+from paralleldit.parallel_backend.weights.shards import pieces_of
 from paralleldit.tests.unit.flux_original_layout import HEAD_DIM, HIDDEN, original_layout, tiny_flux
 from safetensors.torch import save_file
 
@@ -154,3 +155,11 @@ def test_a_rank_without_a_head_holds_no_part_of_the_attention(files) -> None:
     assert share.attn.to_out[0].weight.shape == (HIDDEN, 0)
     assert share.attn.norm_q.weight.shape == (HEAD_DIM,)
     assert share.ff.net[2].weight.shape == (HIDDEN, 96)
+
+
+@pytest.mark.parametrize("lengths", [[680] * 19 + [283] * 38, [64], [3, 0, 5, 0], [1, 1000], [1000, 1], []], ids=str)
+def test_pieces_of_pinned_memory_hold_all_parts_in_order_and_little_more(lengths):
+    pieces = pieces_of(lengths)
+    assert [length for _, parts in pieces for length in parts] == lengths
+    assert all(size.bit_count() == 1 and sum(parts) <= size for size, parts in pieces)
+    assert sum(size for size, _ in pieces) <= 1.1 * sum(lengths) + max(lengths, default=0)
