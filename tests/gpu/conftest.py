@@ -33,6 +33,6 @@ def ranks(device: str) -> Iterator[RankPool]:
     """As the pool of tests/ranks, of processes that may use CUDA."""
     from tests.ranks.conftest import RankPool
 
-    pool = RankPool(SHARING, start="spawn")
+    pool = RankPool(SHARING, start="spawn", patience=120 if device == "cpu" else 60)
     yield pool
     pool.close()

@@ -33,8 +33,11 @@ STRAGGLERS_S = 5
 class RankPool:
     """Runs module-level functions of test modules on the first n of its ranks."""
 
-    def __init__(self, size: int = POOL_SIZE, start: str = "forkserver") -> None:
-        """`start`: how processes are started. A fork may not use CUDA once its parent has asked for devices."""
+    def __init__(self, size: int = POOL_SIZE, start: str = "forkserver", patience: int = TIMEOUT_S) -> None:
+        """`start`: how processes are started. A fork may not use CUDA once its parent has asked for devices.
+
+        `patience`: seconds after which ranks that do not answer end the session.
+        """
         context = mp.get_context(start)
         if isinstance(context, ForkServerContext):
             # One server imports torch once; the ranks are its forks, made before it has any thread.
@@ -42,6 +45,7 @@ class RankPool:
             context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "accelerate", diffusers])
         port = _free_port()
         self.generation = self.world_size = 0
+        self.patience = patience
         self.pipes: list[Connection] = []
         self.processes = []
         self.known: dict[str, list[Any]] = {}
@@ -69,7 +73,7 @@ class RankPool:
         waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
         while waiting:
             failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
-            ready = wait(list(waiting), timeout=STRAGGLERS_S if failures else TIMEOUT_S)
+            ready = wait(list(waiting), timeout=STRAGGLERS_S if failures else self.patience)
             if not ready:
                 stuck = f"ranks {sorted(waiting.values())} of {n} did not answer {function.__name__}{args}"
                 pytest.exit("\n".join([*failures, stuck]), returncode=3)
