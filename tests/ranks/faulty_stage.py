@@ -34,7 +34,7 @@ class FaultyTransformer(Transformer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._family.blocks = [partial(self._after_fault, block) for block in self._family.blocks]
+        self._blocks = [partial(self._after_fault, block) for block in self._blocks]
 
     def _after_fault(self, block, state):
         FaultyTransformer.left -= 1
