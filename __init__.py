@@ -1,5 +1,5 @@
-"""What ComfyUI imports: node mappings and the folder of the front end's files. Its server gets the panel's routes,
-and the sidecar of a ComfyUI that has just ended is kept for this one."""
+"""What ComfyUI imports: node mappings and the folder of the front end's files. Its server gets the panel's routes, its
+input folder the saved workflows' pictures, and the sidecar of a ComfyUI that has just ended is kept for this one."""
 
 import sys
 from pathlib import Path
@@ -18,9 +18,10 @@ except ModuleNotFoundError as error:
 
 _server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 if _server is not None:
-    from .nodes import panel_routes, session
+    from .nodes import example_pictures, panel_routes, session
 
     panel_routes.register(_server.routes, _server.send_sync)
+    example_pictures.provide(Path(sys.modules["folder_paths"].get_input_directory()))
     session.inherit()
 
 WEB_DIRECTORY = "./web"

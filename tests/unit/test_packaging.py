@@ -60,7 +60,9 @@ FAKE_HOST = {
     "comfy/__init__.py": "",
     "utils/__init__.py": "",
     "execution.py": "",
-    "folder_paths.py": "",
+    "folder_paths.py": "import os\n"
+    "def get_input_directory(): return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'input')\n",
+    "input/.keep": "",
     "nodes.py": "NODE_CLASS_MAPPINGS = {}\n",
     "server.py": "from aiohttp import web\n"
     "class PromptServer:\n"
@@ -121,6 +123,7 @@ def test_the_package_works_in_a_folder_with_hyphens_and_shadows_nothing_of_its_h
     assert told["shadowed"] == []
     assert told["routes"] == [f"/paralleldit/{name}" for name in ("start", "status", "stop", "unload")]
     assert "demo_model/flux-tiny" in told["example"]
+    assert (host / "input" / "paralleldit_edges.png").is_file()
 
 
 def test_the_launcher_of_the_package_works(package):
