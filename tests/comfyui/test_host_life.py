@@ -60,7 +60,7 @@ def test_freeing_comfyuis_memory_frees_that_of_the_ranks(host, with_seed):
 
 def test_two_models_in_one_graph_sample_what_each_samples_alone(host):
     names = (NAME, "diffusers/sd3")
-    alone = [picture(host, host.run(demo_with(name, seed=9))) for name in names]
+    alone = [picture(host, host.run(demo_with(name, seed=9, cfg=3.0))) for name in names]
     first, second = (stock_with(name, seed=9, cfg=3.0) for name in names)
     second = {f"1{key}": copy.deepcopy(entry) for key, entry in second.items()}
     for entry in second.values():
