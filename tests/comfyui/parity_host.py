@@ -29,6 +29,8 @@ MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyu
 """Channels, rows and columns of the latent. ComfyUI divides by zero for a PixArt of fewer."""
 CONTROLLED = ("flux", "sd3", "hunyuandit")
 """Models with a ControlNet."""
+OURS_TOO = ("sd3", "hunyuandit")
+"""Those of which ComfyUI and the ranks read the same file of a tiny ControlNet."""
 RANKS = (1, 2, 4)
 STEPS = 2
 CHANGED = 1e-2
@@ -53,7 +55,7 @@ class Case:
     node: str = "KSampler"
     """The node of ComfyUI that samples, one of `WAYS`. Others than KSampler have no like among our nodes."""
     controlled: bool = False
-    """With two ControlNets of ComfyUI's own, the second for a part of the run: for KSampler alone."""
+    """With two ControlNets, the second for a part of the run: of ComfyUI's own, and of ours for Parallel Sampler."""
 
 
 def sweep(samplers: tuple[str, ...], schedulers: tuple[str, ...]) -> dict[str, Case]:
@@ -90,10 +92,7 @@ CASES = {
         for name in ("flux", "sd3")
         for node in ("KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
     },
-    **{
-        f"{name}, Apply ControlNet (Advanced)": Case(name, batch=2, sampler={"cfg": 4.0}, controlled=True)
-        for name in CONTROLLED
-    },
+    **{f"{name}, two ControlNets": Case(name, batch=2, sampler={"cfg": 4.0}, controlled=True) for name in CONTROLLED},
     **{
         f"flux, references ({places})": Case(
             "flux", (2,), 2, entries=({"reference_latents": REFERENCES, "reference_latents_method": places},)
@@ -205,28 +204,31 @@ def check_with_newer_management(loader: Any, file: Path, native: Any) -> None:
 
 
 def with_controls(folder: Path, name: str, native: Any) -> Callable[..., tuple[Any, Any]]:
-    """Puts ControlNets for `native` on the prompts; their picture is encoded in the ranks; the VAE goes to `folder`."""
+    """Puts ControlNets for `native` on the prompts, by ComfyUI's own nodes or by `ours`.
+
+    Their picture is encoded in the ranks; the VAE and what else is read go to `folder`.
+    """
     from paralleldit.nodes import NODE_CLASS_MAPPINGS
     from paralleldit.tests.comfyui.controlnet_host import controlnet
     from paralleldit.tests.tiny_flux import write_vae
 
     write_vae(folder, MODELS[name][0])
-    network = controlnet(name, native)
+    file = folder / "controlnet.safetensors"
+    network = controlnet(name, native, file)
     vae = NODE_CLASS_MAPPINGS["ParallelDiTVAELoader"]().load(str(folder / "vae"), "auto", None)[0]
     picture = torch.rand(1, 80, 96, 3, generator=torch.Generator().manual_seed(5))
 
-    def apply(positive: Any, negative: Any) -> tuple[Any, Any]:
+    def apply(positive: Any, negative: Any, ours: bool) -> tuple[Any, Any]:
         for strength, end in ((0.7, 1.0), (0.5, 0.4)):
-            settings = {"strength": strength, "start_percent": 0.0, "end_percent": end}
-            positive, negative = call(
-                "ControlNetApplyAdvanced",
-                positive=positive,
-                negative=negative,
-                control_net=network,
-                image=picture,
-                vae=vae,
-                **settings,
-            )
+            settings = {"strength": strength, "start_percent": 0.0, "end_percent": end, "image": picture, "vae": vae}
+            settings |= {"positive": positive, "negative": negative}
+            if ours:
+                net = NODE_CLASS_MAPPINGS["ParallelDiTControlNetLoader"]().load(str(file))[0]
+                positive, negative = NODE_CLASS_MAPPINGS["ParallelDiTControlNetApply"]().apply(
+                    controlnet=net, mode=-1, **settings
+                )
+            else:
+                positive, negative = call("ControlNetApplyAdvanced", control_net=network, **settings)
         return positive, negative
 
     return apply
@@ -281,7 +283,7 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
     def latent(model: Any, sample: Callable[..., Any], controlled: bool = case.controlled) -> Tensor:
         positive, negative, image = inputs(case)
         if controlled:
-            positive, negative = control(positive, negative)
+            positive, negative = control(positive, negative, sample is not stock)
         settings = {
             "seed": 7,
             "steps": STEPS,
@@ -300,7 +302,7 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
     truth = latent(native, stock)
     if case.controlled:
         assert error(latent(native, stock, controlled=False)) > CHANGED, "the ControlNets change next to nothing"
-    ours_too = case.node == "KSampler" and not case.controlled
+    ours_too = case.node == "KSampler" and (not case.controlled or case.model in OURS_TOO)
     return [error(latent(ours, each)) for each in ((stock, parallel().sample) if ours_too else (stock,))]
 
 
