@@ -27,6 +27,7 @@ def base(tmp_path_factory) -> Path:
     files = [tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3)]
     prepare(folder / "base", {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video}, files)
     write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3)
+    write_ip_adapters(folder / "base" / "models" / "ipadapter", tiny / "transformer", sd3)
     return folder / "base"
 
 
@@ -70,6 +71,20 @@ def write_loras(folder: Path, flux: Path, sd3: Any) -> None:
             }
             tensors, _ = lora_files.merged(matrices, names, lora_files.FORMATS[format])
             save_file(tensors, folder / f"{name} {format}.safetensors")
+
+
+def write_ip_adapters(folder: Path, flux: Path, sd3: Any) -> None:
+    """For both models, by the names of their makers (Flux) and of diffusers' files (SD3)."""
+    from diffusers import FluxTransformer2DModel
+    from paralleldit.tests.ranks.test_ip_adapter import flux_adapter, sd3_adapter, xlabs_names
+
+    folder.mkdir()
+    model = FluxTransformer2DModel.from_pretrained(flux)
+    save_file(xlabs_names(flux_adapter(model.config["num_layers"], 2, model.inner_dim)), folder / "flux.safetensors")
+    sites = sd3.config.num_layers + len(sd3.config.dual_attention_layers)
+    parts = sd3_adapter(sites, 1, sd3.inner_dim, sd3.config.attention_head_dim)
+    tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+    save_file(tensors, folder / "sd3.safetensors")
 
 
 @pytest.fixture(scope="session")

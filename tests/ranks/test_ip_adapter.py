@@ -45,7 +45,7 @@ LAYOUTS = [
 ]
 
 
-def flux_adapter(sites, seed):
+def flux_adapter(sites, seed, hidden=HIDDEN):
     """As diffusers takes it apart, of random weights."""
     draw = drawer(seed)
     return {
@@ -59,15 +59,15 @@ def flux_adapter(sites, seed):
             f"{site}.to_{part}_ip.{leaf}": draw(*shape)
             for site in range(sites)
             for part in "kv"
-            for leaf, shape in (("weight", (HIDDEN, 24)), ("bias", (HIDDEN,)))
+            for leaf, shape in (("weight", (hidden, 24)), ("bias", (hidden,)))
         },
     }
 
 
-def sd3_adapter(sites, seed):
+def sd3_adapter(sites, seed, hidden=HIDDEN, head_dim=16):
     draw = drawer(seed)
-    projection = IPAdapterTimeImageProjection(28, HIDDEN, 32, heads=1, num_queries=6, timestep_in_dim=16)
-    site = SD3IPAdapterJointAttnProcessor2_0(HIDDEN, HIDDEN, 16, timesteps_emb_dim=32)
+    projection = IPAdapterTimeImageProjection(28, hidden, 32, heads=1, num_queries=6, timestep_in_dim=16)
+    site = SD3IPAdapterJointAttnProcessor2_0(hidden, hidden, head_dim, timesteps_emb_dim=32)
     image_proj = {}
     for name, tensor in projection.state_dict().items():
         for ours, theirs in SD3_NAMES.items():

@@ -1,11 +1,13 @@
-"""A node for the tests only: a tiny diffusers Flux as a MODEL that ComfyUI itself samples, to compare with.
+"""Nodes for the tests only.
 
-ComfyUI's own loader takes every Flux for one of the full width.
+A tiny diffusers Flux as a MODEL that ComfyUI itself samples, to compare with: ComfyUI's own loader takes every Flux for
+one of the full width. What a tiny vision model would say of a picture: ComfyUI knows none but those of full size.
 """
 
 import json
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -57,4 +59,21 @@ class NativeFluxLoader:
         return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device),)
 
 
-NODE_CLASS_MAPPINGS = {"NativeFluxLoader": NativeFluxLoader}
+class TinyVision:
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "embed"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {})}}
+
+    def embed(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        output = comfy.clip_vision.Output()
+        output["image_embeds"] = torch.randn(1, 20, generator=generator)
+        output["penultimate_hidden_states"] = torch.randn(1, 7, 28, generator=generator)
+        return (output,)
+
+
+NODE_CLASS_MAPPINGS = {"NativeFluxLoader": NativeFluxLoader, "TinyVision": TinyVision}
