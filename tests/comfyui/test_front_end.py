@@ -1,4 +1,7 @@
-"""The front end in Chromium against a real ComfyUI: needs COMFYUI_PATH, a Chromium, and requirements-browser.txt."""
+"""The front end in Chromium against a real ComfyUI: needs COMFYUI_PATH, a Chromium, and requirements-browser.txt.
+
+With PARALLELDIT_WRITE_PICTURES=1, and a font that has Chinese, the README's pictures of the panel are written to docs.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 READY_MS = 120_000
 RUN_MS = 180_000
 SETTLE_MS = 1500
+JPEG_QUALITY = 70
 PACK_NAME = "ComfyUI-ParallelDiT"
 DROP = """(text) => {
   const files = new DataTransfer();
@@ -34,7 +38,7 @@ NODES = """() => window.app.graph._nodes.map((node) => ({
   type: node.type, id: node.id, isRed: Boolean(node.has_errors), isKnown: node.type in LiteGraph.registered_node_types,
   box: [node.pos[0], node.pos[1], node.size[0], node.size[1]],
 }))"""
-SAVED = ["demo_txt2img", "flux_txt2img"]
+SAVED = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
 
 
 class Page:
@@ -75,6 +79,16 @@ class Page:
             }""",
             [PACK_NAME, name],
         )
+
+    def picture(self, name: str) -> None:
+        """Writes what is seen to docs/NAME.jpg, where that is asked for."""
+        if "PARALLELDIT_WRITE_PICTURES" not in os.environ:
+            return
+        self.page.evaluate(
+            "() => window.app.canvas.ds && window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+        )
+        self.page.wait_for_timeout(SETTLE_MS)
+        self.page.screenshot(path=PACK / "docs" / f"{name}.jpg", type="jpeg", quality=JPEG_QUALITY)
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.page.evaluate(NODES)
@@ -118,6 +132,18 @@ def test_a_dropped_workflow_runs_and_shows_its_picture_without_an_error(page):
     assert page.faults == []
 
 
+def test_the_panel_shows_the_ranks_and_what_the_run_has_cost(page):
+    panel = page.open_panel()
+    panel.locator(".state[data-state=ready]").wait_for()
+    rows = panel.locator("tbody tr")
+    rows.nth(1).wait_for()
+    assert [row.split()[:2] for row in rows.all_inner_texts()] == [["0", "cpu"], ["1", "cpu"]]
+    assert "ulysses2" in panel.locator(".run").inner_text() or "cfg2" in panel.locator(".run").inner_text()
+    assert "flux-tiny" in panel.locator(".models").inner_text()
+    page.picture("panel")
+    assert page.faults == []
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_a_template_opens_with_every_node_known_and_none_upon_another(page, host, name):
     assert sorted(host.get("/workflow_templates")[PACK_NAME]) == SAVED
@@ -125,6 +151,8 @@ def test_a_template_opens_with_every_node_known_and_none_upon_another(page, host
     nodes = page.nodes()
     assert len(nodes) == len(read(name)["nodes"])
     assert all(node["isKnown"] for node in nodes)
+    if name.startswith("demo_"):
+        assert not any(node["isRed"] for node in nodes)
     for index, node in enumerate(nodes):
         for other in nodes[index + 1 :]:
             assert not overlap(node["box"], other["box"]), (node["type"], other["type"])
@@ -134,17 +162,6 @@ def test_a_template_opens_with_every_node_known_and_none_upon_another(page, host
 
 def overlap(one: list[float], other: list[float]) -> bool:
     return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
-
-
-def test_the_panel_shows_the_ranks_and_what_the_run_has_cost(page):
-    panel = page.open_panel()
-    panel.locator(".state[data-state=ready]").wait_for()
-    rows = panel.locator("tbody tr")
-    rows.nth(1).wait_for()
-    assert [row.split()[:2] for row in rows.all_inner_texts()] == [["0", "cpu"], ["1", "cpu"]]
-    assert "ulysses2" in panel.locator(".run").inner_text() or "cfg2" in panel.locator(".run").inner_text()
-    assert "flux-tiny" in panel.locator(".models").inner_text()
-    assert page.faults == []
 
 
 def test_the_layout_node_multiplies_degrees_as_they_are_typed(page):
@@ -200,18 +217,29 @@ def test_a_button_that_the_server_refuses_says_why(page):
 def test_text_of_an_error_is_never_read_as_html(page):
     panel = page.open_panel()
     html = "<img src=x onerror='window.wasRun = true'><b>bold</b>"
+    error = {"message": html, "hint": html, "sidecar_failed": True}
+    phase = {"name": html, "step": 0, "total": 0, "text": html}
+
+    def told(route: Any) -> None:
+        answer = route.fetch()
+        status = answer.json()
+        status["activity"] |= {"phase": phase, "error": error}
+        route.fulfill(response=answer, json=status)
+
+    page.page.route("**/paralleldit/status", told)  # the panel asks for it, too, once it hears of an error
     page.page.evaluate(
-        """async (html) => {
+        """async (detail) => {
           const { api } = await import("/scripts/api.js");
-          const error = {message: html, hint: html, sidecar_failed: true};
-          const phase = {name: html, step: 0, total: 0, text: html};
-          api.dispatchEvent(new CustomEvent("paralleldit", {detail: {phase, error}}));
+          api.dispatchEvent(new CustomEvent("paralleldit", {detail}));
         }""",
-        html,
+        {"phase": phase, "error": error},
     )
     panel.get_by_text("bold").first.wait_for()
+    page.page.wait_for_timeout(SETTLE_MS)
+    assert panel.get_by_text("bold").count() >= 2
     assert panel.locator("img, b").count() == 0
     assert page.page.evaluate("() => window.wasRun") is None
+    page.page.unroute("**/paralleldit/status")
 
 
 def test_in_chinese_nodes_and_panel_speak_chinese(page):
@@ -229,6 +257,8 @@ def test_in_chinese_nodes_and_panel_speak_chinese(page):
              .widgets.find((widget) => widget.name === "steps").label"""
     )
     assert steps == names["ParallelDiTSampler"]["inputs"]["steps"]["name"]
+    panel.locator("tbody tr").nth(1).wait_for()
+    page.picture("panel-zh")
 
 
 def read(name: str) -> dict[str, Any]:
