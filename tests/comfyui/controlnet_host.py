@@ -1,48 +1,96 @@
-"""Tiny ControlNets of ComfyUI's own classes, for `parity_host.py`: runs in the host's process."""
+"""Tiny ControlNets in files that ComfyUI and the ranks read, for `parity_host.py`: runs in the host's process."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
 STD = 0.1
+MODES = {"flux": 2}
+"""The kind of picture that a union ControlNet is told; the others are none."""
+CPU = torch.device("cpu")
 
 
 def controlnet(name: str, native: Any, file: Path) -> Any:
-    """A CONTROL_NET for the MODEL `native`, with random weights, which `file` holds where ours reads the same."""
+    """ComfyUI's CONTROL_NET for the MODEL `native`, of random weights, which go to `file`."""
+    config = {key: value for key, value in native.model.model_config.unet_config.items() if key != "dtype"}
+    return {"flux": flux, "sd3": sd3, "hunyuandit": hunyuandit}[name](config, file)
+
+
+def flux(config: dict[str, Any], file: Path) -> Any:
+    """A union ControlNet as InstantX'."""
+    import comfy.controlnet
+    import comfy.ops
+    from diffusers import FluxControlNetModel
+
+    heads = config["num_heads"]
+    network = FluxControlNetModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=config["hidden_size"] // heads,
+        num_attention_heads=heads,
+        joint_attention_dim=config["context_in_dim"],
+        pooled_projection_dim=config["vec_in_dim"],
+        guidance_embeds=True,
+        axes_dims_rope=tuple(config["axes_dim"]),
+        num_mode=4,
+    )
+    save_file(of_random_weights(network).state_dict(), file)
+    # ComfyUI takes every Flux for one of the full width.
+    told = (SimpleNamespace(unet_config=config), comfy.ops.manual_cast, CPU, torch.float32, None, CPU)
+    with mock.patch.object(comfy.controlnet, "controlnet_config", return_value=told):
+        loaded = comfy.controlnet.load_controlnet(str(file))
+    # By default it repeats its residuals for as many blocks as Flux.1 has.
+    inner = loaded.control_model
+    inner.main_model_double, inner.main_model_single = config["depth"], config["depth_single_blocks"]
+    loaded.set_extra_arg("control_type", [MODES["flux"]])
+    return loaded
+
+
+def sd3(config: dict[str, Any], file: Path) -> Any:
+    """As InstantX'. ComfyUI tells the model's depth from its width."""
+    import comfy.controlnet
+    from diffusers import SD3ControlNetModel
+
+    width = 64 * config["depth"]
+    network = SD3ControlNetModel(
+        num_layers=1,
+        attention_head_dim=64,
+        num_attention_heads=config["depth"],
+        joint_attention_dim=config["context_embedder_config"]["params"]["in_features"],
+        caption_projection_dim=width,
+        pooled_projection_dim=config["adm_in_channels"],
+        pos_embed_max_size=9,
+    )
+    save_file(of_random_weights(network).state_dict(), file)
+    return comfy.controlnet.load_controlnet(str(file))
+
+
+def hunyuandit(config: dict[str, Any], file: Path) -> Any:
+    """As Tencent's, which ComfyUI knows in the full size alone. It is told neither size nor style."""
     import comfy.controlnet
     import comfy.ops
     from comfy import latent_formats
-    from comfy.ldm.flux.controlnet import ControlNetFlux
     from comfy.ldm.hydit.controlnet import HunYuanControlNet
 
-    if name == "sd3":
-        save_file(of_random_weights(sd3_controlnet()).state_dict(), file)
-        return comfy.controlnet.load_controlnet(str(file))
-    config = native.model.model_config.unet_config
-    settings = {**config, "operations": comfy.ops.manual_cast, "dtype": torch.float32, "device": "cpu"}
-    extra = ["y", "guidance"] if name == "flux" else ["y"]
-    if name == "flux":
-        network = ControlNetFlux(latent_input=True, control_latent_channels=16, **settings)
-        # By default it repeats its residuals for as many blocks as Flux.1 has.
-        network.main_model_double, network.main_model_single = config["depth"], config["depth_single_blocks"]
-        latent_format = latent_formats.Flux()
-    else:
-        # It is told neither size nor style, whatever the model is told.
-        network = HunYuanControlNet(**(settings | {"size_cond": False, "use_style_cond": False}))
-        skips = config["depth"] // 2 - 1
-        network.blocks, network.after_proj_list = network.blocks[:skips], network.after_proj_list[:skips]
-        latent_format = latent_formats.SDXL()
-        extra = ["text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5", "image_meta_size"]
-    of_random_weights(network)
-    if name == "hunyuandit":
-        save_file(network.state_dict(), file)
-    device = torch.device("cpu")
+    settings = config | {"size_cond": False, "use_style_cond": False}
+    network = HunYuanControlNet(operations=comfy.ops.manual_cast, dtype=torch.float32, device="cpu", **settings)
+    skips = config["depth"] // 2 - 1
+    network.blocks, network.after_proj_list = network.blocks[:skips], network.after_proj_list[:skips]
+    save_file(of_random_weights(network).state_dict(), file)
+    extra = ["text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5", "image_meta_size"]
     return comfy.controlnet.ControlNet(
-        network.eval(), compression_ratio=1, latent_format=latent_format, load_device=device, extra_conds=extra
+        network.eval(),
+        compression_ratio=1,
+        latent_format=latent_formats.SDXL(),
+        load_device=CPU,
+        extra_conds=extra,
     )
 
 
@@ -52,18 +100,3 @@ def of_random_weights(network: Any) -> Any:
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * STD)
     return network
-
-
-def sd3_controlnet() -> Any:
-    """As InstantX': ComfyUI tells the widths of the rest from the number of channels."""
-    from diffusers import SD3ControlNetModel
-
-    return SD3ControlNetModel(
-        num_layers=1,
-        attention_head_dim=64,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        caption_projection_dim=128,
-        pooled_projection_dim=40,
-        pos_embed_max_size=9,
-    )

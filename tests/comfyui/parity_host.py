@@ -29,8 +29,6 @@ MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyu
 """Channels, rows and columns of the latent. ComfyUI divides by zero for a PixArt of fewer."""
 CONTROLLED = ("flux", "sd3", "hunyuandit")
 """Models with a ControlNet."""
-OURS_TOO = ("sd3", "hunyuandit")
-"""Those of which ComfyUI and the ranks read the same file of a tiny ControlNet."""
 RANKS = (1, 2, 4)
 STEPS = 2
 CHANGED = 1e-2
@@ -209,7 +207,7 @@ def with_controls(folder: Path, name: str, native: Any) -> Callable[..., tuple[A
     Their picture is encoded in the ranks; the VAE and what else is read go to `folder`.
     """
     from paralleldit.nodes import NODE_CLASS_MAPPINGS
-    from paralleldit.tests.comfyui.controlnet_host import controlnet
+    from paralleldit.tests.comfyui.controlnet_host import MODES, controlnet
     from paralleldit.tests.tiny_flux import write_vae
 
     write_vae(folder, MODELS[name][0])
@@ -225,7 +223,7 @@ def with_controls(folder: Path, name: str, native: Any) -> Callable[..., tuple[A
             if ours:
                 net = NODE_CLASS_MAPPINGS["ParallelDiTControlNetLoader"]().load(str(file))[0]
                 positive, negative = NODE_CLASS_MAPPINGS["ParallelDiTControlNetApply"]().apply(
-                    controlnet=net, mode=-1, **settings
+                    controlnet=net, mode=MODES.get(name, -1), **settings
                 )
             else:
                 positive, negative = call("ControlNetApplyAdvanced", control_net=network, **settings)
@@ -302,7 +300,7 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
     truth = latent(native, stock)
     if case.controlled:
         assert error(latent(native, stock, controlled=False)) > CHANGED, "the ControlNets change next to nothing"
-    ours_too = case.node == "KSampler" and (not case.controlled or case.model in OURS_TOO)
+    ours_too = case.node == "KSampler"
     return [error(latent(ours, each)) for each in ((stock, parallel().sample) if ours_too else (stock,))]
 
 
