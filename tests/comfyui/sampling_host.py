@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def host_model_sampling(name: str):
 
 
 class HostModel:
-    """What ComfyUI's samplers need of a guided model."""
+    """What ComfyUI's samplers need of a guided model; since 2026 they tell its class and CFG in the log, too."""
 
     def __init__(self, model_sampling) -> None:
         def scale_latent_inpaint(x, sigma, noise, latent_image):
@@ -121,6 +121,8 @@ class HostModel:
         self.model_sampling = model_sampling
         self.inner_model = SimpleNamespace(model_sampling=model_sampling, scale_latent_inpaint=scale_latent_inpaint)
         self.model_patcher = self
+        self.model = self.inner_model
+        self.cfg = 1.0
 
     def get_model_object(self, name: str):
         return getattr(self, name)
@@ -178,11 +180,7 @@ def host_results() -> dict[str, Tensor]:
 
 
 def import_host() -> None:
-    """Makes `comfy` importable, on the CPU and without torchvision: its wheel does not load beside a CPU torch, and
-    only the code of some VAEs uses it."""
-    torchvision = ModuleType("torchvision")
-    torchvision.transforms = sys.modules["torchvision.transforms"] = ModuleType("torchvision.transforms")
-    sys.modules["torchvision"] = torchvision
+    """Makes `comfy` importable, on the CPU."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
 

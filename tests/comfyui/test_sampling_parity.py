@@ -46,7 +46,8 @@ def native(tmp_path_factory) -> dict[str, Tensor]:
     target = tmp_path_factory.mktemp("native") / "results.safetensors"
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     command = [python, "-W", "ignore", str(Path(host.__file__)), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
     assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-3000:]}"
     return load_file(target)
 
