@@ -82,7 +82,7 @@ def drawn_by(workers: int, jobs: list[tuple[int, int]]) -> Iterator[Drawn]:
 def keep_latents(vae, drawn: Drawn) -> None:
     batch = max(1, 32 * machine.BATCH_SCALE[vae.device.type] * 128 * 128 // drawn.size**2)
     latents = [
-        vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mean for pictures in drawn.pictures.split(batch)
+        vae.encode(to_tensor(pictures.to(vae.device))).latent_dist.mean for pictures in drawn.pictures.split(batch)
     ]
     normal = (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
     path = shard_path(drawn.size, drawn.shard)
