@@ -171,9 +171,11 @@ def test_the_layout_node_multiplies_degrees_as_they_are_typed(page):
         page.page.evaluate(
             """(degree) => {
               const node = window.app.graph._nodes.find((node) => node.type === "ParallelDiTLayout");
-              const widget = node.widgets.find((widget) => widget.name === "ulysses_degree");
-              widget.value = degree;
-              widget.callback(degree);
+              for (const [name, value] of [["ranks", 2], ["ulysses_degree", degree]]) {
+                const widget = node.widgets.find((widget) => widget.name === name);
+                widget.value = value;
+                widget.callback(value);
+              }
             }""",
             degree,
         )
