@@ -130,7 +130,7 @@ def main() -> None:
         shadow.load_state_dict(model.state_dict())
     feeds: dict[int, Feed] = {}
     vae = load_trained().to(device)
-    if options.compile:
+    if options.compile and device.type == "cpu":  # see the README for what compiled blocks did on a GPU
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     interruption = Interruption()
