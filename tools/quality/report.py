@@ -15,7 +15,7 @@ from ..demo_model.evaluate import shares
 from ..demo_model.scenes import Scene
 from .metrics import psnr, ssim
 
-GAP, HEADER, FONT_SIZE, CAPTION_WIDTH = 4, 34, 12, 150
+GAP, HEADER, FONT_SIZE, CAPTION_WIDTH = 4, 50, 12, 150
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def sheet(reference: Row, rows: Sequence[Row], captions: Sequence[str]) -> Image
         left = CAPTION_WIDTH + column * step
         shown = slice(len(captions))
         near = "" if row is reference else f"{psnr(row.pictures[shown], reference.pictures[shown]).mean():.1f} dB"
-        pen.multiline_text((left, 2), f"{row.name}\n{near}", fill="black", font=font)
+        pen.multiline_text((left, 2), f"{textwrap.fill(row.name, size // 7)}\n{near}", fill="black", font=font)
         for number, picture in enumerate(to_bytes(row.pictures[shown])):
             image.paste(Image.fromarray(picture), (left, HEADER + number * step))
     return image
