@@ -116,8 +116,8 @@ def write(layers: dict[str, LoraLinear]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--pictures", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--pictures", type=int, default=4000)
     machine.add_options(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew")
     options = parser.parse_args()
