@@ -41,7 +41,7 @@ def run(api, folder, **more):
 
 def test_the_demo_workflow_makes_a_picture_that_carries_the_workflow(client, demo, tmp_path):
     outputs, shown = run(demo, tmp_path)
-    assert outputs["8"][0].shape == (1, 128, 128, 3)
+    assert outputs["8"][0].shape == (1, 256, 256, 3)
     picture = Path(shown["9"]["images"][0]["path"])
     assert picture == tmp_path / "output" / "paralleldit_demo_00001_.png"
     with Image.open(picture) as image:
