@@ -45,7 +45,7 @@ def test_the_demo_workflow_makes_a_picture_that_carries_the_workflow(client, dem
     picture = Path(shown["9"]["images"][0]["path"])
     assert picture == tmp_path / "output" / "paralleldit_demo_00001_.png"
     with Image.open(picture) as image:
-        assert image.size == (128, 128)
+        assert image.size == (256, 256)
         assert json.loads(image.info["prompt"]) == demo
     assert [type(message).__name__ for message, _ in client.sent] == ["EncodeText", "EncodeText", "Sample", "Decode"]
 
