@@ -186,7 +186,8 @@ def patched_shift(patcher: Any) -> float | None:
     patched = patcher.object_patches.get("model_sampling")
     if patched is None:
         return None
-    own = patcher.model.model_sampling
+    # A sampler of ComfyUI leaves the patched one in the model that all MODELs share, and keeps the model's own aside.
+    own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
     if _kind(patched) != _kind(own):
         raise UserError(
             f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
