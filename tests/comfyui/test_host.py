@@ -200,6 +200,57 @@ def test_the_ranks_sample_what_comfyui_samples(host, name):
     assert error < LATENT_TOLERANCE
 
 
+HOOKED = {
+    "20": {"class_type": "CreateHookKeyframe", "inputs": {"strength_mult": 0.3, "start_percent": 0.0}},
+    "21": {
+        "class_type": "CreateHookKeyframe",
+        "inputs": {"strength_mult": 1.0, "start_percent": 0.5, "prev_hook_kf": ["20", 0]},
+    },
+    "22": {"class_type": "CreateHookLoraModelOnly", "inputs": {"lora_name": "", "strength_model": 0.9}},
+    "23": {"class_type": "SetHookKeyframes", "inputs": {"hooks": ["22", 0], "hook_kf": ["21", 0]}},
+    "24": {
+        "class_type": "ConditioningSetProperties",
+        "inputs": {"cond_NEW": ["3", 0], "strength": 1.0, "set_cond_area": "default", "hooks": ["23", 0]},
+    },
+    "25": {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"lora_name": "", "strength_model": 0.6, "model": ["2", 0]},
+    },
+    "6.model": ["25", 0],
+    "6.positive": ["24", 0],
+}
+"""A LoRA of the model and one of the positive prompt alone, which works more in the second half of the steps."""
+
+
+@pytest.mark.parametrize(("model", "cfg"), [("flux", 2.0), ("sd3", 3.0)])
+def test_a_lora_of_one_prompt_works_under_stock_ksampler_as_in_comfyui(host, model, cfg):
+    latents = {}
+    for who in ("plain", "native", "ranks"):
+        api = demo_with(NAME if model == "flux" else "diffusers/sd3") | {"6": stock(cfg=cfg)}
+        change(
+            api, HOOKED | {"22.lora_name": f"{model} peft.safetensors", "25.lora_name": f"{model} kohya.safetensors"}
+        )
+        if model == "sd3":
+            api["2"]["inputs"]["model"] = "sd3.safetensors"
+        if who == "native" and model == "sd3":
+            api["2"] = {
+                "class_type": "UNETLoader",
+                "inputs": {"unet_name": "sd3.safetensors", "weight_dtype": "default"},
+            }
+        if who == "native" and model == "flux":
+            api["2"] = {"class_type": "NativeFluxLoader", "inputs": {"pipeline": "tiny"}}
+        if who == "plain":
+            api["6"]["inputs"]["positive"] = ["3", 0]
+        prefix = f"{model} hooked {who}"
+        api["9"] = {"class_type": "SaveLatent", "inputs": {"samples": ["6", 0], "filename_prefix": prefix}}
+        run = host.run(api)
+        assert not run.error, run.error
+        latents[who] = load_file(host.base / "output" / f"{prefix}_00001_.latent")["latent_tensor"]
+    native = latents["native"]
+    assert (latents["ranks"] - native).norm() / native.norm() < LATENT_TOLERANCE
+    assert (latents["plain"] - native).norm() / native.norm() > 100 * LATENT_TOLERANCE, "the prompt's LoRA does nothing"
+
+
 PICTURE = {
     "20": {"class_type": "TinyVision", "inputs": {"seed": 1}},
     "21": {
