@@ -26,6 +26,16 @@ READY_MS = 120_000
 RUN_MS = 180_000
 SETTLE_MS = 1500
 JPEG_QUALITY = 70
+BESIDE_PANEL = """async () => {
+  const { setting } = window.app.extensionManager;
+  await setting.set("LiteGraph.Canvas.MinFontSizeForLOD", 0);
+  await setting.set("Comfy.Minimap.Visible", false);
+  const first = window.app.graph._nodes.find((node) => node.type === "ParallelDiTSampler");
+  const { ds } = window.app.canvas;
+  ds.scale = 0.75;
+  ds.offset = [420 / ds.scale - first.pos[0], 110 / ds.scale - first.pos[1]];
+  window.app.canvas.setDirty(true, true);
+}"""
 PACK_NAME = "ComfyUI-ParallelDiT"
 DROP = """(text) => {
   const files = new DataTransfer();
@@ -81,14 +91,13 @@ class Page:
         )
 
     def picture(self, name: str) -> None:
-        """Writes what is seen to docs/NAME.jpg, where that is asked for."""
+        """Writes what is seen, the panel and the nodes behind the loaders, to docs/NAME.jpg where that is asked for."""
         if "PARALLELDIT_WRITE_PICTURES" not in os.environ:
             return
-        self.page.evaluate(
-            "() => window.app.canvas.ds && window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
-        )
+        self.page.evaluate(BESIDE_PANEL)
         self.page.wait_for_timeout(SETTLE_MS)
-        self.page.screenshot(path=PACK / "docs" / f"{name}.jpg", type="jpeg", quality=JPEG_QUALITY)
+        size = {"x": 0, "y": 0, "width": 1200, "height": 560}
+        self.page.screenshot(path=PACK / "docs" / f"{name}.jpg", type="jpeg", quality=JPEG_QUALITY, clip=size)
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.page.evaluate(NODES)
@@ -125,8 +134,12 @@ def test_a_dropped_workflow_runs_and_shows_its_picture_without_an_error(page):
     page.drop(PACK / "workflows" / "demo_txt2img.json")
     assert all(node["isKnown"] and not node["isRed"] for node in page.nodes())
     page.page.get_by_test_id("queue-button").click()
+    api = json.loads((PACK / "workflows" / "api" / "demo_txt2img.api.json").read_text())
+    width = next(node["inputs"]["width"] for node in api.values() if node["class_type"] == "EmptySD3LatentImage")
     page.page.wait_for_function(
-        "() => window.app.graph._nodes.some((node) => node.imgs?.[0]?.naturalWidth === 128)", timeout=RUN_MS
+        "(width) => window.app.graph._nodes.some((node) => node.imgs?.[0]?.naturalWidth === width)",
+        arg=width,
+        timeout=RUN_MS,
     )
     assert not any(node["isRed"] for node in page.nodes())
     assert page.faults == []
