@@ -35,7 +35,7 @@ export class PanelView {
       this.note,
       this.error.root,
       buttons,
-      section(t("ranks"), table([t("column.rank"), t("column.device"), t("column.memory")], this.ranks)),
+      section(t("ranks_list"), table([t("column.rank"), t("column.device"), t("column.memory")], this.ranks)),
       section(t("models"), this.models),
       section(t("last_run"), this.run),
     );
