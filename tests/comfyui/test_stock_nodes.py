@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python -m pytest tests/comfyui/test_stock_nodes.py -s
 
-prints what came of each. Nodes are tried with the values that they show at first, on a tiny SD3 of random weights.
+prints what came of each. Nodes are tried with the values that they show at first, on tiny models of random weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ pytestmark = [
 ]
 
 FILE = "sd3.safetensors"
-NATIVE = {"class_type": "UNETLoader", "inputs": {"unet_name": FILE, "weight_dtype": "default"}}
+NATIVE = {
+    "sd3": {"class_type": "UNETLoader", "inputs": {"unet_name": FILE, "weight_dtype": "default"}},
+    "flux": {"class_type": "NativeFluxLoader", "inputs": {"pipeline": "guided"}},
+}
+"""The loaders of ComfyUI's own MODELs."""
+PIPELINES = {"sd3": "diffusers/sd3", "flux": "diffusers/guided"}
 SETTINGS = {"seed": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
 TOLERANCE = 1e-4
 PLACES = {"MODEL": ["2", 0], "CONDITIONING": ["4", 0], "VAE": ["7", 0], "LATENT": ["5", 0]}
@@ -32,13 +37,10 @@ POSITIVE, EMPTY = ["3", 0], ["40", 0]
 OF_POSITIVE = ("positive", "cond1", "conditioning")
 """Inputs of the positive prompt; others of its type take the negative one."""
 VALUES = ("INT", "FLOAT", "STRING", "BOOLEAN")
-LORA = {"lora_name": "sd3 kohya.safetensors"}
 TELLING = {
     "SkipLayerGuidanceSD3": {"layers": "0", "start_percent": 0.0, "end_percent": 1.0},
     "SkipLayerGuidanceDiT": {"double_layers": "0", "start_percent": 0.0, "end_percent": 1.0},
     "PerpNegGuider": {"empty_conditioning": EMPTY},
-    "LoraLoaderModelOnly": LORA,
-    "LoraLoaderBypassModelOnly": LORA,
     "PerpNeg": {"empty_conditioning": EMPTY},
 }
 """Values with which a node does something to so small a model."""
@@ -75,22 +77,27 @@ CUSTOM = {
 class Trials:
     """Runs of one workflow: with ComfyUI's own MODEL, and with that of Parallel Loader."""
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, host: Any, model: str) -> None:
         self.host = host
+        self.model = model
         self.count = 0
 
     def latent(self, who: str, changes: dict[str, Any]) -> Tensor | tuple[str, str]:
         """The LATENT, or the class and the text of the error. `who`: native, ranks, or sampler for Parallel Sampler."""
-        api = demo_with("diffusers/sd3", **SETTINGS)
-        api["2"]["inputs"]["model"] = FILE
+        api = demo_with(PIPELINES[self.model], **SETTINGS)
+        if self.model == "sd3":
+            api["2"]["inputs"]["model"] = FILE
         api["40"] = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["4", 0]}}
         if who == "native":
-            api["2"] = NATIVE
+            api["2"] = NATIVE[self.model]
         if who != "sampler":
             api["6"] = stock(**SETTINGS)
         change(api, changes)
+        for node in api.values():
+            if "lora_name" in node["inputs"]:
+                node["inputs"]["lora_name"] = f"{self.model} kohya.safetensors"
         self.count += 1
-        prefix = f"trial {self.count}"
+        prefix = f"{self.model} trial {self.count}"
         api["9"] = {"class_type": "SaveLatent", "inputs": {"samples": ["6", 0], "filename_prefix": prefix}}
         run = self.host.run(api)
         for error in run.of("execution_error"):
@@ -115,9 +122,9 @@ class Trials:
         return found
 
 
-@pytest.fixture(scope="module")
-def trials(host) -> Trials:
-    return Trials(host)
+@pytest.fixture(scope="module", params=list(NATIVE))
+def trials(host, request) -> Trials:
+    return Trials(host, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +132,8 @@ def listed(host) -> dict[str, Any]:
     return host.get("/object_info")
 
 
-def judge(rows: dict[str, list[tuple[bool, str]]]) -> None:
-    print()
+def judge(model: str, rows: dict[str, list[tuple[bool, str]]]) -> None:
+    print(f"\n{model}:")
     for texts in zip(*([text for _, text in verdicts] for verdicts in rows.values()), strict=True):
         refused, failing = sum(text.startswith(REFUSED) for text in texts), texts.count(FAILS)
         equal = [text for text in texts if text != FAILS and not text.startswith(REFUSED)]
@@ -172,7 +179,7 @@ def test_nodes_that_change_a_model(trials, listed):
         changes = {"20": {"class_type": name, "inputs": inputs}, "6.model": ["20", output]}
         rows[name] = trials.verdicts(changes, ("ranks", "sampler"))
     assert len(rows) > 20
-    judge(rows)
+    judge(trials.model, rows)
 
 
 def test_guiders(trials, listed):
@@ -181,7 +188,7 @@ def test_guiders(trials, listed):
         changes = CUSTOM | {"33": {"class_type": name, "inputs": inputs}, "6.guider": ["33", output]}
         rows[name] = trials.verdicts(changes, ("ranks",))
     assert {"BasicGuider", "CFGGuider", "DualCFGGuider"} <= set(rows)
-    judge(rows)
+    judge(trials.model, rows)
 
 
 def test_samplers_of_their_own_nodes(trials, listed):
@@ -190,7 +197,7 @@ def test_samplers_of_their_own_nodes(trials, listed):
         changes = CUSTOM | {"31": {"class_type": name, "inputs": inputs}, "6.sampler": ["31", output]}
         rows[name] = trials.verdicts(changes, ("ranks",))
     assert len(rows) > 5
-    judge(rows)
+    judge(trials.model, rows)
 
 
 def test_samplers_and_schedulers_that_parallel_sampler_does_not_list(trials, listed):
@@ -201,4 +208,4 @@ def test_samplers_and_schedulers_that_parallel_sampler_does_not_list(trials, lis
         for name in menu if isinstance(menu, list) else required[setting][1]["options"]:
             if name not in known:
                 rows[name] = trials.verdicts({f"6.{setting}": name}, ("ranks",))
-    judge(rows)
+    judge(trials.model, rows)
