@@ -2,7 +2,7 @@
 
 The learning rate and the picture sizes follow the steps done, and every step costs about the same: an interrupted or
 slowed run goes on where it was. SIGTERM and SIGINT save and end it. The text encoders are those of `train_text`, or
-where it has not run those that are exported. On a GPU a step has 32 times the pictures: `--steps 6000` is plenty.
+where it has not run those that are exported. On a GPU a step has 32 times the pictures: `--steps 4000` is enough.
 """
 
 from __future__ import annotations
