@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .transformer import Transformer
     from .vae.load import LoadedVAE
     from .weights.cuts import TensorCuts
+
+log = logging.getLogger(__name__)
 
 Ref = ModelRef | TextRef | VaeRef | ControlNetRef | IPAdapterRef
 
@@ -228,7 +231,11 @@ class ModelStore:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             # Of offloaded weights. Older releases of torch call it by the second name.
-            getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", lambda: None))()
+            empty = getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", None))
+            if empty is None:
+                log.warning("torch %s keeps the pinned host memory of unloaded models for the next.", torch.__version__)
+            else:
+                empty()
 
     def _vae_dtype(self, ref: VaeRef) -> torch.dtype:
         if ref.weight_dtype == "auto":

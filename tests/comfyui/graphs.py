@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from paralleldit.tests.comfyui.host import PACK, Host, Run
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 NAME = "diffusers/tiny"
 STEPS = 4
@@ -39,6 +41,14 @@ def change(graph: dict[str, Any], changes: dict[str, Any]) -> None:
             graph[key]["inputs"][name] = value
         else:
             graph[key] = value
+
+
+def latent(host: Host, api: dict[str, Any], name: str) -> Tensor:
+    """What node 6 of a workflow gives, `[B, C, H, W]`, saved as `name`. The run must not fail."""
+    api["9"] = {"class_type": "SaveLatent", "inputs": {"samples": ["6", 0], "filename_prefix": name}}
+    run = host.run(api)
+    assert not run.error, run.error
+    return load_file(host.base / "output" / f"{name}_00001_.latent")["latent_tensor"]
 
 
 def picture(host: Host, run: Run, file: dict[str, str] | None = None) -> np.ndarray:

@@ -23,7 +23,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it wrote past its memory, torch 2.11, heads of 32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see the README
     return torch.device(options.device)
 
 

@@ -97,7 +97,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--large-from", type=float, default=LARGE_FROM, help="share of the steps at 128 px only")
     machine.add_options(parser)
     parser.add_argument("--from-export", action="store_true", help="without a checkpoint, start from the export")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="on a GPU they never are compiled")
     return parser.parse_args()
 
 
@@ -130,7 +130,7 @@ def main() -> None:
         shadow.load_state_dict(model.state_dict())
     feeds: dict[int, Feed] = {}
     vae = load_trained().to(device)
-    if options.compile and device.type == "cpu":  # see the README for what compiled blocks did on a GPU
+    if options.compile and device.type == "cpu":  # see the README
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     interruption = Interruption()
