@@ -11,15 +11,12 @@ from torch import Tensor
 
 from .comm import Axis, Hop
 
-POSTED_AHEAD = 2
-"""How many receives are posted before they are asked for: the next messages arrive while this one is worked on."""
-
 
 class Channel:
     """Messages of `shapes`, in this order, from one rank of `axis` to another. Empty ones are not sent.
 
-    A send of gloo completes only when its receive is posted. Receives are posted ahead, and a sender waits for a send
-    only once `in_flight` more are on their way.
+    A send completes only when its receive is posted. So receives are posted ahead, and a sender waits for a send only
+    once `in_flight` more are on their way.
     """
 
     def __init__(
@@ -45,6 +42,11 @@ class Channel:
     def is_sender(self) -> bool:
         return self._axis.rank == self._source
 
+    @property
+    def distance(self) -> int:
+        """How many places a message goes forward, the axis seen as a ring."""
+        return (self._target - self._source) % self._axis.size
+
     def connect(self) -> None:
         """Meet the other rank: NCCL makes a pair's communicator with its first message, and both wait for that."""
         greeting = torch.zeros(1, **self._kind)
@@ -53,10 +55,13 @@ class Channel:
         else:
             self._axis.start_receive(greeting, self._source).wait()
 
-    def open(self) -> None:
-        """Post the first receives."""
-        if not self.is_sender:
-            self._post(POSTED_AHEAD)
+    def expect(self, until: int) -> None:
+        """Post the receives of the first `until` messages, which then arrive while this rank computes."""
+        if self.is_sender:
+            return
+        for number in range(self._received + len(self._posted), min(until, len(self._shapes))):
+            x = torch.empty(self._shapes[number], **self._kind)
+            self._posted.append(self._axis.start_receive(x, self._source) if prod(x.shape) else Hop(x, None))
 
     def send(self, x: Tensor) -> None:
         """The next message, on its way; `x` is left alone until then."""
@@ -74,21 +79,17 @@ class Channel:
 
     def receive(self) -> Tensor:
         """The next message, as soon as it is there."""
-        self._post(self._received + 1)
-        received = self._posted.popleft().wait()
+        self.expect(self._received + 1)
         self._received += 1
-        self._post(self._received + POSTED_AHEAD)
-        return received
+        return self._posted.popleft().wait()
 
     def settle(self, until: int) -> None:
         """Begin to end the stream after `until` messages, no fewer than have been sent or have their receive posted.
 
         The two ranks call it with the same number; what was not sent is made up with zeros. `wait` ends it.
         """
-        until = min(until, len(self._shapes))
-        if not self.is_sender:
-            self._post(until)
-        while self.is_sender and self._sent < until:
+        self.expect(until)
+        while self.is_sender and self._sent < min(until, len(self._shapes)):
             self.send_nothing()
 
     def wait(self) -> None:
@@ -97,9 +98,3 @@ class Channel:
             hop.wait()
         self._posted.clear()
         self._sends.clear()
-
-    def _post(self, until: int) -> None:
-        """Post receives until `until` messages of the stream have theirs."""
-        for number in range(self._received + len(self._posted), min(until, len(self._shapes))):
-            x = torch.empty(self._shapes[number], **self._kind)
-            self._posted.append(self._axis.start_receive(x, self._source) if prod(x.shape) else Hop(x, None))

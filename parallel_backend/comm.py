@@ -49,7 +49,7 @@ class Ledger:
 
 
 class Exchange:
-    """A ring hop or a collective under way: `wait` returns what was received."""
+    """A ring hop or a collective under way: `wait` returns what was received. It may be called again, as `Hop.wait`."""
 
     def __init__(self, received: Tensor, sent: Tensor, works: Sequence[dist.Work | None]) -> None:
         self._received = received
@@ -57,21 +57,26 @@ class Exchange:
         self._works = works
 
     def wait(self) -> Tensor:
-        for work in filter(None, self._works):
+        works, self._works = self._works, ()
+        for work in filter(None, works):
             work.wait()
         return self._received
 
 
 class Hop:
-    """A message to or from one other rank, under way: `wait` returns the tensor when the hop is over."""
+    """A message to or from one other rank, under way: `wait` returns the tensor when the hop is over.
+
+    It may be called again: work of gloo must not be waited for twice.
+    """
 
     def __init__(self, x: Tensor, work: dist.Work | None) -> None:
         self._x = x  # kept alive until the hop is over
         self._work = work
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
         return self._x
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from ..attention.core import AttentionCore
 from ..attention.patches import PatchAttention, PatchPlan
-from ..channel import POSTED_AHEAD, Channel
+from ..channel import Channel
 from ..comm import split_sizes
 from ..errors import Cancelled, UserError
 from ..families.base import Family
 from ..mesh import Mesh
 from ..outcomes import STAY_READY, describe
 from ..sampling.driver import SamplingJob, check_result, not_finite, prepare
-from ..sampling.solver import Denoise
 from ..sampling.strips import StripSamplers, questions_of
 from ..stages import Stage
 from .guidance import Guidance
+from .pipeline_order import Unit, posted_ahead, units_of
 from .staged_controls import StagedControls
 
 if TYPE_CHECKING:
@@ -41,27 +41,9 @@ OnStep = Callable[[int, int, Tensor], None]
 """`on_step(steps done, total, picture [1, C, H, W])`, where the first stage hears of it."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What goes through a stage at once: neighbouring `patches`, for the sampler's question of that number."""
-
-    question: int
-    patches: tuple[int, ...]
-
-
 LATENT, PREDICTION, LAST_STEP, STAGE = range(4)
 """What is not finite, or a stage whose computation failed. Failures are counted from the end of the run, so that the
 largest number is the first failure."""
-
-
-def units_of(questions: Sequence[Denoise], patches: int, warmup_steps: int) -> list[Unit]:
-    """The order of work, the same in every stage: the whole picture while warming up, then patch by patch."""
-    units = []
-    for number, question in enumerate(questions):
-        whole = question.step < warmup_steps
-        parts = [tuple(range(patches))] if whole else [(patch,) for patch in range(patches)]
-        units += [Unit(number, part) for part in parts]
-    return units
 
 
 class PipeFusion:
@@ -132,8 +114,6 @@ class PipeFusion:
     def _run(self, run: Run, on_step: OnStep) -> Tensor:
         for channel in self.channels:
             channel.connect()
-        for channel in self.channels:
-            channel.open()
         if self.samplers:
             self._announce(0, len(self.strips) - 1)
         check = run.start_check(self.failures.tolist())
@@ -141,6 +121,8 @@ class PipeFusion:
             if number and unit.patches[0] == 0 and self.questions[unit.question].evaluation == 0:
                 self._finish(run, check, number)
                 check = run.start_check(self.failures.tolist())
+            for channel in self.channels:
+                channel.expect(self._expected(channel, number))
             if self.feedback and self.stage.is_first:
                 self._receive_latent(unit, self.feedback, on_step)
             outputs = [self._through_stage(unit, index) for index in range(len(self.plans))]
@@ -356,14 +338,23 @@ class PipeFusion:
             raise
 
     def _settle(self, unit: int) -> None:
-        """End all channels before `unit`. The latent of its whole question is on its way back already."""
+        """End all channels before `unit`: what was sent, or has its receive posted, arrives.
+
+        The latent of the unit's whole question is on its way back already.
+        """
         question = self.units[unit].question if unit < len(self.units) else None
-        back = sum(each.question == question for each in self.units)
+        back = unit + sum(each.question == question for each in self.units)
         for channel in sorted(self.channels, key=lambda channel: channel.is_sender):
-            sent, ahead = (unit, back) if channel is self.feedback else (unit * len(self.plans), 0)
-            channel.settle(sent + max(ahead, POSTED_AHEAD))
+            channel.settle(back if channel is self.feedback else self._expected(channel, unit - 1))
         for channel in self.channels:
             channel.wait()
+
+    def _expected(self, channel: Channel, number: int) -> int:
+        """How many messages of the channel have their receives posted while the unit of that number is at hand."""
+        is_patch = len(self.units[number].patches) == 1
+        ahead = posted_ahead(self.stage.count, len(self.strips), channel.distance) if is_patch else 0
+        units = number + 1 + ahead
+        return units if channel is self.feedback else units * len(self.plans)
 
     def _raise_failure(self, failures: Sequence[int]) -> None:
         if failures[LAST_STEP]:
