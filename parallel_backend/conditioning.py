@@ -88,7 +88,7 @@ def _weight_of(
     batch, _, height, width = shape
     if region is None:
         return entry.strength * (torch.ones(1, 1, 1, 1) if area is None else area.faded(height, width))
-    if region.shape[0] not in (1, batch) or tuple(region.shape[1:]) != (height, width):
+    if list(region.shape) not in ([1, height, width], [batch, height, width]):
         raise UserError(
             f"The mask of a {side} prompt has the shape {list(region.shape)}; the latent's cells are "
             f"{[batch, height, width]}.",

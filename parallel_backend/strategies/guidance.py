@@ -114,7 +114,7 @@ class Guidance:
         shares = self._shares(entries)
         own = [entry for _, entry in shares[self.axis.rank]]
         missing = max(map(len, shares)) - len(own)
-        return own + [self._repeats[entries[-1][1]]] * missing
+        return own + [self._repeats[entry] for _, entry in entries[-1:]] * missing
 
 
 def _sides_in(share: Sequence[Sided]) -> list[int]:

@@ -91,8 +91,19 @@ def fade(at: int, length: int, start: int, whole: int) -> float:
             [{"end_percent": 0.4}, {"start_percent": 0.4, "strength": 0.3}, {"start_percent": 0.2}],
             [{"end_percent": 0.5}],
         ),
+        ([{"start_percent": 0.4, "end_percent": 0.5}], [{"start_percent": 0.4, "end_percent": 0.5}]),
     ],
-    ids=["one", "strengths", "area", "areas", "area against", "masks", "mask in an area", "parts of the run"],
+    ids=[
+        "one",
+        "strengths",
+        "area",
+        "areas",
+        "area against",
+        "masks",
+        "mask in an area",
+        "parts of the run",
+        "none now",
+    ],
 )
 def test_a_side_is_the_weighted_mean_of_its_entries(positive, negative, sigma):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -159,6 +170,7 @@ def test_what_is_no_place_in_the_picture_is_refused(entry, words):
         ({"prompt": 1}, {}, "prompt of entry 1"),
         ({"references": 1}, {}, "does not look at"),
         ({}, {"positive.0.region": torch.ones(1, 4, 4)}, r"\[1, 4, 4\].*\[2, 20, 14\]"),
+        ({}, {"positive.0.region": torch.ones(())}, r"\[\].*\[2, 20, 14\]"),
         ({}, {"positive.0.region": torch.full((1, *SHAPE[2:]), torch.nan)}, "NaN"),
     ],
 )
