@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..errors import UserError
 from .model_sampling import ModelSampling
-from .noise import SlicedNoise, mask_noise, noise_source
+from .noise import NoiseKind, SlicedNoise, mask_noise, noise_source
 from .samplers import Sampler, find_sampler
 from .solver import Denoise, NoiseSource, Solver, SolverContext
 
@@ -102,6 +102,8 @@ def prepare(job: SamplingJob) -> Start:
     sampler = find_sampler(job.sampler)
     latent, noise = job.latent.float(), job.noise.float()
     sigmas = sampler.end_levels(check_sigmas(job.sigmas))
+    if sampler.noise is NoiseKind.BROWNIAN:
+        check_log_snr(sampler, sigmas, job.model_sampling)
     held = None
     if job.mask is not None:
         mask_fill = mask_noise(noise.shape, job.seed).to(noise) if sampler.fresh_mask_noise else noise
@@ -149,9 +151,15 @@ class HeldArea:
 def latent_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """A LATENT's `noise_mask` (`[H, W]`, `[B, H, W]` or `[B, 1, H, W]`, any size) as `[B, C, ...]` for `shape`.
 
-    For a video latent `[B, C, T, H, W]` the mask's first dim counts frames, unless it has five dims itself.
+    For a video latent `[B, C, T, H, W]` the mask's first dim counts frames, unless it has five dims itself. Raises
+    UserError for a mask that is empty, has fewer dims, or holds what is no number.
     """
     mask = mask.float()
+    if mask.ndim < 2 or not mask.numel() or not torch.isfinite(mask).all():
+        raise UserError(
+            f"The latent's noise_mask of the shape {list(mask.shape)} is no picture of finite numbers.",
+            "Look at the node that made it.",
+        )
     if len(shape) == 5:
         mask = mask if mask.ndim == 5 else mask.reshape(1, 1, -1, *mask.shape[-2:])
         mask = functional.interpolate(mask, size=shape[2:], mode="trilinear")
@@ -186,6 +194,18 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
             "scheduler.",
         )
     return sigmas
+
+
+def check_log_snr(sampler: Sampler, sigmas: Tensor, model_sampling: ModelSampling) -> None:
+    """Raises UserError for levels that are more than noise alone: asked for a level that is no number, a Brownian path
+    looks for it without end."""
+    lambdas = model_sampling.half_log_snr(model_sampling.finite_half_log_snr(sigmas))
+    if not (lambdas > -torch.inf).all():
+        raise UserError(
+            f"The sampler {sampler.name} steps in the logarithm of signal over noise, of which there is none at these "
+            f"sigmas of this model: {[round(float(s), 6) for s in sigmas]}.",
+            "Take sigmas that are made for this model (of a flow all but the first are below 1), or the sampler euler.",
+        )
 
 
 def check_finite(denoised: Tensor, question: Denoise, total: int) -> None:

@@ -132,6 +132,11 @@ FAILURES = {
     ),
     "rising sigmas": (model, {"sigmas": torch.tensor([0.5, 0.7, 0.0])}, r"do not fall.*0\.5, 0\.7, 0\.0"),
     "NaN in sigmas": (model, {"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "do not fall.*nan"),
+    "more than noise": (
+        model,
+        {"sampler": "dpmpp_sde", "sigmas": torch.tensor([20.0, 5.0, 0.0])},
+        r"dpmpp_sde.*logarithm.*20\.0, 5\.0, 0\.0.*euler",
+    ),
     "too few steps": (model, {"sampler": "uni_pc", "sigmas": torch.tensor([1.0, 0.0])}, "at least 2 steps.* 1"),
     "noise of another shape": (model, {"noise": torch.zeros(1, 2, 4, 4)}, r"\[1, 2, 4, 4\].*\[3, 2, 4, 4\]"),
     "empty latent": (
@@ -146,6 +151,14 @@ FAILURES = {
 def test_failures_name_what_is_wrong(broken_model, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"(?s){message}"):
         run(broken_model, replace(job(), **changes))
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(8), torch.ones(()), torch.ones(0, 1, 4, 4), torch.full((4, 4), torch.nan)], ids=str
+)
+def test_a_mask_that_is_no_picture_is_refused(mask: Tensor) -> None:
+    with pytest.raises(UserError, match="noise_mask"):
+        latent_mask(mask, torch.Size(SHAPE))
 
 
 def test_same_seed_same_latent_and_other_seed_other_latent() -> None:
