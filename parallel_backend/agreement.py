@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 """How much of each file tells it from others: evenly spread, so that another model of the same shapes is found out."""
 
 REQUEST = "the request"
+
+T = TypeVar("T")
 
 
 def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor], run: Run) -> None:
@@ -41,6 +43,22 @@ def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor],
                 if what == REQUEST
                 else "Put the same file under that path on every host.",
             )
+
+
+def together(work: Callable[[], T], run: Run) -> T:
+    """A collective: do `work` on every rank; what one of them refuses, all refuse with its `UserError`.
+
+    Each rank reads its own part of a file, so that it may be the only one that finds something wrong.
+    """
+    result, refusal = None, None
+    try:
+        result = work()
+    except UserError as error:
+        refusal = [error.message, error.hint]
+    for each in run.gather(refusal):
+        if isinstance(each, list):
+            raise UserError(*each)
+    return cast(T, result)
 
 
 def files_of(request: messages.AnyRequest) -> Iterator[FileRef]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adapters.store import AdapterStore
-from .agreement import check_agreement
+from .agreement import check_agreement, together
 from .comm import Axis, Ledger, leave_groups, new_group
 from .errors import UserError
 from .fitting import Work, check_layout
@@ -151,7 +151,7 @@ class Engine:
         mesh = self._mesh(request.layout)
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
         family = transformer.on(mesh)
-        self.adapters.adapt(transformer, request.adapters, run)
+        together(lambda: self.adapters.adapt(transformer, request.adapters, run), run)
         if request.layout.compile == "blocks":
             transformer.compile_blocks(run)
         return mesh, transformer, family

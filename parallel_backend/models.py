@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from .agreement import COMPONENTS
+from .agreement import COMPONENTS, together
 from .errors import UserError
 from .parts import WHOLE, Part
 from .protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
@@ -61,6 +61,8 @@ class ModelStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held: OrderedDict[Ref, Held] = OrderedDict()
+        self._in_use: list[Ref] = []
+        """What was asked for last, and what works beside it."""
 
     def transformer(self, ref: ModelRef, run: Run, part: Part = WHOLE) -> Transformer:
         """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
@@ -82,7 +84,7 @@ class ModelStore:
             net = open_controlnet(Path(ref.path), self.device if stage.is_first else torch.device("meta"), dtype)
             return net, net.bytes if stage.is_first else 0
 
-        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, Part(stage))
+        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, Part(stage), beside=True)
 
     def ip_adapter(self, ref: IPAdapterRef, family: Family, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
         """In the model's dtype, for the blocks of `stage`, and of their heads for what `cuts` say."""
@@ -94,7 +96,7 @@ class ModelStore:
             return adapter, adapter.bytes
 
         part = Part(stage.settled(family.block_parameters), cuts.share)
-        return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part)
+        return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part, beside=True)
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
         """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""
@@ -171,22 +173,36 @@ class ModelStore:
         host = psutil.virtual_memory()
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
-    def _get(self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE) -> Any:
+    def _get(
+        self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE, *, beside: bool = False
+    ) -> Any:
+        """`beside`: it is to work beside the models that were asked for before it, which stay for that."""
         now = _fingerprint(Path(ref.path))
+        self._in_use = [*(self._in_use if beside else ()), ref]
         held = self._held.get(ref)
         if held is not None and (held.part, held.fingerprint) != (part, now):
             del self._held[ref]
             held = None
             self._release()
         self._make_room(ref, part, held is None, run)
-        if held is not None:
-            self._held.move_to_end(ref)
-            return held.model
-        run.progress("load", 0, 1)
-        model, size = load()
-        self._held[ref] = Held(ref, part, now, model, size)
-        run.progress("load", 1, 1)
-        return model
+
+        def hold() -> Held:
+            if held is not None:
+                return held
+            run.progress("load", 0, 1)
+            model, size = load()
+            run.progress("load", 1, 1)
+            return Held(ref, part, now, model, size)
+
+        try:
+            own = hold() if isinstance(ref, TextRef) else together(hold, run)
+        except UserError:
+            # What one rank cannot load no other keeps.
+            self._held.pop(ref, None)
+            raise
+        self._held[ref] = own
+        self._held.move_to_end(ref)
+        return own.model
 
     def _make_room(self, ref: Ref, part: Part, missing: bool, run: Run) -> None:
         """A collective, also of ranks that hold this part already: of another layout, others may have to load theirs.
@@ -194,7 +210,9 @@ class ModelStore:
         But for text encoders: rank 0 alone has those, and only ever one set.
         """
         is_text = isinstance(ref, TextRef)
-        while others := [each for each in self._held if each != ref and isinstance(each, TextRef) == is_text]:
+        while others := [
+            each for each in self._held if each not in self._in_use and isinstance(each, TextRef) == is_text
+        ]:
             if is_text:
                 enough = not missing
             else:

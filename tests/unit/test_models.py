@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from paralleldit.parallel_backend import models, transformer
+from paralleldit.parallel_backend.adapters import controlnet
 from paralleldit.parallel_backend.models import KEPT_FREE, ModelStore
 from paralleldit.parallel_backend.parts import WHOLE, Part, Share
-from paralleldit.parallel_backend.protocol.messages import ModelRef
+from paralleldit.parallel_backend.protocol.messages import ControlNetRef, ModelRef
+from paralleldit.parallel_backend.stages import Stage
 
 SIZE, TOTAL = 1000, 10_000
 
@@ -41,6 +43,7 @@ def store(monkeypatch) -> ModelStore:
         return SimpleNamespace(bytes=path.stat().st_size, path=path)
 
     monkeypatch.setattr(transformer, "Transformer", make)
+    monkeypatch.setattr(controlnet, "open_controlnet", make)
     monkeypatch.setattr(models.dist, "get_world_size", lambda: 1)
     store: Any = ModelStore(torch.device("cpu"))
     store.taken = 0
@@ -87,6 +90,18 @@ def test_without_room_for_two_only_the_last_stays(store, refs):
     for ref in refs:
         store.transformer(ref, Run())
     assert held(store) == ["2"]
+
+
+def test_what_works_beside_a_model_makes_room_of_others_alone(store, refs):
+    store.taken = TOTAL
+    run = Run()
+    store.transformer(refs[0], run)
+    for _ in range(2):
+        store.transformer(refs[1], run)
+        for number in (0, 2):
+            store.controlnet(ControlNetRef(path=refs[number].path), torch.float32, Stage(), run)
+    assert held(store) == ["2", "0", "1"]
+    assert run.said == ["0.safetensors makes room for 1.safetensors."]
 
 
 @pytest.mark.parametrize(
