@@ -19,7 +19,7 @@ from .fitting import Work, check_layout
 from .layout import Layout
 from .mesh import Mesh
 from .protocol.messages import Predict
-from .sample_request import check_latent
+from .sample_request import check_latent, needed
 from .strategies.sequence import SequenceParallel
 from .told import Told, ToldConditions
 
@@ -86,12 +86,6 @@ def predict(
             "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
         )
     return prediction.cpu()
-
-
-def needed(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    if name not in tensors:
-        raise UserError(f"The request carries no {name}.", "Use one version of this node pack on all sides.")
-    return tensors[name]
 
 
 def check_rows(latent: Tensor, timestep: Tensor, count: int) -> None:

@@ -20,12 +20,13 @@ from .fitting import Work, check_layout
 from .layout import Layout, patches_of
 from .mesh import Mesh
 from .protocol.messages import Sample
-from .sampling.driver import SamplingJob, StepContext, latent_mask
+from .sampling.driver import SamplingJob, StepContext, latent_mask, not_finite
 from .sampling.driver import run as run_sampler
+from .sampling.model_sampling import ModelSampling
 from .sampling.noise import GaussianNoise, initial_noise
 from .sampling.samplers import SAMPLERS, NoiseKind, find_sampler
 from .sampling.schedules import sigmas_for
-from .sampling.solver import NoiseSource
+from .sampling.solver import Denoise, NoiseSource
 from .stages import Stage
 from .strategies.distrifusion import DistriFusion
 from .strategies.guidance import Guidance
@@ -52,7 +53,7 @@ def sample(
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` within a step of a cancel.
     """
-    latent = tensors["latent"].float()
+    latent = needed("latent", tensors).float()
     check_latent(latent, family, family.latent_channels)
     batch = latent.shape[0]
     model_sampling = family.model_sampling(request.sampling_shift)
@@ -116,7 +117,9 @@ def sample(
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
         strategy.begin_step(step.index)
-        return fail_together(guidance.denoised(x, sigma), mesh.data)
+        denoised = guidance.denoised(x, sigma)
+        fail_together(denoised, Denoise(x, sigma, step.index, step.evaluation), step.total, mesh.data)
+        return denoised
 
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
         run.progress("sample", step + 1, total, family.process_out(denoised[:1]) if request.preview else None)
@@ -178,13 +181,21 @@ def warn_of_warmup(layout: Layout, steps: int, run: Run) -> None:
     )
 
 
-def fail_together(denoised: Tensor, replicas: Axis) -> Tensor:
-    """`denoised`, or NaN on every replica when one of them has a value that is not finite: all stop at one step."""
+def fail_together(denoised: Tensor, question: Denoise, total: int, replicas: Axis) -> None:
+    """Raise the same `UserError` on every replica when one of them has a value that is not finite."""
     if replicas.size == 1:
-        return denoised
-    is_finite = torch.isfinite(denoised).all().float().view(1)
-    replica_is_finite = replicas.all_gather(is_finite, [1] * replicas.size, dim=0)
-    return denoised if replica_is_finite.all() else torch.full_like(denoised, torch.nan)
+        return
+    are_finite = torch.stack([torch.isfinite(each).all() for each in (denoised, question.x)]).float()
+    of_replicas = replicas.all_gather(are_finite.view(1, 2), [1] * replicas.size, dim=0)
+    denoised_is_finite, latent_is_finite = of_replicas.bool().all(dim=0).tolist()
+    if not denoised_is_finite:
+        raise not_finite(question, total, latent_is_finite=latent_is_finite)
+
+
+def needed(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"The request carries no {name}.", "Use one version of this node pack on all sides.")
+    return tensors[name]
 
 
 def check_latent(latent: Tensor, family: Family, channels: int) -> None:
@@ -220,9 +231,15 @@ def noise_of(request: Sample, like: Tensor) -> NoiseSource | None:
     return GaussianNoise(like, request.seed, request.cpu_noise_offset)
 
 
-def sigmas_of(request: Sample, tensors: dict[str, Tensor], model_sampling) -> Tensor:
+def sigmas_of(request: Sample, tensors: Mapping[str, Tensor], model_sampling: ModelSampling) -> Tensor:
     """The noise levels: the graph's own where it sent them, else the family's for the named schedule."""
     if request.schedule is None:
-        return tensors["sigmas"]
+        sigmas = needed("sigmas", tensors)
+        if sigmas.ndim != 1:
+            raise UserError(
+                f"The sigmas have the shape {list(sigmas.shape)}; they are one row of noise levels.",
+                "Look at the node that made them.",
+            )
+        return sigmas
     schedule = request.schedule
     return sigmas_for(model_sampling, schedule.scheduler, schedule.steps, schedule.denoise, request.sampler)
