@@ -29,24 +29,24 @@ class Transformer:
         """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
         loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part)
         self.bytes = loaded.bytes
-        self._family = build_family(loaded, path)
+        self.family = build_family(loaded, path)
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
         self.cuts = loaded.cuts
         self.names = Names(loaded.family, loaded.shapes)
         self.adapted = AdaptedLayers(loaded, self._tensor)
         self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None
-        self._own = part.stage.blocks(self._family.block_parameters)
-        self._plain = self._family.blocks
+        self._own = part.stage.blocks(self.family.block_parameters)
+        self._plain = self.family.blocks
         self._blocks = self._gathered(self._plain)
         self._compiled: Sequence[Block] | None = None
 
     def on(self, mesh: Mesh) -> Family:
         """The family, its parts meeting those of the ranks of `mesh`. All of them begin a run with this call."""
         self._tensor.axis = mesh.tensor
-        self._family.blocks = self._blocks
+        self.family.blocks = self._blocks
         if self._sharded:
             self._sharded.begin(mesh.replicas)
-        return self._family
+        return self.family
 
     def compile_blocks(self, run: Run) -> None:
         """Compute the run that `on` began with compiled blocks; with plain ones where LoRAs are on them."""
@@ -54,7 +54,7 @@ class Transformer:
             run.log("info", "Blocks with LoRAs are not compiled: every layer with one would be compiled by itself.")
             return
         self._compiled = self._compiled or self._gathered(compiled(self._plain))
-        self._family.blocks = self._compiled
+        self.family.blocks = self._compiled
 
     def let_go(self) -> None:
         """Of what is under way to other ranks, wherever it was interrupted."""

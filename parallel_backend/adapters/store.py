@@ -65,6 +65,7 @@ class AdapterStore:
         if transformer.adapted.key == key:
             return
         transformer.adapted.take_off()
+        transformer.family.forget_texts()
         changes: list[Change] = []
         for ref in wanted.files:
             file = read_lora(open_checkpoint(ref.path), transformer.names)

@@ -231,6 +231,9 @@ class Family(ABC):
     def use_attention(self, attention: Attention) -> None:
         """Route every attention site of the model through `attention`."""
 
+    def forget_texts(self) -> None:  # noqa: B027 most families keep nothing of a text
+        """Forget what was made of the text of conditions: the layers that made it have changed."""
+
     @abstractmethod
     def check_condition(self, condition: Condition) -> None:
         """Raise `UserError` when the conditioning is not of this model's kind."""

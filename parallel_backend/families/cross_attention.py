@@ -56,6 +56,9 @@ class CrossAttentionSite:
     """The processor of an attention of this rank's image tokens to the text, whose keys and values it keeps."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self._kept = WeakTensorKeyDictionary()
 
     def __call__(
@@ -111,6 +114,11 @@ class CrossAttentionFamily(Family):
         if condition not in self._contexts:
             self._contexts[condition] = self.make_context(condition)
         return self._contexts[condition]
+
+    def forget_texts(self) -> None:
+        self._contexts.clear()
+        for site in self._text_sites:
+            site.forget()
 
     def use_attention(self, attention: Attention) -> None:
         for layer, site in zip(self.layers, self._text_sites, strict=True):

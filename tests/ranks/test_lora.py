@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.parts import Part
-from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Sample, Schedule
+from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Predict, Sample, Schedule
 from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests import tiny_sd3
 from paralleldit.tests.lora_files import FORMATS, merged
@@ -181,6 +181,43 @@ def sampled(world, layout, path, loras, dtype="auto"):
     )
     run, _ = run_of(request)
     return Engine(CPU).handle(request, {"latent": latent, **tensors_of("positive", positive)}, run)[1]["latent"]
+
+
+def predicted_in_turn(world, layout, model, path, loras):
+    """A prediction under each of the LoRAs, for one condition of one run of a client's sampler."""
+    engine, key = Engine(CPU), "a" * 32
+    latent, condition, _ = make_inputs(model, *shape_of(model)[1:])
+    request = Predict(
+        id=1,
+        model=ModelRef(path=str(path)),
+        layout=layout,
+        run="c" * 32,
+        conditions=(key,),
+        told={key: entry_of(condition)},
+    )
+    told = {name.replace("told", key): tensor for name, tensor in tensors_of("told", condition).items()}
+    tensors = {"latent": latent, "timestep": torch.full((len(latent),), 500.0), **told}
+    answers = []
+    for files in loras:
+        asked = request.model_copy(update={"adapters": Adapters(files=files)})
+        answers.append(engine.handle(asked, tensors, run_of(asked)[0])[1]["prediction"])
+        request, tensors = request.model_copy(update={"told": {}}), {name: tensors[name] for name in STEP}
+    return answers
+
+
+STEP = ("latent", "timestep")
+"""What a sampler sends each time."""
+
+
+@pytest.mark.parametrize("model", ORIGINAL)
+def test_a_prompt_is_seen_with_the_lora_of_the_step(ranks, files, model):
+    """As ComfyUI's hooks have it, whose LoRAs come and go within a run."""
+    lora = (LoraRef(path=str(files.lora(model, "diffusers", "kohya")[0])),)
+    args = Layout(), model, files.base(model)
+    ((plain, adapted, after),) = ranks.run(1, predicted_in_turn, *args, [(), lora, ()])
+    ((expected,),) = ranks.run(1, predicted_in_turn, *args, [lora])
+    assert torch.equal(adapted, expected)
+    assert torch.equal(after, plain)
 
 
 STAGED = [
