@@ -13,6 +13,7 @@ from ..parallel_backend.layout import (
     Compile,
     Layout,
     Refresh,
+    StageBlocks,
     Weights,
     largest_exact_layout,
     layouts_of,
@@ -76,14 +77,17 @@ class LayoutChoice:
         settings = {"weights": self.weights, "attention": self.attention}
         check_layout(self._candidates(ranks)[0].model_copy(update=settings), Work(ranks=ranks))
 
-    def blocks_by_stage(self) -> tuple[int, ...]:
-        """Raises `UserError` for text that is no list of numbers."""
+    def blocks_by_stage(self) -> StageBlocks:
+        """Raises `UserError` for text that is neither "even" nor a list of numbers."""
+        text = self.stage_blocks.strip()
+        if text == "even":
+            return "even"
         try:
-            return tuple(int(number) for number in self.stage_blocks.split(",") if self.stage_blocks.strip())
+            return tuple(int(number) for number in text.split(",") if text)
         except ValueError as error:
             raise UserError(
                 f"stage_blocks={self.stage_blocks!r} is no list of numbers.",
-                "Write one number of blocks per stage, as in 10,9, or leave it empty.",
+                "Write one number of blocks per stage, as in 10,9, or even, or leave it empty.",
             ) from error
 
     def _candidates(self, ranks: int) -> list[Layout]:
@@ -199,8 +203,9 @@ class ParallelDiTLayout:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. Empty: so many that "
-                        "the fullest stage has as few parameters as possible.",
+                        "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. even: equal numbers, "
+                        "the fastest for Flux.1. Empty: so many that the fullest stage has as few parameters as "
+                        "possible.",
                     },
                 ),
                 "compile": (

@@ -162,11 +162,11 @@ def _stages(layout: Layout, work: Work) -> Misfit | None:
             f"pipefusion_degree={stages} cuts the model into as many stages, but it has {blocks} blocks.",
             f"Use a pipefusion_degree of at most {blocks}.",
         )
-    if chosen and (len(chosen) != stages or sum(chosen) != blocks or min(chosen) < 1):
+    if chosen and chosen != "even" and (len(chosen) != stages or sum(chosen) != blocks or min(chosen) < 1):
         return (
             f"stage_blocks={','.join(map(str, chosen))} gives {len(chosen)} stages {sum(chosen)} blocks in all; "
             f"pipefusion_degree={stages} makes {stages} stages, and the model has {blocks} blocks.",
-            f"Name {stages} numbers from 1 on that add up to {blocks}, or none to have them chosen.",
+            f"Name {stages} numbers from 1 on that add up to {blocks}, or even, or none to have them chosen.",
         )
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import prod
 from typing import Literal
@@ -20,14 +21,15 @@ AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "sage", "
 Weights = Literal["whole", "sharded", "offloaded"]
 Refresh = Literal["all", "in_turn"]
 Compile = Literal["off", "blocks"]
+StageBlocks = tuple[int, ...] | Literal["even"]
 
 
 class Layout(BaseModel):
     """Degrees of the mesh axes and the attention kernel. The product of the degrees is the number of ranks.
 
     With PipeFusion (`pipefusion_degree` stages), `num_patches` strips of the picture are under way at once (0 chooses),
-    after `warmup_steps` exact steps. `stage_blocks`: how many blocks each stage has; by default so many that the
-    fullest stage has as few parameters as possible.
+    after `warmup_steps` exact steps. `stage_blocks`: how many blocks each stage has, or as many as the others ("even");
+    by default so many that the fullest stage has as few parameters as possible.
 
     With DistriFusion, ranks use each other's keys and values of the step before, after `warmup_steps` exact steps (the
     first one always is). `refresh`: every rank sends its own each step ("all"), or one rank a step ("in_turn").
@@ -50,7 +52,7 @@ class Layout(BaseModel):
     attention: AttentionKernel = "auto"
     num_patches: int = Field(default=0, ge=0)
     warmup_steps: int = Field(default=1, ge=0)
-    stage_blocks: tuple[int, ...] = ()
+    stage_blocks: StageBlocks = ()
     refresh: Refresh = "all"
     weights: Weights = "whole"
     compile: Compile = "off"
@@ -93,19 +95,29 @@ class Layout(BaseModel):
     def __str__(self) -> str:
         named = [f"{axis}{self.degree(axis)}" for axis in AXES if self.degree(axis) > 1]
         weights = "" if self.weights == "whole" else f", weights {self.weights}"
-        stages = f", stage_blocks {','.join(map(str, self.stage_blocks))}" if self.stage_blocks else ""
+        sizes = self.stage_blocks if self.stage_blocks == "even" else ",".join(map(str, self.stage_blocks))
+        stages = f", stage_blocks {sizes}" if sizes else ""
         compiled = "" if self.compile == "off" else f", {self.compile} compiled"
         return (" x ".join(named) or "one rank") + stages + weights + compiled
 
 
 def parse_layout(text: str) -> Layout:
-    """`ulysses_degree=2,cfg_degree=2`, as a command line gives it, as a layout. Raises `UserError` for what is none."""
-    fields: dict[str, int | str] = {}
-    for pair in text.split(","):
+    """`ulysses_degree=2,cfg_degree=2`, as a command line gives it, as a layout. Raises `UserError` for what is none.
+
+    A value may be a list: `pipefusion_degree=2,stage_blocks=29,28`.
+    """
+    fields: dict[str, int | str | tuple[int, ...]] = {}
+    for pair in re.split(r",(?!\s*\d+\s*(?:,|$))", text):
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"{pair!r} in --layout {text} is not of the form NAME=VALUE.")
-        fields[name.strip()] = int(value) if value.strip().isdecimal() else value.strip()
+        numbers = value.split(",")
+        if not all(number.strip().isdecimal() for number in numbers):
+            fields[name.strip()] = value.strip()
+        elif len(numbers) == 1:
+            fields[name.strip()] = int(value)
+        else:
+            fields[name.strip()] = tuple(map(int, numbers))
     try:
         return Layout.model_validate(fields)
     except ValidationError as error:

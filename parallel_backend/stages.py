@@ -9,6 +9,8 @@ from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
+from .layout import StageBlocks
+
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 """The module lists that hold the blocks of every family, in the order of computation."""
 IN_BLOCK = re.compile(rf"({'|'.join(BLOCK_LISTS)})\.(\d+)\.")
@@ -16,14 +18,14 @@ IN_BLOCK = re.compile(rf"({'|'.join(BLOCK_LISTS)})\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `count`, each of so many blocks as `sizes` says: by default as `balanced_sizes` does.
+    """Stage `index` of `count`, each of so many blocks as `sizes` says (as `Layout.stage_blocks`).
 
     `parameters`: how many each of the model's blocks has.
     """
 
     index: int = 0
     count: int = 1
-    sizes: tuple[int, ...] = ()
+    sizes: StageBlocks = ()
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +50,9 @@ class Stage:
         return replace(self, sizes=self._sizes(parameters))
 
     def _sizes(self, parameters: Sequence[int]) -> tuple[int, ...]:
+        if self.sizes == "even":
+            fewest, more = divmod(len(parameters), self.count)
+            return tuple(fewest + (index < more) for index in range(self.count))
         return self.sizes or balanced_sizes(tuple(parameters), self.count)
 
 

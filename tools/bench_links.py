@@ -1,11 +1,12 @@
 """Measures how a slow link between two hosts slows each method down: a curve over bandwidths.
 
-    sudo .venv/bin/python tools/bench_links.py [--mbits 0 1000 300 100] [--rounds 3] [--width 512] [--side 32]
+    sudo .venv/bin/python tools/bench_links.py [--mbits 0 1000 300 100] [--rounds 3] [--side 32] [--plot PNG]
 
 Makes two network namespaces joined by a cable whose rate is limited (token bucket; 0: not limited), and runs one rank
 in each, one thread a rank: a Flux.1 of 9 blocks and random weights, in turns with every method. Prints Markdown:
 seconds per step (median of the runs, over the steps after the exact ones), how many times as fast as Ulysses, and what
-a rank sends per step. Needs root, `ip` and `tc` (Linux, iproute2), and says so where they are missing.
+a rank sends per step; then how many times as fast PipeFusion is by theory, here and with the 57 blocks of Flux.1.
+`--plot` draws the curve. Needs root, `ip` and `tc` (Linux, iproute2), and says so where they are missing.
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ LAYOUTS = {
     "ring2": Layout(ring_degree=2),
     "distrifusion2": Layout(distrifusion_degree=2),
     "distrifusion2, in turn": Layout(distrifusion_degree=2, refresh="in_turn"),
-    "pipefusion2, 4 patches": Layout(pipefusion_degree=2, num_patches=4, stage_blocks=(5, 4)),
+    "pipefusion2, 4 patches": Layout(pipefusion_degree=2, num_patches=4, stage_blocks="even"),
 }
+BASELINE, PIPED = "ulysses2", "pipefusion2, 4 patches"
+BLOCKS, FLUX_BLOCKS = 9, 57
 STEPS = 6
 HOSTS = ("paralleldit0", "paralleldit1")
 ADDRESSES = ("10.251.7.1", "10.251.7.2")
 TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH = 64, 256, 64
+
+Results = dict[str, tuple[float, float]]
+"""Seconds and bytes per step of every method."""
 
 
 def main() -> None:
@@ -57,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=512, help="hidden size, a multiple of 128")
     parser.add_argument("--side", type=int, default=32, help="rows of image tokens")
+    parser.add_argument("--plot", type=Path, help="where to draw the curve")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -68,13 +75,52 @@ def main() -> None:
         raise SystemExit(f"This needs root and iproute2; missing: {', '.join(missing) or 'root'}.")
     print(f"9 blocks of width {arguments.width}, {arguments.side**2} image tokens, {arguments.rounds} runs.\n")
     print("| Link | Method | s per step | times as fast as Ulysses | MB sent per step |\n|---|---|---|---|---|")
+    by_link: dict[int, Results] = {}
     for mbits in arguments.mbits:
         with hosts(mbits):
-            results = run_ranks(arguments)
+            results = by_link[mbits] = run_ranks(arguments)
         for name, (seconds, sent) in results.items():
-            gain = results["ulysses2"][0] / seconds
-            link = f"{mbits} Mbit/s" if mbits else "not limited"
-            print(f"| {link} | {name} | {seconds:.3f} | {gain:.2f} | {sent / 1e6:.1f} |", flush=True)
+            gain = results[BASELINE][0] / seconds
+            print(f"| {link(mbits)} | {name} | {seconds:.3f} | {gain:.2f} | {sent / 1e6:.1f} |", flush=True)
+    if 0 in by_link:
+        print(
+            f"\n| Link | {BLOCKS} blocks, measured | by theory | {FLUX_BLOCKS} blocks, by theory |\n|---|---|---|---|"
+        )
+        for mbits, results in by_link.items():
+            gains = [results[BASELINE][0] / results[PIPED][0]]
+            gains += [gain_by_theory(by_link[0], mbits, blocks) for blocks in (BLOCKS, FLUX_BLOCKS)]
+            print(f"| {link(mbits)} | {' | '.join(f'{gain:.2f}' for gain in gains)} |")
+    if arguments.plot:
+        plot(by_link, arguments.plot)
+
+
+def link(mbits: int) -> str:
+    return f"{mbits} Mbit/s" if mbits else "not limited"
+
+
+def gain_by_theory(unlimited: Results, mbits: int, blocks: int) -> float:
+    """How many times as fast as Ulysses PipeFusion is: each block's exchanges are waited for, each patch's are not."""
+    more = blocks / BLOCKS
+    rate = mbits * 1e6 / 8 or float("inf")
+    (computed, sent), (piped, handed_on) = unlimited[BASELINE], unlimited[PIPED]
+    return more * (computed + sent / rate) / max(more * piped, handed_on / rate)
+
+
+def plot(by_link: dict[int, Results], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    rates = sorted(by_link, key=lambda mbits: mbits or float("inf"))
+    for name in LAYOUTS:
+        axes.plot([link(mbits) for mbits in rates], [by_link[mbits][name][0] for mbits in rates], "o-", label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("seconds per step")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 @contextmanager
@@ -106,8 +152,7 @@ def call(*command: str) -> None:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
-def run_ranks(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Seconds and bytes per step of every method."""
+def run_ranks(arguments: argparse.Namespace) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         options = {"rounds": arguments.rounds, "width": arguments.width, "side": arguments.side}

@@ -42,7 +42,7 @@ LAYOUTS = [
     *(Layout(tensor_degree=degree) for degree in (2, 4)),
     *(Layout(ulysses_degree=degree, weights="sharded") for degree in (2, 4)),
     *(Layout(pipefusion_degree=degree) for degree in (2, 4)),
-    Layout(pipefusion_degree=2, stage_blocks=(29, 28)),
+    Layout(pipefusion_degree=2, stage_blocks="even"),
     Layout(tensor_degree=2, ulysses_degree=2, weights="sharded"),
     Layout(tensor_degree=2, pipefusion_degree=2),
 ]

@@ -111,6 +111,12 @@ AUTO = LayoutChoice()
             False,
             Layout(pipefusion_degree=2, warmup_steps=0, stage_blocks=(5, 3)),
         ),
+        (
+            LayoutChoice(pipefusion_degree=2, stage_blocks=" even"),
+            2,
+            False,
+            Layout(pipefusion_degree=2, stage_blocks="even"),
+        ),
     ],
 )
 def test_degrees_of_zero_are_chosen_to_use_all_ranks(choice, ranks, guided, layout):

@@ -56,7 +56,12 @@ STALE = [
     ((2, 1, 2, 1, 1), (3, 0, 3), (11, 9), "euler"),
     ((2, 2, 2, 1, 1), (3, 0, 3), (11, 3), "dpmpp_2m"),
 ]
-CHOSEN_STAGES = [((1, 3), (3, 1, 4)), ((1, 2, 1), (4, 0, 3))]
+CHOSEN_STAGES = [
+    # stages, of so many blocks; patches, warm-up, steps
+    (2, (1, 3), (3, 1, 4)),
+    (3, (1, 2, 1), (4, 0, 3)),
+    (3, "even", (3, 1, 3)),
+]
 LONG = 6
 """Steps of a run that is left before its end."""
 
@@ -157,10 +162,10 @@ def test_stages_of_parts_equal_whole_stages(ranks, figures, tmp_path, layout, st
         assert error <= 1e-5
 
 
-@pytest.mark.parametrize(("blocks", "plan"), CHOSEN_STAGES, ids=str)
-def test_stages_of_chosen_sizes_give_what_those_of_the_default_give(ranks, blocks, plan):
+@pytest.mark.parametrize(("stages", "blocks", "plan"), CHOSEN_STAGES, ids=str)
+def test_stages_of_chosen_sizes_give_what_those_of_the_default_give(ranks, stages, blocks, plan):
     patches, warmup, steps = plan
-    usual = layout_of((len(blocks), 1, 1, 1, 1), patches, warmup)
+    usual = layout_of((stages, 1, 1, 1, 1), patches, warmup)
     expected = ranks.run(usual.ranks, sampled, usual, steps, (11, 9), "euler")[0]
     chosen = usual.model_copy(update={"stage_blocks": blocks})
     for answer in ranks.run(usual.ranks, sampled, chosen, steps, (11, 9), "euler"):

@@ -103,6 +103,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_its_numbers_and_what_fits(la
         {"data_degree": 4, "cfg_degree": 2},
         {"pipefusion_degree": 4, "num_patches": 8},
         {"pipefusion_degree": 2, "stage_blocks": (1, 3)},
+        {"pipefusion_degree": 3, "stage_blocks": "even"},
         {"tensor_degree": 2, "ulysses_degree": 2, "weights": "sharded"},
         {"tensor_degree": 2, "weights": "offloaded"},
     ],
@@ -116,8 +117,9 @@ def test_what_is_not_known_yet_is_not_judged():
     check_layout(Layout(cfg_degree=2, data_degree=9, pipefusion_degree=99, num_patches=99), Work())
 
 
+@pytest.mark.parametrize("sizes", [(), "even"])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
-def test_stages_share_the_blocks_of_a_model(count):
+def test_stages_share_the_blocks_of_a_model(count, sizes):
     model = FluxTransformer2DModel(
         num_layers=3,
         num_single_layers=4,
@@ -128,7 +130,7 @@ def test_stages_share_the_blocks_of_a_model(count):
         axes_dims_rope=(2, 2, 4),
     )
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    stages = [stage_parameters(shapes, Stage(index, count)) for index in range(count)]
+    stages = [stage_parameters(shapes, Stage(index, count, sizes)) for index in range(count)]
     assert set.union(*stages) == set(shapes)
     everywhere = {name for name in shapes if not name.startswith(BLOCK_LISTS)}
     blocks = [{name.rsplit("blocks.")[1].split(".")[0] + name[:6] for name in stage - everywhere} for stage in stages]
@@ -137,6 +139,12 @@ def test_stages_share_the_blocks_of_a_model(count):
     # Computation runs through the double blocks first.
     assert "transformer_blocks.0.attn.to_q.weight" in stages[0]
     assert "single_transformer_blocks.3.attn.to_q.weight" in stages[-1]
+
+
+def test_even_stages_have_equal_numbers_of_blocks_whatever_these_hold():
+    parameters = (9, 9, 9, 1, 1, 1, 1, 1)
+    stages = [Stage(index, 3, "even").blocks(parameters) for index in range(3)]
+    assert stages == [slice(0, 3), slice(3, 6), slice(6, 8)]
 
 
 def stage_weights(parameters, sizes):

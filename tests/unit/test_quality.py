@@ -76,6 +76,11 @@ def test_sheet_shows_every_picture_beside_its_caption():
             Layout(pipefusion_degree=2, num_patches=4, warmup_steps=3),
             "pipefusion2, M=4, W=3",
         ),
+        (
+            "stage_blocks=29, 28, pipefusion_degree=2",
+            Layout(pipefusion_degree=2, stage_blocks=(29, 28)),
+            "pipefusion2, stage_blocks 29,28, M=auto, W=1",
+        ),
         ("ring_degree=2,attention=sdpa", Layout(ring_degree=2, attention="sdpa"), "ring2, sdpa"),
     ],
 )
@@ -89,6 +94,7 @@ def test_layouts_are_read_and_named(text, layout, name):
     [
         ("ulysses=2", "ulysses: .*made of .*ulysses_degree"),
         ("ulysses_degree=0", "ulysses_degree"),
+        ("ulysses_degree=2,3", "ulysses_degree"),
         ("ring", "NAME=VALUE"),
     ],
 )
