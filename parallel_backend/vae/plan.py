@@ -54,7 +54,7 @@ PEAKS: dict[str, dict[Direction, Peak]] = {
         "encode": Peak(27.2, 8.87),
     },
 }
-"""By architecture, as `tools/bench_vae.py peaks` measured them; the README's section on VAEs has the command."""
+"""By architecture, as `tools/bench_vae.py peaks` measured them; docs/MEASURED.md has the command."""
 
 BAND_EXCESS = 1.25
 """The most that a band of 1/N of the rows may need of one rank's peak, times N: halos, gathered keys and values."""

@@ -98,7 +98,7 @@ def errors(tmp_path_factory) -> dict[str, list[float]]:
 
 
 def table(errors: dict[str, list[float]]) -> list[str]:
-    """The largest error of each case over all numbers of ranks, and of all samplers and schedulers, for the README."""
+    """For docs/MEASURED.md: the largest error of each case over all numbers of ranks, samplers and schedulers."""
     swept = {f"{name} {scheduler} [1]" for name in SAMPLER_NAMES for scheduler in SCHEDULER_NAMES}
     rows: dict[str, list[list[float]]] = {}
     for case, found in errors.items():
