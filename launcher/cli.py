@@ -103,9 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     if find_spec(f"{__package__}.run_command"):
-        from . import run_command
+        from . import bench_command, run_command
 
         run_command.add_parser(commands)
+        bench_command.add_parser(commands)
     add_sidecar_options(
         add_command(commands, "start", _start, "Start a sidecar that lives until it is stopped or idle.")
     )

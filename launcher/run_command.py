@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     parser = add_command(commands, "run", main, TEXT)
     add = parser.add_argument
+    add_workflow_options(parser)
+    add("--prompts", type=Path, metavar="FILE", help="run once for every line of FILE")
+    add("--into", metavar="NODE.INPUT", help="the input that takes the lines of --prompts")
+    add("--output", type=Path, default=Path("output"), help="folder of the pictures (default: output)")
+    add_sidecar_options(parser)
+
+
+def add_workflow_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which workflow it is, and where its files are."""
+    add = parser.add_argument
     add("workflow", type=Path, help="the workflow in ComfyUI's API format, or a picture that was saved by one")
     add(
         "--set",
@@ -40,12 +50,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NODE.INPUT=VALUE",
         help="change a value; NODE is an id or a title",
     )
-    add("--prompts", type=Path, metavar="FILE", help="run once for every line of FILE")
-    add("--into", metavar="NODE.INPUT", help="the input that takes the lines of --prompts")
-    add("--output", type=Path, default=Path("output"), help="folder of the pictures (default: output)")
     add("--input", type=Path, default=Path("input"), help="folder of LoadImage (default: input)")
     add("--models", type=Path, help="a folder laid out as ComfyUI's models folder")
-    add_sidecar_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -54,15 +60,15 @@ def main(args: argparse.Namespace) -> int:
     from .headless.core_nodes import Folders, core_nodes
     from .headless.runner import begin_workflow, finish_meanwhile
 
-    api = _read_workflow(args.workflow)
-    values = dict(_pair(each) for each in args.set)
+    api = read_workflow(args.workflow)
+    values = dict(pair(each) for each in args.set)
     folders = Folders(args.input, args.output, args.output / "temp")
     classes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
     cache: dict[str, tuple[Any, ...]] = {}
     report = Report()
 
     class TerminalHost(host.Host):
-        def sending(self, message: Request, welcome: Welcome) -> None:
+        def sending(self, message: Request, tensors: Mapping[str, Tensor], welcome: Welcome) -> None:
             report.sending(message, welcome)
 
     host.use(
@@ -161,7 +167,8 @@ class Report:
             self._bar = None
 
 
-def _read_workflow(path: Path) -> dict[str, Any]:
+def read_workflow(path: Path) -> dict[str, Any]:
+    """A workflow in API format, from its file or from a picture that was saved by it. Raises `UserError`."""
     try:
         if path.suffix == ".png":
             return json.loads(_prompt_of_picture(path))
@@ -185,7 +192,8 @@ def _prompt_of_picture(path: Path) -> str:
     return text
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """NODE.INPUT and the value, of what --set was given. Raises `UserError`."""
     place, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text!r} is not of the form NODE.INPUT=VALUE.")

@@ -3,7 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,7 +77,7 @@ class ComfyHost(Host):
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException from error
 
-    def sending(self, message: Request, welcome: Welcome) -> None:
+    def sending(self, message: Request, tensors: Mapping[str, Tensor], welcome: Welcome) -> None:
         if isinstance(message, Sample | VaeWork):
             self._give_room(welcome, keep=[])
 

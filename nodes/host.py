@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -84,7 +84,7 @@ class Host:
         """The weight patches that nodes have put on the MODEL. Raises `UserError` for those that cannot travel."""
         return []
 
-    def sending(self, message: Request, welcome: Welcome) -> None:
+    def sending(self, message: Request, tensors: Mapping[str, Tensor], welcome: Welcome) -> None:
         """Called before a request goes to the sidecar that `welcome` describes."""
 
     def beginning(self, welcome: Welcome) -> None:

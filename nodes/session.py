@@ -141,11 +141,12 @@ def ask(
                 used = ", ".join(f"{bytes / 1e9:.1f} GB" for bytes in event.used)
                 here.say(f"memory in use by the ranks: {used}")
 
+    sent = _sendable(tensors or {})
     if not beside:
-        here.sending(message, client.welcome)
+        here.sending(message, sent, client.welcome)
     try:
         with activity.during(message.type.replace("_", " ")):
-            reply = Reply(*client.request(message, _sendable(tensors or {}), on_event, here.cancelled))
+            reply = Reply(*client.request(message, sent, on_event, here.cancelled))
             activity.done(message, reply.result)
         return reply
     except Cancelled as error:

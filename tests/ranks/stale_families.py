@@ -19,12 +19,11 @@ CFG, HEADS, TEXT, STEPS = 3.0, 3, 5, 4
 SIZE = (11, 9)
 
 
-def sampled(world, model, layout, path=None, device=CPU):
-    """A guided batch of two, with a negative prompt of another length; by a part of the model that lies at `path`, on
-    `device`."""
+def request_of(model, layout, path="unused"):
+    """A guided batch of two, with a negative prompt of another length."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    tiny, mesh = TINY_MODELS[model], Mesh(layout)
+    tiny = TINY_MODELS[model]
     conditions = {"positive": tiny.condition(draw, 1, TEXT), "negative": tiny.condition(draw, 2, TEXT + 3)}
     entries = {side: (entry_of(condition),) for side, condition in conditions.items()}
     tensors = {"latent": draw(2, tiny.family.latent_channels, *SIZE)}
@@ -32,7 +31,7 @@ def sampled(world, model, layout, path=None, device=CPU):
         tensors |= tensors_of(side, condition)
     request = messages.Sample(
         id=1,
-        model=messages.ModelRef(path="unused"),
+        model=messages.ModelRef(path=str(path)),
         layout=layout,
         **entries,
         cfg=CFG,
@@ -40,6 +39,13 @@ def sampled(world, model, layout, path=None, device=CPU):
         schedule=messages.Schedule(scheduler="simple", steps=STEPS, denoise=0.8),
         seed=42,
     )
+    return request, tensors
+
+
+def sampled(world, model, layout, path=None, device=CPU):
+    """What `request_of` asks for; by a part of the model that lies at `path`, on `device`."""
+    tiny, mesh = TINY_MODELS[model], Mesh(layout)
+    request, tensors = request_of(model, layout)
     run = Run(Control(), SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None))
     if path is None:
         family = tiny.make_family(HEADS)
