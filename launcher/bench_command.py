@@ -179,8 +179,9 @@ def sampled(client: Client, run: Captured, layout: Layout) -> tuple[float, float
 
     client.request(Load(id=0, ref=run.message.model, layout=layout))
     result, answer = client.request(run.message.model_copy(update={"layout": layout}), run.tensors, on_event)
-    sent = sum(traffic["bytes"] for traffic in result.data["traffic"].values())
-    return result.data["seconds"], sent / steps, used, answer["latent"]
+    told: dict[str, Any] = result.data
+    sent = sum(traffic["bytes"] for traffic in told["traffic"].values())
+    return told["seconds"], sent / steps, used, answer["latent"]
 
 
 def table(results: Mapping[str, Measured]) -> list[str]:
