@@ -72,7 +72,7 @@ def add_sidecar_options(parser: argparse.ArgumentParser) -> None:
     add("--worker", default=usual.worker, metavar="MODULE", help=f"what every rank runs (default {usual.worker})")
     for name, text in (
         ("start-timeout", "until all ranks have met"),
-        ("compute-timeout", "for a rank that waits for its peers; 0: 60 on CPU, 300 on CUDA"),
+        ("compute-timeout", "for a rank that waits for its peers; 0: 1800 on CPU, 600 on CUDA"),
         ("hang-timeout", "of silence after which a rank counts as hung"),
         ("idle-timeout", "without a request until the sidecar ends; 0: never"),
     ):

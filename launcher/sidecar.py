@@ -30,8 +30,9 @@ from .runtime_dir import Slot
 
 Say = Callable[[str], None]
 
-COMPUTE_TIMEOUT_S = {"cpu": 60.0, "cuda": 300.0}
-"""How long a rank waits for its peers inside the work. CUDA ranks may compile or tune kernels meanwhile."""
+COMPUTE_TIMEOUT_S = {"cpu": 1800.0, "cuda": 600.0}
+"""How long a rank waits for its peers inside the work: a stage of CPU ranks may compute for long before the next one
+hears of it, and CUDA ranks may compile or tune kernels meanwhile."""
 SHUTDOWN_S = 15.0
 PROGRESS_S = 5.0
 

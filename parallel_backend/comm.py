@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -185,8 +186,13 @@ class Axis:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A group of `ranks`. Only its members meet to make it: ranks of other groups are busy making theirs."""
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    """A group of `ranks`. Only its members meet to make it: ranks of other groups are busy making theirs.
+
+    They wait for each other as long as in the default group; by default torch would let them wait for half an hour.
+    """
+    whole = cast(dist.ProcessGroup, dist.group.WORLD)
+    timeout = whole._get_backend(torch.device("cpu")).options._timeout
+    group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     if not isinstance(group, dist.ProcessGroup):
         raise RuntimeError(f"rank {dist.get_rank()} is not among the ranks {list(ranks)} of the group that it makes")
     return group
