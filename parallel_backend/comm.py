@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,14 @@ from torch import Tensor
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Newer releases of torch call it by the first name."""
+
+
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+def not_compiled(function: Called) -> Called:
+    """Keep `function` out of compiled blocks: what the ledger counts would make each call another one to compile."""
+    return cast(Called, torch.compiler.disable(function))
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Exchange:
         self._sent = sent  # kept alive until it is over
         self._works = works
 
+    @not_compiled
     def wait(self) -> Tensor:
         works, self._works = self._works, ()
         for work in filter(None, works):
@@ -98,6 +107,7 @@ class Axis:
         del self.group
         return [] if group is None else [group]
 
+    @not_compiled
     def start_all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Exchange:
         """Send `x.split(send_sizes)[j]` to rank j, and receive what all ranks send here, concatenated in their order.
 
@@ -110,6 +120,7 @@ class Axis:
         self._record("all_to_all", (x.numel() - send_sizes[self.rank]) * x.element_size(), self.size - 1)
         return Exchange(received, x, [work])
 
+    @not_compiled
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """Concatenate every rank's `x` along `dim`; `sizes[j]` is the extent of rank j's part."""
         if self.size == 1:
@@ -123,6 +134,7 @@ class Axis:
         self._record("all_gather", padded.numel() * padded.element_size() * (self.size - 1), self.size - 1)
         return torch.cat([part[:extent] for part, extent in zip(gathered, sizes, strict=True)]).movedim(0, dim)
 
+    @not_compiled
     def start_all_gather(self, x: Tensor, gathered: Tensor) -> Exchange:
         """Put every rank's contiguous `x`, all of one size, one after the other into contiguous `gathered`."""
         if self.size == 1:
@@ -131,6 +143,7 @@ class Axis:
         self._record("all_gather", x.numel() * x.element_size() * (self.size - 1), self.size - 1)
         return Exchange(gathered, x, [work])
 
+    @not_compiled
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's contiguous `x`, in its place, bit for bit the same on every rank.
 
@@ -142,6 +155,7 @@ class Axis:
             self._record("all_reduce", hops * x.numel() * x.element_size() // self.size, hops)
         return x
 
+    @not_compiled
     def start_shift(self, x: Tensor, received: Tensor) -> Exchange:
         """Send contiguous `x` to the next rank of the ring and receive the previous rank's into `received`."""
         following = self.ranks[(self.rank + 1) % self.size]
@@ -174,6 +188,7 @@ class Axis:
                 self._record("broadcast", x.numel() * x.element_size() * (self.size - 1), self.size - 1)
         return x
 
+    @not_compiled
     def start_broadcast(self, x: Tensor, source: int) -> Exchange:
         """Write `x` of the rank of index `source` into every rank's contiguous `x`."""
         work = dist.broadcast(x, self.ranks[source], group=self.group, async_op=True)

@@ -214,7 +214,7 @@ class HunyuanBlocks(HunyuanDiT):
         transformer.out_channels = 0  # pyright: ignore[reportArgumentType]  it has no last layer
         super().__init__(transformer, dtype, device, **latent)
         self.skips = {}
-        self.blocks = [as_block(layer, None, None) for layer in self.transformer.blocks]
+        self.blocks = [as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
 
 
 class HunyuanControlNet(ControlNet):

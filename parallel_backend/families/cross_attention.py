@@ -7,8 +7,8 @@ what the model makes of it is computed once, and kept as long as the condition t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention.rotary import rotate
 from ..attention.site import Attention
-from .base import Condition, Family, TokenState
+from .base import Condition, Family, PartlyCompiled, TokenState
 
 
 @dataclass
@@ -53,27 +53,18 @@ class SelfAttentionSite:
 
 
 class CrossAttentionSite:
-    """The processor of an attention of this rank's image tokens to the text, whose keys and values it keeps."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self._kept = WeakTensorKeyDictionary()
+    """The processor of an attention of this rank's image tokens to the text: its keys and values, `[B, H, St, D]`."""
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         image_rotary_emb: Tensor | None = None,
     ) -> Tensor:
         query = _turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb).transpose(1, 2)
-        if encoder_hidden_states not in self._kept:
-            key = _normed(attn.norm_k, _heads(attn, attn.to_k, encoder_hidden_states)).transpose(1, 2)
-            self._kept[encoder_hidden_states] = key, _heads(attn, attn.to_v, encoder_hidden_states).transpose(1, 2)
-        key, value = (each.expand(query.shape[0], -1, -1, -1) for each in self._kept[encoder_hidden_states])
+        key, value = (each.expand(query.shape[0], -1, -1, -1) for each in encoder_hidden_states)
         # Kernels crash on a rank without image tokens.
         attended = (
             F.scaled_dot_product_attention(query, key, value, attention_mask)
@@ -81,6 +72,54 @@ class CrossAttentionSite:
             else torch.empty_like(query)
         )
         return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+class TextOfBlock:
+    """The keys and values that a block's attention makes of a text: made once, and kept as long as the text."""
+
+    def __init__(self, attn: Any) -> None:
+        self._attn = attn
+        self.forget()
+
+    def forget(self) -> None:
+        self._kept = WeakTensorKeyDictionary()
+
+    def __call__(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """From `context` `[B or 1, St, C]` to `[B or 1, H, St, D]` each."""
+        if context not in self._kept:
+            attn = self._attn
+            key = _normed(attn.norm_k, _heads(attn, attn.to_k, context)).transpose(1, 2)
+            self._kept[context] = key, _heads(attn, attn.to_v, context).transpose(1, 2)
+        return self._kept[context]
+
+
+Compute = Callable[[CrossAttentionState, tuple[Tensor, Tensor], Tensor | None], Tensor]
+"""From the state before a block, the keys and values of its text, and the skip that it takes, to its image tokens."""
+
+
+@dataclass(frozen=True)
+class CrossAttentionBlock(PartlyCompiled):
+    """`compute` can be compiled: it is given the `text`, and of the skips only what the block takes in.
+
+    `gives`, `takes`: the names under which its output is, or a skip was, left in the state.
+    """
+
+    compute: Compute
+    text: TextOfBlock
+    gives: int | None = None
+    takes: int | None = None
+
+    def __call__(self, state: TokenState) -> TokenState:
+        assert isinstance(state, CrossAttentionState)
+        assert state.context is not None
+        skips = dict(state.skips)
+        image = self.compute(state, self.text(state.context), None if self.takes is None else skips.pop(self.takes))
+        if self.gives is not None:
+            skips[self.gives] = image
+        return replace(state, image=image, skips=skips)
+
+    def compiled(self) -> CrossAttentionBlock:
+        return replace(self, compute=torch.compile(self.compute))
 
 
 class CrossAttentionFamily(Family):
@@ -99,7 +138,7 @@ class CrossAttentionFamily(Family):
     ) -> None:
         super().__init__(transformer, dtype, device, **latent)
         self._contexts: WeakKeyDictionary[Condition, Tensor] = WeakKeyDictionary()
-        self._text_sites = [CrossAttentionSite() for _ in self.layers]
+        self.texts = [TextOfBlock(layer.attn2) for layer in self.layers]
 
     @property
     @abstractmethod
@@ -117,13 +156,13 @@ class CrossAttentionFamily(Family):
 
     def forget_texts(self) -> None:
         self._contexts.clear()
-        for site in self._text_sites:
-            site.forget()
+        for text in self.texts:
+            text.forget()
 
     def use_attention(self, attention: Attention) -> None:
-        for layer, site in zip(self.layers, self._text_sites, strict=True):
+        for layer in self.layers:
             layer.attn1.set_processor(SelfAttentionSite(attention))
-            layer.attn2.set_processor(site)
+            layer.attn2.set_processor(CrossAttentionSite())
 
     def embed_patches(self, projection: nn.Conv2d, tokens: Tensor) -> Tensor:
         """Latent tokens `[B, S, C * patch_size**2]` -> `[B, S, h]`."""

@@ -18,7 +18,7 @@ from ..attention.rotary import rotations
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
 from .base import Block, Condition, Shard, TokenState, check_widths
-from .cross_attention import CrossAttentionFamily, CrossAttentionState
+from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
 
 TRAINED_SIDE = 64
 """Latent cells of the square that positions are spread over."""
@@ -41,8 +41,8 @@ class HunyuanDiT(CrossAttentionFamily):
         self.skips = {source: count - 1 - source for source in range(count // 2 - 1)}
         sources = {target: source for source, target in self.skips.items()}
         self.blocks = [
-            as_block(layer, number if number in self.skips else None, sources.get(number))
-            for number, layer in enumerate(model.blocks)
+            as_block(layer, text, number if number in self.skips else None, sources.get(number))
+            for number, (layer, text) in enumerate(zip(model.blocks, self.texts, strict=True))
         ]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
@@ -141,21 +141,16 @@ def _with_padding(text: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
     return torch.cat((text[:, :start], last), dim=1)
 
 
-def as_block(layer: nn.Module, gives: int | None, takes: int | None) -> Block:
-    """`gives`, `takes`: the names under which its output is, or a skip was, left in the state."""
+def as_block(layer: Any, text: TextOfBlock, gives: int | None = None, takes: int | None = None) -> Block:
+    """`text`, `gives`, `takes`: as in `CrossAttentionBlock`."""
 
-    def block(state: TokenState) -> TokenState:
-        assert isinstance(state, CrossAttentionState)
-        skips = dict(state.skips)
-        image = layer(
+    def compute(state: CrossAttentionState, keys_values: tuple[Tensor, Tensor], skip: Tensor | None) -> Tensor:
+        return layer(
             hidden_states=state.image,
             temb=state.modulation,
-            encoder_hidden_states=state.context,
+            encoder_hidden_states=keys_values,
             image_rotary_emb=state.rotary,
-            skip=None if takes is None else skips.pop(takes),
+            skip=skip,
         )
-        if gives is not None:
-            skips[gives] = image
-        return replace(state, image=image, skips=skips)
 
-    return block
+    return CrossAttentionBlock(compute, text, gives, takes)

@@ -6,7 +6,7 @@ Sources: PixArt-alpha (arXiv 2310.00426), PixArt-Sigma (arXiv 2403.04692).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
 from .base import Block, Condition, Shard, TokenState, check_widths
-from .cross_attention import CrossAttentionFamily, CrossAttentionState
+from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
 
 MASKED = -10000.0
 """What is added to the scores of tokens that do not count."""
@@ -36,7 +36,7 @@ class PixArt(CrossAttentionFamily):
         super().__init__(transformer, dtype, device, **latent)
         self.hidden_size = self.transformer.inner_dim
         self.out_channels = self.transformer.out_channels
-        self.blocks = [_as_block(layer) for layer in self.transformer.transformer_blocks]
+        self.blocks = [_as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
         self._positions = lru_cache(maxsize=8)(self._compute_positions)
 
     @property
@@ -113,15 +113,14 @@ class PixArtSigma(PixArt):
     latent_scale = 0.13025
 
 
-def _as_block(layer: nn.Module) -> Block:
-    def block(state: TokenState) -> TokenState:
+def _as_block(layer: Any, text: TextOfBlock) -> Block:
+    def compute(state: CrossAttentionState, keys_values: tuple[Tensor, Tensor], skip: Tensor | None) -> Tensor:
         assert isinstance(state, PixArtState)
-        image = layer(
+        return layer(
             hidden_states=state.image,
-            encoder_hidden_states=state.context,
+            encoder_hidden_states=keys_values,
             encoder_attention_mask=state.bias,
             timestep=state.block_modulation,
         )
-        return replace(state, image=image)
 
-    return block
+    return CrossAttentionBlock(compute, text)

@@ -32,7 +32,7 @@ def test_text_is_computed_once_for_each_condition(model):
     assert len(calls) == 2 * len(family.layers)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(*first)
-    kept = family.layers[0].attn2.processor._kept
+    kept = family.blocks[0].text._kept
     assert len(kept) == len(conditions)
     conditions.clear()
     gc.collect()
