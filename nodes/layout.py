@@ -213,7 +213,7 @@ class ParallelDiTLayout:
                     {
                         "default": "off",
                         "tooltip": "blocks: computes with blocks compiled by torch.compile. The first steps of each "
-                        "new size take longer. Without LoRAs only.",
+                        "new size take longer. Not under LoHa, LoKr or DoRA.",
                     },
                 ),
             },

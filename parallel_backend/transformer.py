@@ -49,9 +49,13 @@ class Transformer:
         return self.family
 
     def compile_blocks(self, run: Run) -> None:
-        """Compute the run that `on` began with compiled blocks; with plain ones where LoRAs are on them."""
-        if self.adapted.is_on:
-            run.log("info", "Blocks with LoRAs are not compiled: every layer with one would be compiled by itself.")
+        """Compute the run that `on` began with compiled blocks; with plain ones where more than plain LoRAs are on."""
+        if self.adapted.change_weights:
+            run.log(
+                "info",
+                "Blocks under LoHa, LoKr, DoRA or whole differences are not compiled: every layer with one would be "
+                "compiled by itself.",
+            )
             return
         self._compiled = self._compiled or self._gathered(compiled(self._plain))
         self.family.blocks = self._compiled

@@ -61,24 +61,46 @@ class OwnChange:
         return scale.unsqueeze(1 if magnitude.of_rows else 0)
 
 
+class SidePath(nn.Linear):
+    """What a linear layer becomes while plain LoRAs are on it: they are computed beside it.
+
+    Their matrices are buffers of the layer, which `torch.compile` takes as inputs as it does the weight: one graph is
+    for all layers alike, and for all LoRAs of the same ranks.
+    """
+
+    lora_down: Tensor
+    lora_up: Tensor
+    lora_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.linear(F.linear(input, self.lora_down), self.lora_up, self.lora_bias)
+
+
+class CastSidePath(SidePath, CastLinear):
+    """The same of a layer whose weight is fp8."""
+
+
 @dataclass(frozen=True)
-class SidePath:
-    """In the place of a linear layer's forward: its own, and the plain LoRAs beside it."""
+class LaidBeside:
+    """A layer that is a `SidePath` for now."""
 
     layer: nn.Linear
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
+    kind: type[nn.Linear]
 
     @classmethod
-    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None, dtype: torch.dtype) -> SidePath:
+    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None, dtype: torch.dtype) -> LaidBeside:
         lows = [(change.delta, change.strength) for change in changes if isinstance(change.delta, LowRank)]
         down = torch.cat([low.down.to(dtype) for low, _ in lows])
         up = torch.cat([(strength * low.scale * low.up.float()).to(dtype) for low, strength in lows], dim=1)
-        return cls(layer, down, up, bias)
+        laid = cls(layer, type(layer))
+        for name, tensor in (("lora_down", down), ("lora_up", up), ("lora_bias", bias)):
+            layer.register_buffer(name, tensor, persistent=False)
+        cast(Any, layer).__class__ = CastSidePath if isinstance(layer, CastLinear) else SidePath
+        return laid
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return type(self.layer).forward(self.layer, x) + F.linear(F.linear(x, self.down), self.up, self.bias)
+    def take_off(self) -> None:
+        self.layer.__class__ = self.kind
+        del self.layer.lora_down, self.layer.lora_up, self.layer.lora_bias
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,15 @@ class ChangedWeight:
     layer: nn.Linear
     changes: tuple[OwnChange, ...]
     bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None) -> ChangedWeight:
+        changed = cls(layer, tuple(changes), bias)
+        layer.forward = cast(Any, changed)
+        return changed
+
+    def take_off(self) -> None:
+        del self.layer.forward
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -105,7 +136,7 @@ class AdaptedLayers:
         self._tensor = tensor
         self.key: object = None
         """Tells the changes that are on from others."""
-        self._layers: list[nn.Linear] = []
+        self._layers: list[LaidBeside | ChangedWeight] = []
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def put(self, changes: Sequence[Change], key: object) -> None:
@@ -132,14 +163,14 @@ class AdaptedLayers:
         self.key = key
 
     @property
-    def is_on(self) -> bool:
-        """Whether any change is."""
-        return bool(self._layers or self._replaced)
+    def change_weights(self) -> bool:
+        """Whether some give a layer another matrix at each call, as plain LoRAs do not."""
+        return any(isinstance(each, ChangedWeight) for each in self._layers)
 
     def take_off(self) -> None:
         """All changes: the model is what it was, bit for bit."""
-        for layer in self._layers:
-            del layer.forward
+        for each in self._layers:
+            each.take_off()
         for owner, leaf, parameter in self._replaced:
             setattr(owner, leaf, parameter)
         self._layers, self._replaced = [], []
@@ -187,9 +218,8 @@ class AdaptedLayers:
             bias = added if bias is None else bias + added
         bias = None if bias is None else bias.to(dtype)
         is_plain = weights and all(isinstance(each.delta, LowRank) and each.magnitude is None for each in weights)
-        path = SidePath.of(layer, weights, bias, dtype) if is_plain else ChangedWeight(layer, tuple(weights), bias)
-        layer.forward = cast(Any, path)
-        self._layers.append(layer)
+        laid = LaidBeside.of(layer, weights, bias, dtype) if is_plain else ChangedWeight.of(layer, weights, bias)
+        self._layers.append(laid)
 
     def _changed(self, name: str, changes: Sequence[OwnChange]) -> nn.Parameter:
         """What is no linear layer of its own is small, and is copied: patch embeddings, norms, tables."""

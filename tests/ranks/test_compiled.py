@@ -1,6 +1,10 @@
 """Runs with compiled blocks give what runs with plain ones do, in every kind of layout, and with LoRAs."""
 
+from functools import partial
+from unittest import mock
+
 import pytest
+import torch
 from paralleldit.parallel_backend.adapters.store import AdapterStore
 from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
@@ -8,8 +12,10 @@ from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef
 from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, sampled
-from paralleldit.tests.ranks.test_lora import Files
+from paralleldit.tests.ranks.test_exact_layouts import guided_by
+from paralleldit.tests.ranks.test_lora import Files, shape_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
+from torch._dynamo.utils import counters
 
 MODEL = "pixart alpha"
 """The one that takes the shortest time to compile. One rank: see tests/unit/test_compiled_blocks.py."""
@@ -38,23 +44,56 @@ class ToldRun:
         self.told.append(text)
 
 
-def blocks_in_turn(world, path, lora):
-    """Whether the blocks are compiled ones, and what was told: without a LoRA, with it, without, and of a plain run."""
-    mesh, run, store = Mesh(Layout()), ToldRun(), AdapterStore()
-    transformer = Transformer(path, CPU, part=Part.of(Layout(), mesh))
-    plain, seen = list(transformer.on(mesh).blocks), []
-    for files in ((), (lora,), ()):
-        family = transformer.on(mesh)
-        store.adapt(transformer, Adapters(files=files), run)
-        transformer.compile_blocks(run)
-        seen.append(list(family.blocks) != plain)
-    return [*seen, list(transformer.on(mesh).blocks) != plain], run.told
+def compiled_in_turn(world, layout, dtype, backend, path, lora_sets):
+    """With each set of LoRAs after the other: what plain blocks predict and what compiled ones do, and how many graphs
+    there are by then; at the end, what was told."""
+    mesh, run, store, seen = Mesh(layout), ToldRun(), AdapterStore(), []
+    transformer = Transformer(path, CPU, dtype, part=Part.of(layout, mesh))
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+        for loras in lora_sets:
+            family = transformer.on(mesh)
+            store.adapt(transformer, Adapters(files=loras), run)
+            plain = guided_by(family, mesh, MODEL, shape_of(MODEL))
+            transformer.compile_blocks(run)
+            answer = guided_by(family, mesh, MODEL, shape_of(MODEL))
+            seen.append((plain, answer, counters["stats"]["unique_graphs"]))
+    return seen, run.told
 
 
-def test_blocks_with_loras_are_not_compiled_and_that_is_told(ranks, tmp_path):
+# To trace takes a tenth of the time of making code of what was traced, which is the same thing in every layout.
+@pytest.mark.parametrize(
+    ("layout", "dtype", "backend"),
+    [
+        (Layout(), "auto", "inductor"),
+        (Layout(), "fp8_e4m3fn", "eager"),
+        (Layout(tensor_degree=2), "auto", "eager"),
+        (Layout(ulysses_degree=2, weights="sharded"), "auto", "eager"),
+    ],
+    ids=str,
+)
+def test_plain_loras_are_compiled_once(ranks, tmp_path, layout, dtype, backend):
     files = Files(tmp_path)
-    lora = LoraRef(path=str(files.lora(MODEL, "diffusers", "kohya")[0]))
-    ((compiled, told),) = ranks.run(1, blocks_in_turn, files.base(MODEL), lora)
-    assert compiled == [True, False, True, False]
+    one, other = (str(files.lora(MODEL, "diffusers", format)[0]) for format in ("kohya", "peft"))
+    sets = [(), (LoraRef(path=one),), (LoraRef(path=other, strength=-0.4),), ()]
+    for seen, told in ranks.run(layout.ranks, compiled_in_turn, layout, dtype, backend, files.base(MODEL), sets):
+        for plain, answer, _ in seen:
+            assert relative_error(answer, plain) <= 1e-5
+        without, with_one, with_other, restored = (answer for _, answer, _ in seen)
+        assert relative_error(with_one, without) > 0.05
+        assert relative_error(with_other, with_one) > 0.05
+        assert torch.equal(restored, without)
+        graphs = [each for *_, each in seen]
+        assert graphs[1:] == [graphs[1]] * 3
+        assert graphs[1] <= 2 * graphs[0]
+        assert not told
+
+
+def test_blocks_under_other_loras_are_not_compiled_and_that_is_told(ranks, tmp_path):
+    files = Files(tmp_path)
+    lora = LoraRef(path=str(files.lora(MODEL, "diffusers", "lokr")[0]))
+    ((seen, told),) = ranks.run(1, compiled_in_turn, Layout(), "auto", "eager", files.base(MODEL), [(lora,)])
+    assert [graphs for *_, graphs in seen] == [0]
     assert len(told) == 1
-    assert "LoRAs are not compiled" in told[0]
+    assert "are not compiled" in told[0]
