@@ -6,6 +6,7 @@ Its other kernels hand the ring a log-sum-exp of zero, which gives wrong numbers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -71,4 +72,9 @@ class YunchangAttention:
 
 def _group(axis: Axis) -> dist.ProcessGroup:
     # None would mean the whole world to the library.
-    return axis.group or new_group([dist.get_rank()])
+    return axis.group or _group_of_one()
+
+
+@cache
+def _group_of_one() -> dist.ProcessGroup:
+    return new_group([dist.get_rank()])

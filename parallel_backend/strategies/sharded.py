@@ -46,6 +46,10 @@ class ShardedWeights:
         self._axis: Axis | None = None
         device = shards.buffers[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            # The model may go while its first block is on its way again, for a step that does not come.
+            for buffer in shards.buffers:
+                buffer.record_stream(self._stream)
 
     def begin(self, axis: Axis) -> None:
         """From now on gather over the ranks of `axis`, which all begin together, with no block at hand."""
