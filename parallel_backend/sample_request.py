@@ -20,7 +20,7 @@ from .fitting import Work, check_layout
 from .layout import Layout, patches_of
 from .mesh import Mesh
 from .protocol.messages import Sample
-from .sampling.driver import SamplingJob, StepContext, latent_mask, not_finite
+from .sampling.driver import SamplingJob, StepContext, check_result, latent_mask, not_finite
 from .sampling.driver import run as run_sampler
 from .sampling.model_sampling import ModelSampling
 from .sampling.noise import GaussianNoise, initial_noise
@@ -155,6 +155,7 @@ def sample(
         )
         sampled = pipeline.run(run, on_piped_step)
     whole = mesh.data.all_gather(sampled, counts, dim=0)
+    check_result(whole, steps)
     return family.process_out(whole).cpu()
 
 

@@ -55,7 +55,7 @@ class SamplingJob:
 
 
 def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor:
-    """Samples and returns the latent of the job's `part`, fp32, in the model's space.
+    """Samples and returns the latent of the job's `part`, fp32, in the model's space: `check_result` is for the whole.
 
     Raises UserError for an unknown sampler, too few steps, sigmas that do not descend, tensors that do not fit, or a
     prediction that is not finite.
@@ -78,7 +78,7 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
             on_step(question.step, total, denoised, question.x, question.sigma)
         return denoised
 
-    return check_result(job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer)), total)
+    return job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer))
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,9 @@ SAMPLER_BROKE_DOWN = "the sampler's own numbers broke down, not the model's."
 USE_ANOTHER_SAMPLER = "Use another scheduler (beta or simple), fewer steps, or another sampler (euler)."
 
 
-def check_result(latent: Tensor, total: int) -> Tensor:
-    """The sampled latent. Raises UserError when the last step made it not finite."""
+def check_result(latent: Tensor, total: int) -> None:
+    """Raises UserError when the last step made the sampled latent not finite."""
     if not torch.isfinite(latent).all():
         raise UserError(
             f"The latent is not finite after step {total} of {total}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER
         )
-    return latent

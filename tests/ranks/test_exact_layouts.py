@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
+from paralleldit.parallel_backend import sample_request
 from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.comm import split_sizes
@@ -13,7 +15,7 @@ from paralleldit.parallel_backend.layout import Layout
 from paralleldit.parallel_backend.mesh import Mesh
 from paralleldit.parallel_backend.parts import Part
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
-from paralleldit.parallel_backend.sample_request import sample
+from paralleldit.parallel_backend.sample_request import run_sampler, sample
 from paralleldit.parallel_backend.strategies.entries import Entry
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
@@ -308,15 +310,23 @@ def test_whole_run_equals_one_rank(ranks, model, degrees, sampler, batch_index, 
 
 
 def failure_of_run(world, degrees, spoilt):
+    def broken_down(*arguments):
+        return run_sampler(*arguments) * (torch.nan if world.rank else 1.0)
+
     try:
-        sampled(world, degrees, "sd3.5 medium", "euler", None, False, spoilt)
+        with mock.patch.object(sample_request, "run_sampler", broken_down if spoilt == "result" else run_sampler):
+            sampled(world, degrees, "sd3.5 medium", "euler", None, False, spoilt)
     except UserError as error:
         return str(error)
 
 
 @pytest.mark.parametrize(
     ("spoilt", "reason"),
-    [("text", "prediction is not finite at step 1 of 4"), ("latent", "latent is not finite at step 1 of 4")],
+    [
+        ("text", "prediction is not finite at step 1 of 4"),
+        ("latent", "latent is not finite at step 1 of 4"),
+        ("result", "latent is not finite after step 4 of 4"),
+    ],
 )
 def test_what_breaks_on_one_replica_stops_all_alike(ranks, spoilt, reason):
     (failure,) = set(ranks.run(2, failure_of_run, (1, 1, 1, 2), spoilt))
