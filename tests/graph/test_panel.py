@@ -100,7 +100,8 @@ def test_errors_are_noted_and_a_cancel_is_none(client, activity, fault, is_noted
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     """A sidecar of two ranks that do as their prompt says."""
-    spec = SidecarSpec(device="cpu", worker="tests.ranks.stand_in", directory=tmp_path_factory.mktemp("panel"))
+    directory = tmp_path_factory.mktemp("panel")
+    spec = SidecarSpec(device="cpu", worker="tests.ranks.stand_in", directory=directory, hang_timeout=8.0)
     yield spec
     sidecar.stop(spec.slot)
 
