@@ -6,7 +6,7 @@ import argparse
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.layout import Layout, parse_layout
-from ..parallel_backend.protocol.messages import Load, Memory, Progress, Request, Sample, Unload, Welcome
+from ..parallel_backend.protocol.messages import Memory, Progress, Request, Sample, Unload, Welcome
 from . import sidecar
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 TEXT = """Measure how long the sampling of a saved API-format workflow takes, in one layout after the other.
 The workflow runs up to its Parallel Sampler, with the models, prompts, size and steps that it names; that
 run is then repeated in the layouts to be measured, in turns, and with one rank alone. Prints Markdown: the
-times of a run, the speed-up over one rank, what rank 0 sends per step, the memory in use on the fullest
-rank, and how far the latent is from that of one rank (relative; 0 where nothing differs)."""
+times of a run without loading, the speed-up over one rank, what rank 0 sends per step, the memory in use
+on the fullest rank, and how far the latent is from that of one rank (relative; 0 where nothing differs).
+With --no-alone the first layout is in the place of one rank."""
 ALONE = "one rank"
 
 
@@ -77,17 +78,19 @@ def main(args: argparse.Namespace) -> int:
 
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds}, but it is at least 1.")
-    chosen = [parse_layout(text) for text in args.layout]
+    # As they were given: the name of a layout leaves out settings in which two of them may differ.
+    chosen = {text: parse_layout(text) for text in args.layout}
     spec = spec_of(args)
     run = captured(args, spec)
-    layouts = chosen or usual_layouts(run.ranks, guided=bool(run.message.negative))
+    usual = usual_layouts(run.ranks, guided=bool(run.message.negative))
+    layouts = chosen or {str(layout): layout for layout in usual}
     host.use(host.Host(models=args.models, spec=spec, owned=False, say=_say))
     client = session.client_for(run.ranks)
     results = in_turns(client, run, layouts, args.rounds)
     if args.alone:
         client.request(Unload(id=0))
         with one_rank(spec) as alone:
-            results = in_turns(alone, run, [Layout()], args.rounds) | results
+            results = in_turns(alone, run, {ALONE: Layout()}, args.rounds) | results
     if not results:
         raise UserError("The run can be made in none of these layouts: the reasons are above.")
     print(*table(results), sep="\n")
@@ -147,22 +150,20 @@ def one_rank(spec: SidecarSpec) -> Iterator[Client]:
             sidecar.stop(alone.slot)
 
 
-def in_turns(client: Client, run: Captured, layouts: Sequence[Layout], rounds: int) -> dict[str, Measured]:
+def in_turns(client: Client, run: Captured, layouts: Mapping[str, Layout], rounds: int) -> dict[str, Measured]:
     """What runs in these layouts take, in another order every round. Those that do not fit are named and left out."""
     results: dict[str, Measured] = {}
-    for layout in layouts:
+    for name, layout in layouts.items():
         try:
             sampled(client, run, layout)
-            results[str(layout)] = Measured()
+            results[name] = Measured()
         except UserError as error:
-            _say(f"{layout} is left out: {error}")
-    fitting = [layout for layout in layouts if str(layout) in results]
+            _say(f"{name} is left out: {error}")
     for number in range(rounds):
-        for layout in random.sample(fitting, len(fitting)):
-            measured = results[str(layout)]
-            seconds, measured.sent, measured.used, measured.latent = sampled(client, run, layout)
+        for name, measured in random.sample(list(results.items()), len(results)):
+            seconds, measured.sent, measured.used, measured.latent = sampled(client, run, layouts[name])
             measured.seconds.append(seconds)
-            _say(f"round {number + 1} of {rounds}: {layout} {seconds:.2f} s")
+            _say(f"round {number + 1} of {rounds}: {name} {seconds:.2f} s")
     return results
 
 
@@ -177,7 +178,6 @@ def sampled(client: Client, run: Captured, layout: Layout) -> tuple[float, float
         if isinstance(event, Progress) and event.phase == "sample":
             steps = event.total
 
-    client.request(Load(id=0, ref=run.message.model, layout=layout))
     result, answer = client.request(run.message.model_copy(update={"layout": layout}), run.tensors, on_event)
     told: dict[str, Any] = result.data
     sent = sum(traffic["bytes"] for traffic in told["traffic"].values())
