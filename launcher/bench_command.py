@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout import Layout, parse_layout
+from ..parallel_backend.layout.layout import Layout, parse_layout
 from ..parallel_backend.protocol.messages import Memory, Progress, Request, Sample, Unload, Welcome
 from . import sidecar
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.fitting import Work, check_layout, layouts_that_fit
-from ..parallel_backend.layout import Layout, parse_layout, patches_of
+from ..parallel_backend.layout.fitting import Work, check_layout, layouts_that_fit
+from ..parallel_backend.layout.layout import Layout, parse_layout, patches_of
 
 TOKEN_PIXELS = 16
 """Pixels per image token, in both directions, in all families here."""

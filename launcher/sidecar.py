@@ -237,7 +237,7 @@ def _launch(
 def _spawn(life: Life, spec: SidecarSpec, settings: records.Settings) -> subprocess.Popen[bytes]:
     single = settings.nnodes == 1
     command = [
-        *(spec.python, "-m", "parallel_backend.agent", str(life.path)),
+        *(spec.python, "-m", "parallel_backend.worker.torchrun", str(life.path)),
         *(f"--nnodes={settings.nnodes}", f"--node-rank={settings.node_rank}"),
         f"--nproc-per-node={len(settings.local_ranks)}",
         *(

@@ -8,12 +8,7 @@ from .lora import ParallelDiTLora
 from .sampler import ParallelDiTSampler
 from .status import ParallelDiTStatus, ParallelDiTUnload
 from .text import ParallelDiTTextEncode
-from .vae import (
-    ParallelDiTVAEDecode,
-    ParallelDiTVAEEncode,
-    ParallelDiTVAEEncodeForInpaint,
-    ParallelDiTVAELoader,
-)
+from .vae import ParallelDiTVAEDecode, ParallelDiTVAEEncode, ParallelDiTVAEEncodeForInpaint, ParallelDiTVAELoader
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.files.controlnet import read_controlnet
 from ..parallel_backend.protocol.messages import Conditioning, Control, ControlNetRef
-from ..parallel_backend.weights.controlnet import read_controlnet
 from . import paths
 from .span import SPAN, check_span
 from .validation import verdict

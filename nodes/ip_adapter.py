@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.files.ip_adapter import IPAdapterInfo, read_ip_adapter
 from ..parallel_backend.protocol.messages import Conditioning, ImagePrompt, IPAdapterRef
-from ..parallel_backend.weights.ip_adapter import IPAdapterInfo, read_ip_adapter
 from . import host, paths
 from .handles import handle_of
 from .span import SPAN, check_span

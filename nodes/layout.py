@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.fitting import Work, check_layout
-from ..parallel_backend.layout import (
+from ..parallel_backend.layout.fitting import Work, check_layout
+from ..parallel_backend.layout.layout import (
     AXES,
     AttentionKernel,
     Compile,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from ..parallel_backend.files import detect, open_checkpoint
 from ..parallel_backend.protocol.messages import ModelRef, WeightDtype
-from ..parallel_backend.weights import detect, open_checkpoint
 from . import host, paths
 from .handles import ModelHandle
 from .layout import LayoutChoice

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.files import open_checkpoint
 from ..parallel_backend.protocol.messages import LoraRef
-from ..parallel_backend.weights import open_checkpoint
 from . import host, paths
 from .handles import handle_of
 from .validation import verdict

@@ -6,9 +6,9 @@ from itertools import chain
 from typing import Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.fitting import Work, check_layout
+from ..parallel_backend.layout.fitting import Work, check_layout
 from ..parallel_backend.protocol.messages import Adapters, Sample
-from ..parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from . import conditioning, controlnet, host, ip_adapter, latent, patches, regions, session
 from .handles import handle_of
 from .layout import LayoutChoice

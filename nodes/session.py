@@ -12,16 +12,7 @@ from ..launcher import devices, sidecar
 from ..launcher.client import Client, Event
 from ..launcher.sidecar import SidecarSpec
 from ..parallel_backend.errors import Cancelled, UserError
-from ..parallel_backend.protocol.messages import (
-    AnyRequest,
-    Log,
-    Memory,
-    Progress,
-    Request,
-    Result,
-    Unload,
-    Welcome,
-)
+from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
 from . import host
 from .activity import activity
 

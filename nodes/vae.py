@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import Decode, EncodeImage, OnOutOfMemory, VaeRef, WeightDtype
-from ..parallel_backend.vae.header import VaeHeader, read_header
+from ..parallel_backend.vae.files.header import VaeHeader, read_header
 from ..parallel_backend.vae.kinds import check_side
 from ..parallel_backend.vae.tiles import NO_TILES, Tiling, cropped
 from . import paths, session

@@ -18,7 +18,8 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
-from paralleldit.parallel_backend.families.base import Condition, Family
+from paralleldit.parallel_backend.families.condition import Condition
+from paralleldit.parallel_backend.families.family import Family
 from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.families.hunyuandit import HunyuanDiT
 from paralleldit.parallel_backend.families.pixart import PixArtAlpha, PixArtSigma

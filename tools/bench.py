@@ -31,11 +31,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from bench_memory import MB, peak_memory
 
-from parallel_backend.control import Control
-from parallel_backend.layout import Layout
-from parallel_backend.mesh import Mesh
-from parallel_backend.parts import Part
-from parallel_backend.transformer import Transformer
+from parallel_backend.distributed.control_group import Control
+from parallel_backend.distributed.mesh import Mesh
+from parallel_backend.engine.model import Transformer
+from parallel_backend.layout.layout import Layout
+from parallel_backend.layout.model_part import Part
 
 LAYOUTS = {
     2: {

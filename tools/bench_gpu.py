@@ -32,10 +32,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel_backend.attention.core import AttentionCore
 from parallel_backend.attention.kernels import KERNELS
-from parallel_backend.comm import Axis, Ledger
-from parallel_backend.families.base import Condition, compiled
+from parallel_backend.attention.usp import AttentionCore
+from parallel_backend.distributed.axis import Axis
+from parallel_backend.distributed.ledger import Ledger
+from parallel_backend.families.blocks import compiled
+from parallel_backend.families.condition import Condition
 from parallel_backend.families.flux import Flux
 from parallel_backend.strategies.sequence import SequenceParallel
 

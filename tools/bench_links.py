@@ -31,13 +31,14 @@ from diffusers import FluxTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel_backend.control import Control, Run
-from parallel_backend.families.base import Family
+from parallel_backend.distributed.control_group import Control
+from parallel_backend.distributed.mesh import Mesh
+from parallel_backend.engine.sample import sample
+from parallel_backend.families.family import Family
 from parallel_backend.families.flux import Flux
-from parallel_backend.layout import Layout
-from parallel_backend.mesh import Mesh
+from parallel_backend.layout.layout import Layout
 from parallel_backend.protocol.messages import Conditioning, ModelRef, Progress, Sample, Schedule
-from parallel_backend.sample_request import sample
+from parallel_backend.run_context import Run
 
 LAYOUTS = {
     "ulysses2": Layout(ulysses_degree=2),

@@ -58,7 +58,7 @@ def write_model(folder: Path, single_blocks: int) -> int:
     from diffusers import FluxTransformer2DModel
     from safetensors.torch import save_file
 
-    from parallel_backend.weights.flux_keys import RULES
+    from parallel_backend.families.keys.flux import RULES
     from parallel_backend.weights.load import load_transformer
 
     with init_empty_weights():

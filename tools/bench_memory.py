@@ -28,13 +28,14 @@ from diffusers import FluxTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel_backend.control import Control, Run
-from parallel_backend.layout import Layout
-from parallel_backend.mesh import Mesh
-from parallel_backend.parts import Part
+from parallel_backend.distributed.control_group import Control
+from parallel_backend.distributed.mesh import Mesh
+from parallel_backend.engine.model import Transformer
+from parallel_backend.engine.sample import sample
+from parallel_backend.layout.layout import Layout
+from parallel_backend.layout.model_part import Part
 from parallel_backend.protocol.messages import Conditioning, ModelRef, Sample, Schedule
-from parallel_backend.sample_request import sample
-from parallel_backend.transformer import Transformer
+from parallel_backend.run_context import Run
 
 LAYOUTS = [
     Layout(),

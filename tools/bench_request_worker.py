@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from parallel_backend.control import Run
 from parallel_backend.protocol import messages
-from parallel_backend.worker import main
+from parallel_backend.run_context import Run
+from parallel_backend.worker.__main__ import main
 
 
 class Mirror:

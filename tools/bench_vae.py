@@ -35,7 +35,8 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel_backend.comm import Axis, Ledger
+from parallel_backend.distributed.axis import Axis
+from parallel_backend.distributed.ledger import Ledger
 from parallel_backend.vae.decode import decode
 from parallel_backend.vae.encode import encode
 from parallel_backend.vae.kinds import Direction

@@ -18,13 +18,13 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterTimeImageProje
 from torch import Tensor, nn
 
 from ..attention.site import Attention
-from ..comm import Axis
+from ..distributed.axis import Axis
 from ..errors import UserError
-from ..families.base import Family
-from ..stages import Stage
-from ..weights.cuts import TensorCuts
-from ..weights.ip_adapter import PROJECTION, SITES, IPAdapterInfo, read_ip_adapter
-from ..weights.keymap import count_blocks
+from ..families.family import Family
+from ..families.spec import count_blocks
+from ..files.ip_adapter import PROJECTION, SITES, IPAdapterInfo, read_ip_adapter
+from ..layout.stages import Stage
+from ..weights.tensor_cuts import TensorCuts
 
 LIKE = "transformer_blocks.0.attn.to_k"
 """The layer of the model that an adapter's keys and values are cut like."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..layout import AttentionKernel
+from ..layout.layout import AttentionKernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

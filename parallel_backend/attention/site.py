@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from ..comm import Exchange
-
-Tokens = Literal["all", "image"]
-"""What a site attends over: text and image together, or the image alone."""
-
-
-def lengths_by_tokens(text: Sequence[int], image: Sequence[int]) -> dict[Tokens, list[int]]:
-    """How many tokens each rank holds of what a site may attend over."""
-    return {"all": [sum(both) for both in zip(text, image, strict=True)], "image": list(image)}
-
+from ..distributed.axis import Exchange
+from ..tokens.plan import Tokens
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, `[B, S, H, D]` each."""

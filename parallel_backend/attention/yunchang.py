@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm import Axis, new_group
+from ..distributed.axis import Axis
+from ..distributed.groups import new_group
 from ..errors import UserError
-from .site import KeysValues, Sent, Tokens, lengths_by_tokens
+from ..tokens.plan import Tokens, lengths_by_tokens
+from .site import KeysValues, Sent
 
 
 class YunchangAttention:

@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..attention.rotary import rotate
 from ..attention.site import Attention
-from .base import Condition, Family, PartlyCompiled, TokenState
+from ..tokens.rotary import rotate
+from .blocks import PartlyCompiled
+from .condition import Condition
+from .family import Family
+from .state import TokenState
 
 
 @dataclass

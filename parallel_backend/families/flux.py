@@ -14,10 +14,14 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from ..attention.rotary import rotate, rotations
 from ..attention.site import Attention
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
-from .base import Block, Condition, Family, Shard, ShownPrompt, TokenState, check_widths
+from ..tokens.plan import Shard
+from ..tokens.rotary import rotate, rotations
+from .blocks import Block
+from .condition import Condition, ShownPrompt, check_widths
+from .family import Family
+from .state import TokenState
 
 
 class JointSite:

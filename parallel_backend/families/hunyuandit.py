@@ -14,11 +14,14 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from torch import Tensor, nn
 
-from ..attention.rotary import rotations
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
-from .base import Block, Condition, Shard, TokenState, check_widths
+from ..tokens.plan import Shard
+from ..tokens.rotary import rotations
+from .blocks import Block
+from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
+from .state import TokenState
 
 TRAINED_SIDE = 64
 """Latent cells of the square that positions are spread over."""

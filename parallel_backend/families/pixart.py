@@ -15,8 +15,11 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
-from .base import Block, Condition, Shard, TokenState, check_widths
+from ..tokens.plan import Shard
+from .blocks import Block
+from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
+from .state import TokenState
 
 MASKED = -10000.0
 """What is added to the scores of tokens that do not count."""

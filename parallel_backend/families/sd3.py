@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from ..attention.site import Attention, Sent
 from ..sampling.model_sampling import DiscreteFlow, ModelSampling
-from .base import Block, Condition, Family, Shard, ShownPrompt, TokenState, check_widths
+from ..tokens.plan import Shard
+from .blocks import Block
+from .condition import Condition, ShownPrompt, check_widths
+from .family import Family
+from .state import TokenState
 
 SHIFT = 3.0
 

@@ -7,16 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solver import (
-    Denoise,
-    Solver,
-    SolverContext,
-    ancestral_step,
-    log_midpoint,
-    slope,
-    split_variance,
-    toward,
-)
+from .solver import Denoise, Solver, SolverContext, ancestral_step, log_midpoint, slope, split_variance, toward
 
 
 def euler(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:

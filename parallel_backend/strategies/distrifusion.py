@@ -11,10 +11,11 @@ from collections import Counter
 
 from torch import Tensor
 
-from ..attention.core import AttentionCore
-from ..attention.stale import StaleAttention
-from ..families.base import Condition, Family
-from ..mesh import Mesh
+from ..attention.stale_kv import StaleAttention
+from ..attention.usp import AttentionCore
+from ..distributed.mesh import Mesh
+from ..families.condition import Condition
+from ..families.family import Family
 from .sequence import SequenceParallel
 
 

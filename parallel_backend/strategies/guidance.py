@@ -8,10 +8,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..comm import Axis, split_sizes
-from ..families.base import Condition
+from ..distributed.axis import Axis
+from ..families.condition import Condition
+from ..layout.split import split_sizes
 from ..sampling.model_sampling import ModelSampling
-from .entries import EVERYWHERE, Entry, sum_of_weights, weighted_sum
+from .weighted_prompts import EVERYWHERE, Entry, sum_of_weights, weighted_sum
 
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 """`predict(latent [B, C, H, W], timestep [B], condition)`: a transformer's output, however many ranks compute it."""

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.site import Attention
-from ..comm import Axis, split_sizes
-from ..families.base import Condition, Family, Shard
-
-
-@dataclass(frozen=True)
-class TokenPlan:
-    """How many text and image tokens each sequence-parallel rank holds. Uneven and empty shares are fine."""
-
-    text_sizes: tuple[int, ...]
-    image_sizes: tuple[int, ...]
-
-    @classmethod
-    def even(cls, text_length: int, image_length: int, ranks: int) -> TokenPlan:
-        # The ranks that get a longer share of the image get a shorter share of the text, so that loads stay level.
-        text_sizes = split_sizes(text_length, ranks)[::-1]
-        return cls(tuple(text_sizes), tuple(split_sizes(image_length, ranks)))
-
-    def of_first(self, count: int) -> TokenPlan:
-        """The same shares of only the first `count` image tokens."""
-        ends = accumulate(self.image_sizes)
-        sizes = (min(size, max(0, count - end + size)) for size, end in zip(self.image_sizes, ends, strict=True))
-        return TokenPlan(self.text_sizes, tuple(sizes))
-
-    def shard(self, rank: int) -> Shard:
-        return Shard(text=_range(self.text_sizes, rank), image=_range(self.image_sizes, rank))
+from ..distributed.axis import Axis
+from ..families.condition import Condition
+from ..families.family import Family
+from ..tokens.plan import TokenPlan
 
 
 class SequenceParallel:
@@ -98,8 +76,3 @@ class SequenceParallel:
             for block, number in control.targets(family).items():
                 added[block] = added[block] + padded[number] if block in added else padded[number]
         return added
-
-
-def _range(sizes: tuple[int, ...], index: int) -> slice:
-    ends = list(accumulate(sizes))
-    return slice(ends[index] - sizes[index], ends[index])

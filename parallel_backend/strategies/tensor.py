@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..comm import Axis
-from ..weights.cuts import TensorCuts
+from ..distributed.axis import Axis
+from ..weights.tensor_cuts import TensorCuts
 
 
 class TensorParallel:

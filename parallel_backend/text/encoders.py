@@ -3,177 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import (
-    BertModel,
-    BertTokenizer,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 
 from ..errors import UserError
-from ..weights.checkpoint import open_checkpoint
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextConditioning:
-    """What a prompt becomes: `tokens` `[1, St, C]` and what else its models take (families.base.Condition)."""
-
-    tokens: Tensor
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
-    tokens_2: Tensor | None = None
-    mask_2: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that are there, by name, fp32 on the CPU."""
-        return {name: tensor.float().cpu() for name, tensor in vars(self).items() if tensor is not None}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One encoder with its tokenizer: the subfolders, what its configuration may have as `model_type`, the classes."""
-
-    folder: str
-    tokenizer_folder: str
-    model_types: tuple[str, ...]
-    encoder: type[PreTrainedModel]
-    tokenizer: type[PreTrainedTokenizerBase]
-
-
-@dataclass(frozen=True)
-class LoadedPart:
-    encoder: Any
-    tokenizer: Any
-
-    def ids(self, prompt: str, length: int) -> Tensor:
-        """Token ids `[1, length]`, padded or cut; what is cut is logged."""
-        return self._tokenized(prompt, length)[0]
-
-    def masked_tokens(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
-        """What the encoder makes of a prompt without looking at the padding, `[1, length, C]`; 1 where none is."""
-        ids, mask = self._tokenized(prompt, length)
-        return self.encoder(ids, attention_mask=mask).last_hidden_state, mask
-
-    def _tokenized(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
-        needed = len(self.tokenizer(prompt, verbose=False).input_ids)
-        if needed > length:
-            log.warning("The prompt has %d tokens, only the first %d are used by this text encoder.", needed, length)
-        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.encoder.device), tokens.attention_mask.to(self.encoder.device)
-
-
-Encode = Callable[[tuple[LoadedPart, ...], str, str, int], TextConditioning]
-
-
-@dataclass(frozen=True)
-class TextFamily:
-    """The text side of some pipelines: their encoders and how these make one conditioning.
-
-    `encode(parts, prompt, prompt_2, max_length)`; `main_part` is the part whose length `max_length` is.
-    """
-
-    pipelines: tuple[str, ...]
-    parts: tuple[Part, ...]
-    main_part: int
-    default_length: int
-    encode: Encode
-
-
-def _encode_flux(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
-    clip, t5 = parts
-    clip_length = min(clip.tokenizer.model_max_length, clip.encoder.config.max_position_embeddings)
-    return TextConditioning(
-        # Flux was trained without masking the padding of either encoder.
-        tokens=t5.encoder(t5.ids(prompt_2, max_length)).last_hidden_state,
-        pooled=clip.encoder(clip.ids(prompt, clip_length)).pooler_output,
-    )
-
-
-def _encode_sd3(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
-    *clips, t5 = parts
-    encoded = [
-        clip.encoder(clip.ids(prompt, clips[0].tokenizer.model_max_length), output_hidden_states=True) for clip in clips
-    ]
-    of_clips = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)
-    of_t5 = t5.encoder(t5.ids(prompt_2, max_length)).last_hidden_state
-    return TextConditioning(
-        # The tokens of CLIP, side by side and filled up with zeros to the width of T5's, go before them.
-        tokens=torch.cat([F.pad(of_clips, (0, of_t5.shape[-1] - of_clips.shape[-1])), of_t5], dim=1),
-        pooled=torch.cat([each.text_embeds for each in encoded], dim=-1),
-    )
-
-
-def _encode_pixart(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
-    # Its captions were in lower case.
-    tokens, mask = parts[0].masked_tokens(prompt_2.lower().strip(), max_length)
-    return TextConditioning(tokens=tokens, mask=mask)
-
-
-HUNYUAN_CLIP_LENGTH = 77
-
-
-def _encode_hunyuandit(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
-    tokens, mask = parts[0].masked_tokens(prompt, HUNYUAN_CLIP_LENGTH)
-    tokens_2, mask_2 = parts[1].masked_tokens(prompt_2, max_length)
-    return TextConditioning(tokens=tokens, mask=mask, tokens_2=tokens_2, mask_2=mask_2)
-
-
-def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
-    t5 = Part("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
-    return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
-
-
-FAMILIES = (
-    TextFamily(
-        pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
-        parts=(
-            Part("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModel, CLIPTokenizer),
-            Part("text_encoder_2", "tokenizer_2", ("t5",), T5EncoderModel, T5Tokenizer),
-        ),
-        main_part=1,
-        default_length=512,
-        encode=_encode_flux,
-    ),
-    TextFamily(
-        pipelines=("StableDiffusion3Pipeline",),
-        parts=(
-            Part("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer),
-            Part("text_encoder_2", "tokenizer_2", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer),
-            Part("text_encoder_3", "tokenizer_3", ("t5",), T5EncoderModel, T5Tokenizer),
-        ),
-        main_part=2,
-        default_length=256,
-        encode=_encode_sd3,
-    ),
-    _pixart(("PixArtAlphaPipeline",), length=120),
-    _pixart(("PixArtSigmaPipeline",), length=300),
-    TextFamily(
-        pipelines=("HunyuanDiTPipeline",),
-        parts=(
-            Part("text_encoder", "tokenizer", ("bert",), BertModel, BertTokenizer),
-            Part("text_encoder_2", "tokenizer_2", ("mt5", "t5"), T5EncoderModel, T5Tokenizer),
-        ),
-        main_part=1,
-        default_length=256,
-        encode=_encode_hunyuandit,
-    ),
-)
+from ..files.checkpoint import open_checkpoint
+from .recipes import FAMILIES, LoadedPart, Part, TextConditioning, TextFamily
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..comm import Axis
+from ..distributed.axis import Axis
 from ..errors import UserError
+from .distribute import Report, Side, Work
+from .job import UNKNOWN, Memory, run
 from .kinds import check_side
 from .load import LoadedVAE
-from .run import UNKNOWN, Memory, run
-from .spread import Report, Side, Work
-from .stragglers import Check
+from .out_of_memory import Check
 from .tiles import NO_TILES, Tiling
 
 

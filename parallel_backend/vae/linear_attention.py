@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
-from torch import Tensor, nn
+from torch import nn
 
-from ..comm import Axis
+from ..attention.linear import _attend
+from ..distributed.axis import Axis
 
 FORMS = ("apply_linear_attention", "apply_quadratic_attention")
 """Two orders of the same products. The class chooses by the number of pixels, here by that of a band."""
@@ -29,13 +29,3 @@ def summed_linear_attention(module: nn.Module, axis: Axis) -> Iterator[None]:
         for part in parts:
             for form in FORMS:
                 delattr(part, form)
-
-
-def _attend(axis: Axis, eps: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each `[B, G, D, pixels]`; computed in fp32 (arXiv 2205.14756, section 3.1)."""
-    dtype = value.dtype
-    query, key, value = (each.float() for each in (query, key, value))
-    with_count = torch.cat([value, torch.ones_like(value[:, :, :1])], dim=2)
-    sums = axis.all_reduce(torch.matmul(with_count, key.transpose(-1, -2)).contiguous())
-    attended = torch.matmul(sums, query)
-    return (attended[:, :, :-1] / (attended[:, :, -1:] + eps)).to(dtype)

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .header import Shape, VaeHeader, read_header
+from .files.header import Shape, VaeHeader, read_header
 from .kinds import KINDS, SIDES, Direction, Kind
 
 TIMESTEP, NOISE_SHARE = 0.05, 0.025

@@ -16,14 +16,14 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..errors import UserError
-from ..parts import WHOLE, Part
-from ..stages import block_of, block_parameters, stage_parameters
-from .checkpoint import Checkpoint, open_checkpoint
-from .cuts import TensorCuts
-from .detect import Detected, detect
-from .keymap import Shapes
+from ..families.spec import Shapes
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.detect import Detected, detect
+from ..layout.model_part import WHOLE, Part
+from ..layout.stages import block_of, block_parameters, stage_parameters
 from .reader import FP8, Entry, Reader
 from .shards import BlockShards, load_shards
+from .tensor_cuts import TensorCuts
 
 logger = logging.getLogger(__name__)
 

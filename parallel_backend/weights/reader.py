@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .cast_linear import CastLinear
-from .checkpoint import Checkpoint
-from .cuts import Slices
-from .keymap import Piece
+from ..files.checkpoint import Checkpoint
+from ..files.key_map import Piece
+from .stored_linear import CastLinear
+from .tensor_cuts import Slices
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

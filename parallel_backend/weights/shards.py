@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..parts import Share
+from ..layout.model_part import Share
 from .reader import Entry, Reader
 
 ALIGNMENT = 64

@@ -153,7 +153,7 @@ def main(folder: Path, ranks: list[int]) -> None:
     from paralleldit.nodes import NODE_CLASS_MAPPINGS, host
     from paralleldit.nodes.comfy_host import ComfyHost
     from paralleldit.nodes.layout import LayoutChoice
-    from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+    from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 
     server.PromptServer.instance = SimpleNamespace(last_node_id=None)
     here = ComfyHost()

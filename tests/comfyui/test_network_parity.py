@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from paralleldit.nodes.conditioning import travelling
-from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
-from paralleldit.parallel_backend.comm import Axis, Ledger
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of_side
-from paralleldit.parallel_backend.families.registry import build_family
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
+from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side
+from paralleldit.parallel_backend.engine.model import build_family
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
+from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests import tiny_sd3
 from paralleldit.tests.comfyui import parity_host as host

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode
 from paralleldit.parallel_backend.vae.load import load_vae

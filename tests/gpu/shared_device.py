@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from paralleldit.parallel_backend import comm
+from paralleldit.parallel_backend.distributed import axis
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
@@ -80,7 +80,7 @@ class StagedDistributed:
 def through_host_memory() -> Iterator[None]:
     """While it is entered, this rank's messages, of whatever device, go through host memory."""
     staged = StagedDistributed()
-    with mock.patch.object(comm, "dist", staged), mock.patch.object(comm, "_all_gather", staged.all_gather):
+    with mock.patch.object(axis, "dist", staged), mock.patch.object(axis, "_all_gather", staged.all_gather):
         yield
 
 

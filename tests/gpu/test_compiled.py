@@ -1,7 +1,7 @@
 """A run with compiled blocks on a CUDA device gives what the CPU gives with plain ones."""
 
 import pytest
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, sampled
 from paralleldit.tests.tiny_models import TINY_MODELS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.sampling.driver import SamplingJob
 from paralleldit.parallel_backend.sampling.driver import run as run_sampler
 from paralleldit.parallel_backend.sampling.model_sampling import EpsPrediction, FluxFlow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar, stop
 from paralleldit.parallel_backend.errors import Cancelled
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.gpu.test_ranks import LAYOUTS, MODELS, TOLERANCE
 from paralleldit.tests.ranks.stale_families import HEADS, STEPS, relative_error, request_of

@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tests.gpu.shared_device import through_host_memory
 from paralleldit.tests.ranks import stale_families, test_attention_ranks, test_vae_ranks
 from paralleldit.tests.ranks.stale_families import HEADS, STEPS, relative_error

@@ -14,7 +14,7 @@ import pytest
 import torch
 from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar, stop
 from paralleldit.parallel_backend.errors import Cancelled
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.ranks import stale_flux
 from paralleldit.tests.tiny_flux import CLIP_WIDTH, T5_WIDTH, write_pipeline

@@ -12,7 +12,7 @@ from paralleldit.nodes import host
 from paralleldit.nodes.controlnet import resized
 from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.nodes.patches import changes_of, deliver
-from paralleldit.parallel_backend.adapters.store import AdapterStore
+from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.test_nodes import conditioning, load, node, sample

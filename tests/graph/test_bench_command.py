@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from paralleldit.launcher.bench_command import Measured, table, usual_layouts
-from paralleldit.parallel_backend.fitting import Work, check_layout
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.fitting import Work, check_layout
+from paralleldit.parallel_backend.layout.layout import Layout
 
 PACK = Path(__file__).resolve().parents[2]
 NAME = "diffusers/tiny"

@@ -16,11 +16,11 @@ from paralleldit.launcher.sidecar import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
 from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS
-from paralleldit.parallel_backend.sampling_names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.tests.graph.sampling import NAME, conditioning, load, node, sample
 
 PACK = Path(__file__).resolve().parents[2]
@@ -292,7 +292,7 @@ def test_a_model_that_is_not_there_is_named_with_what_is(client, name, inputs):
 def test_a_path_beside_the_pack_is_found_from_any_folder(client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert node("Loader").load(str(host.current().models / NAME), "auto")[0].family == "flux"
-    assert NODE_CLASS_MAPPINGS["ParallelDiTLoader"].VALIDATE_INPUTS("parallel_backend/layout.py") is True
+    assert NODE_CLASS_MAPPINGS["ParallelDiTLoader"].VALIDATE_INPUTS("parallel_backend/layout/layout.py") is True
 
 
 def test_inside_comfyui_only_listed_models_are_taken(client, monkeypatch):

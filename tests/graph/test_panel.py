@@ -18,7 +18,7 @@ from paralleldit.nodes import activity as activities
 from paralleldit.nodes import host, panel, panel_routes, session
 from paralleldit.nodes.activity import Activity, Snapshot
 from paralleldit.parallel_backend.errors import Cancelled, UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 
 JSON = {"Content-Type": "application/json"}

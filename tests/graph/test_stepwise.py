@@ -12,7 +12,7 @@ from paralleldit.nodes.ip_adapter import ShownPicture
 from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.nodes.stepwise import StepwiseModel
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 
 REF = messages.ModelRef(path="/models/one")

@@ -106,7 +106,8 @@ def _serve(rank: int, size: int, pipe: Connection, port: int) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     _load_module(Path(__file__).resolve().parent.parent / "conftest.py")
-    from paralleldit.parallel_backend.comm import Axis, Ledger
+    from paralleldit.parallel_backend.distributed.axis import Axis
+    from paralleldit.parallel_backend.distributed.ledger import Ledger
 
     store = dist.TCPStore("127.0.0.1", port, size + 1, is_master=rank == 0, timeout=timedelta(seconds=120))
     joined = None

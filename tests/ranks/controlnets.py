@@ -6,8 +6,8 @@ import json
 
 import torch
 from diffusers import FluxControlNetModel, HunyuanDiT2DControlNetModel, SD3ControlNetModel
-from paralleldit.parallel_backend.weights.controlnet import STABILITY_RULES, TENCENT_RULES, XLABS_RULES
-from paralleldit.parallel_backend.weights.keymap import joined
+from paralleldit.parallel_backend.families.spec import joined
+from paralleldit.parallel_backend.files.controlnet import STABILITY_RULES, TENCENT_RULES, XLABS_RULES
 from paralleldit.tests.ranks.stale_flux import relative_error
 from paralleldit.tests.tiny_models import TINY_MODELS
 from safetensors.torch import save_file

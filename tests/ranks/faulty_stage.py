@@ -13,12 +13,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from parallel_backend import transformer
-from parallel_backend.engine import Engine
-from parallel_backend.transformer import Transformer
-from parallel_backend.vae import spread
-from parallel_backend.vae.bands import Bands
-from parallel_backend.worker import main
+from parallel_backend.distributed.row_bands import Bands
+from parallel_backend.engine import model
+from parallel_backend.engine.engine import Engine
+from parallel_backend.engine.model import Transformer
+from parallel_backend.vae import distribute
+from parallel_backend.worker.__main__ import main
 
 WORKS, RAISES, DIES, LACKS_MEMORY = range(4)
 RANK = 10
@@ -72,6 +72,6 @@ class FaultyEngine(Engine):
 
 
 if __name__ == "__main__":
-    transformer.Transformer = FaultyTransformer
-    spread.Bands = FaultyBands
+    model.Transformer = FaultyTransformer
+    distribute.Bands = FaultyBands
     main(FaultyEngine)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 
 PACK = Path(__file__).resolve().parents[2]
 README, PAGE = PACK / "README.md", PACK / "docs" / "MATRIX.md"

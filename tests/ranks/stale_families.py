@@ -5,14 +5,15 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from paralleldit.parallel_backend import sample_request
-from paralleldit.parallel_backend.control import Control, Run
-from paralleldit.parallel_backend.families.base import Shard
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
-from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.distributed.control_group import Control
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine import sample
+from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import Part
 from paralleldit.parallel_backend.protocol import messages
-from paralleldit.parallel_backend.transformer import Transformer
+from paralleldit.parallel_backend.run_context import Run
+from paralleldit.parallel_backend.tokens.plan import Shard
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 
 CFG, HEADS, TEXT, STEPS = 3.0, 3, 5, 4
@@ -54,7 +55,7 @@ def sampled(world, model, layout, path=None, device=CPU):
         family = transformer.on(mesh)
         if layout.compile == "blocks":
             transformer.compile_blocks(run)
-    return sample_request.sample(request, tensors, family, mesh, run)
+    return sample.sample(request, tensors, family, mesh, run)
 
 
 class StaleAttention:
@@ -138,7 +139,7 @@ class StaleModel:
 
 def sampled_by(stale_model, world, model, layout):
     """As `sampled` on one rank, by a `StaleModel` for the method of `layout`."""
-    with mock.patch.object(sample_request, "SequenceParallel", lambda family, *_: stale_model(family, layout)):
+    with mock.patch.object(sample, "SequenceParallel", lambda family, *_: stale_model(family, layout)):
         return sampled(world, model, Layout())
 
 

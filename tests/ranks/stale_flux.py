@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
-from paralleldit.parallel_backend import sample_request
-from paralleldit.parallel_backend.control import Control, Run
-from paralleldit.parallel_backend.families.base import Family
-from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.distributed.control_group import Control
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine import sample
+from paralleldit.parallel_backend.families.family import Family
 from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.run_context import Run
 from paralleldit.tests.tiny_models import GUIDANCE, TINY_MODELS
 
 CFG = 3.0
@@ -65,7 +66,7 @@ def run_of(request, *, cancel_at=None):
 
 def sampled(world, layout, steps, size, sampler):
     request, tensors = request_of(layout, steps, size, sampler)
-    return sample_request.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
+    return sample.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
 
 
 class StaleModel:

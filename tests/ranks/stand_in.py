@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel_backend.errors import UserError
-from parallel_backend.worker import main
+from parallel_backend.worker.__main__ import main
 
 
 class StandIn:

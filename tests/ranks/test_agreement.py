@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from paralleldit.parallel_backend.agreement import file_key
-from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.engine.agreement import file_key
+from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, VaeRef
 from paralleldit.tests.ranks.stale_flux import HEADS, WIDTH, request_of, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
-from paralleldit.parallel_backend.comm import split_sizes
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.split import split_sizes
 
 CASES = [
     # ulysses, ring, tokens, heads, batch

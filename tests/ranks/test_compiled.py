@@ -5,12 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
-from paralleldit.parallel_backend.adapters.store import AdapterStore
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
-from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import Part
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef
-from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, sampled
 from paralleldit.tests.ranks.test_exact_layouts import guided_by
 from paralleldit.tests.ranks.test_lora import Files, shape_of

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paralleldit.parallel_backend.adapters.controlnet import FluxControlNet
-from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.adapters.controlnet.nets import FluxControlNet
+from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Control, ControlNetRef, ModelRef, Predict, Sample
 from paralleldit.tests.ranks import controlnets
 from paralleldit.tests.ranks.controlnets import (

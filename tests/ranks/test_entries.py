@@ -5,13 +5,13 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from paralleldit.parallel_backend import sample_request
-from paralleldit.parallel_backend.adapters.residuals import GivenResiduals
-from paralleldit.parallel_backend.attention.core import AttentionCore
+from paralleldit.parallel_backend.adapters.controlnet.residuals import GivenResiduals
 from paralleldit.parallel_backend.attention.kernels import KERNELS
-from paralleldit.parallel_backend.families.base import Condition
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine import sample
+from paralleldit.parallel_backend.families.condition import Condition
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.tests.ranks.stale_flux import HEADS, WIDTH, StaleModel, make_family, relative_error, request_of, run_of
@@ -43,12 +43,12 @@ def run_with(world, layout, steps, entries, warmup=None):
             tensors[f"positive.{index}.region"] = entry["region"]
     positive = tuple(Conditioning(**{key: entry[key] for key in entry if key != "region"}) for entry in entries)
     request = request.model_copy(update={"positive": positive})
-    return sample_request.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
+    return sample.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
 
 
 def run_with_stale_model(world, patches, warmup, steps, entries):
     with mock.patch.object(
-        sample_request, "SequenceParallel", type("", (StaleModel,), {"patches": patches, "warmup_evaluations": warmup})
+        sample, "SequenceParallel", type("", (StaleModel,), {"patches": patches, "warmup_evaluations": warmup})
     ):
         return run_with(world, Layout(), steps, entries)
 

@@ -6,20 +6,20 @@ from unittest import mock
 
 import pytest
 import torch
-from paralleldit.parallel_backend import sample_request
-from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
-from paralleldit.parallel_backend.comm import split_sizes
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine import sample as sample_request
+from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.engine.sample import run_sampler, sample
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
-from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
-from paralleldit.parallel_backend.sample_request import run_sampler, sample
-from paralleldit.parallel_backend.strategies.entries import Entry
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
-from paralleldit.parallel_backend.transformer import Transformer
+from paralleldit.parallel_backend.strategies.weighted_prompts import Entry
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
 

@@ -1,8 +1,8 @@
 """The groups in which ranks compute."""
 
 import torch
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tests.ranks.conftest import TIMEOUT_S
 
 

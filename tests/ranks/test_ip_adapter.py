@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
-from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import ImagePrompt, IPAdapterRef, ModelRef, Predict, Sample
 from paralleldit.tests.ranks.stale_flux import relative_error, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of

@@ -7,14 +7,14 @@ from itertools import groupby
 
 import pytest
 import torch
-from paralleldit.parallel_backend.adapters.store import AdapterStore
-from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine.engine import Engine
+from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
-from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import Part
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Predict, Sample, Schedule
-from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests import tiny_sd3
 from paralleldit.tests.lora_files import FORMATS, merged
 from paralleldit.tests.ranks.stale_flux import run_of

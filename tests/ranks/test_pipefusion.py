@@ -6,25 +6,18 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from paralleldit.parallel_backend import sample_request
-from paralleldit.parallel_backend.engine import Engine
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine import sample
+from paralleldit.parallel_backend.engine.engine import Engine
+from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.errors import Cancelled, UserError
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
-from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol import messages
-from paralleldit.parallel_backend.stages import Stage
-from paralleldit.parallel_backend.transformer import Transformer
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
-from paralleldit.tests.ranks.stale_flux import (
-    StaleModel,
-    make_family,
-    relative_error,
-    request_of,
-    run_of,
-    sampled,
-)
+from paralleldit.tests.ranks.stale_flux import StaleModel, make_family, relative_error, request_of, run_of, sampled
 from paralleldit.tests.tiny_models import CPU
 
 EXACT = [
@@ -89,7 +82,7 @@ def sampled_with_stale_model(world, patches, warmup, steps, size, sampler):
         pass
 
     Model.patches, Model.warmup_evaluations = patches, warmup * (2 if sampler == "heun" else 1)
-    with mock.patch.object(sample_request, "SequenceParallel", Model):
+    with mock.patch.object(sample, "SequenceParallel", Model):
         return sampled(world, Layout(), steps, size, sampler)
 
 
@@ -147,7 +140,7 @@ def sampled_by_part(world, layout, path, steps):
     request, tensors = request_of(layout, steps, (11, 9), "euler")
     mesh = Mesh(layout)
     family = Transformer(path, CPU, part=Part.of(layout, mesh)).on(mesh)
-    return sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
+    return sample.sample(request, tensors, family, mesh, run_of(request)[0])
 
 
 @pytest.mark.parametrize(("layout", "steps"), PARTS, ids=str)
@@ -184,7 +177,7 @@ def told(world, layout, steps):
     """The progress that the client of rank 0 hears of, with the shapes of the previews, and the latent."""
     request, tensors = request_of(layout, steps, (8, 8), "heun", preview=True)
     run, events = run_of(request)
-    latent = sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
+    latent = sample.sample(request, tensors, make_family(), Mesh(layout), run)
     steps = [(event, tensors["preview"]) for event, tensors in events if isinstance(event, messages.Progress)]
     return [(event.step, event.total, preview) for event, preview in steps], latent
 
@@ -211,12 +204,12 @@ def left_and_again(world, layout, cancel_at, spoilt):
     run, events = run_of(request, cancel_at=cancel_at)
     reason = None
     try:
-        sample_request.sample(request, tensors, family, mesh, run)
+        sample.sample(request, tensors, family, mesh, run)
     except (Cancelled, UserError) as error:
         reason = str(error)
     last = max((event.step for event, _ in events), default=0)
     tensors["negative.0.tokens"] = kept
-    return reason, last, sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
+    return reason, last, sample.sample(request, tensors, family, mesh, run_of(request)[0])
 
 
 @pytest.mark.parametrize(
@@ -253,13 +246,13 @@ def failed_and_again(world, layout, failing_rank):
         family.blocks = [*blocks[: own.stop - 1], failing, *blocks[own.stop :]]
     reason = None
     try:
-        sample_request.sample(request, tensors, family, mesh, run)
+        sample.sample(request, tensors, family, mesh, run)
     except UserError as error:
         reason = str(error)
     finally:
         family.blocks = blocks
     last = max((event.step for event, _ in events), default=0)
-    return reason, last, sample_request.sample(request, tensors, family, mesh, run_of(request)[0])
+    return reason, last, sample.sample(request, tensors, family, mesh, run_of(request)[0])
 
 
 @pytest.mark.parametrize(
@@ -357,7 +350,7 @@ def block_bytes(folder) -> list[int]:
 def warned(world, layout, steps):
     request, tensors = request_of(layout, steps, (8, 8), "euler")
     run, events = run_of(request)
-    sample_request.sample(request, tensors, make_family(), Mesh(layout), run)
+    sample.sample(request, tensors, make_family(), Mesh(layout), run)
     return [event.text for event, _ in events if isinstance(event, messages.Log)]
 
 

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_families import STEPS, StaleModel, relative_error, sampled, sampled_by

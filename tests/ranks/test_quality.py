@@ -1,7 +1,7 @@
 """The quality command's way through real ranks, on the demo model at a size that costs seconds."""
 
 import pytest
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tools.demo_model.checkpoint import TARGET
 from paralleldit.tools.quality.command import LARGEST_ERROR, SERIAL, run
 from paralleldit.tools.quality.metrics import psnr

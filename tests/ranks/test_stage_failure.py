@@ -9,7 +9,7 @@ from paralleldit.launcher import sidecar
 from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.tiny_flux import CLIP_WIDTH, T5_WIDTH, write_pipeline
 

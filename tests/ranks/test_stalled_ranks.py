@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from paralleldit.parallel_backend.comm import Axis, Exchange, Hop
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.distributed.axis import Axis, Exchange, Hop
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, sampled
 from paralleldit.tests.tiny_models import TINY_MODELS
 

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paralleldit.parallel_backend.control import Control, Run
-from paralleldit.parallel_backend.layout import Layout
-from paralleldit.parallel_backend.mesh import Mesh
-from paralleldit.parallel_backend.parts import Part
+from paralleldit.parallel_backend.distributed.control_group import Control
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.engine.sample import sample
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.stages import Stage, block_parameters
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
-from paralleldit.parallel_backend.sample_request import sample
-from paralleldit.parallel_backend.stages import Stage, block_parameters
-from paralleldit.parallel_backend.transformer import Transformer
+from paralleldit.parallel_backend.run_context import Run
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 
 HEADS, BATCH, BYTES = 8, 2, 4

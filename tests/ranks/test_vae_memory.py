@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from paralleldit.parallel_backend.comm import Axis
+from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode
+from paralleldit.parallel_backend.vae.job import Memory
 from paralleldit.parallel_backend.vae.load import LoadedVAE
-from paralleldit.parallel_backend.vae.run import Memory
 from paralleldit.parallel_backend.vae.tiles import NO_TILES, Tiling
 from paralleldit.tests.tiny_vaes import CASES, new_vae
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from paralleldit.parallel_backend.comm import Axis
+from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.errors import Cancelled
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode

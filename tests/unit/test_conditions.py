@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of_side
+from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.base import Condition
+from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.tests.tiny_models import TINY_MODELS
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from paralleldit.nodes.conditioning import travelling
 from paralleldit.nodes.regions import placed_sides
-from paralleldit.parallel_backend.comm import Axis, Ledger
-from paralleldit.parallel_backend.conditioning import Inputs, entries_of_side, sizes_of_controls
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
+from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side, sizes_of_controls
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.base import Condition
-from paralleldit.parallel_backend.fitting import Work, misfit_of
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.families.condition import Condition
+from paralleldit.parallel_backend.layout.fitting import Work, misfit_of
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance

@@ -15,7 +15,7 @@ from paralleldit.parallel_backend.protocol import addresses, frames, messages
 from paralleldit.parallel_backend.protocol.errors import ProtocolError
 from paralleldit.parallel_backend.protocol.frames import MAGIC, PREFIX, FrameSocket
 from paralleldit.parallel_backend.protocol.tensors import DTYPES, pack, unpack
-from paralleldit.parallel_backend.server import MAX_QUEUED, Server, listen
+from paralleldit.parallel_backend.worker.server import MAX_QUEUED, Server, listen
 
 WELCOME = messages.Welcome(version=messages.PROTOCOL_VERSION, ranks=1, device="cpu", pid=1)
 TOKEN = "the right one"

@@ -11,10 +11,11 @@ import pytest
 import torch
 from paralleldit.launcher import devices, life, runtime_dir, sidecar
 from paralleldit.launcher.sidecar import SidecarSpec
-from paralleldit.parallel_backend.agent import cause_of_death
 from paralleldit.parallel_backend.errors import Cancelled, UserError
-from paralleldit.parallel_backend.outcomes import STAY_READY, Outcome, describe, judge
+from paralleldit.parallel_backend.failures import STAY_READY, Outcome, describe
 from paralleldit.parallel_backend.protocol import records
+from paralleldit.parallel_backend.worker.torchrun import cause_of_death
+from paralleldit.parallel_backend.worker.verdict import judge
 
 PACK = Path(__file__).resolve().parents[2]
 

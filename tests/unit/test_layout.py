@@ -6,14 +6,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.fitting import Work, check_layout, nearest_layouts
-from paralleldit.parallel_backend.layout import (
-    Layout,
-    largest_exact_layout,
-    layouts_of,
-    patches_of,
-)
-from paralleldit.parallel_backend.stages import (
+from paralleldit.parallel_backend.layout.fitting import Work, check_layout, nearest_layouts
+from paralleldit.parallel_backend.layout.layout import Layout, largest_exact_layout, layouts_of, patches_of
+from paralleldit.parallel_backend.layout.stages import (
     BLOCK_LISTS,
     Stage,
     balanced_sizes,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from paralleldit.parallel_backend import models, transformer
-from paralleldit.parallel_backend.adapters import controlnet
-from paralleldit.parallel_backend.models import KEPT_FREE, ModelStore
-from paralleldit.parallel_backend.parts import WHOLE, Part, Share
+from paralleldit.parallel_backend.adapters.controlnet import nets
+from paralleldit.parallel_backend.engine import model, model_store
+from paralleldit.parallel_backend.engine.model_store import KEPT_FREE, ModelStore
+from paralleldit.parallel_backend.layout.model_part import WHOLE, Part, Share
+from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol.messages import ControlNetRef, ModelRef
-from paralleldit.parallel_backend.stages import Stage
 
 SIZE, TOTAL = 1000, 10_000
 
@@ -42,9 +42,9 @@ def store(monkeypatch) -> ModelStore:
     def make(path: Path, *rest: Any) -> Any:
         return SimpleNamespace(bytes=path.stat().st_size, path=path)
 
-    monkeypatch.setattr(transformer, "Transformer", make)
-    monkeypatch.setattr(controlnet, "open_controlnet", make)
-    monkeypatch.setattr(models.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(model, "Transformer", make)
+    monkeypatch.setattr(nets, "open_controlnet", make)
+    monkeypatch.setattr(model_store.dist, "get_world_size", lambda: 1)
     store: Any = ModelStore(torch.device("cpu"))
     store.taken = 0
 

@@ -4,7 +4,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from paralleldit.parallel_backend.strategies.pipeline_order import posted_ahead, units_of
+from paralleldit.parallel_backend.strategies.pipefusion.schedule import posted_ahead, units_of
 
 QUESTIONS = [SimpleNamespace(step=step) for step in range(5)]
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.fitting import Work, check_layout
-from paralleldit.parallel_backend.layout import Layout, parse_layout
+from paralleldit.parallel_backend.layout.fitting import Work, check_layout
+from paralleldit.parallel_backend.layout.layout import Layout, parse_layout
 from paralleldit.tools.demo_model.scenes import draw, make_scene
 from paralleldit.tools.quality.methods import PRESETS, name_of
 from paralleldit.tools.quality.metrics import PSNR_CEILING, psnr, ssim

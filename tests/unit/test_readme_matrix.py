@@ -1,7 +1,7 @@
 """The support matrix claims what the tables of tests cover, no cell more and none less, and the README sums it up."""
 
 import pytest
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.tests.ranks import matrix
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from paralleldit.parallel_backend.engine.checks import needed, sigmas_of
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout import Layout
+from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning, ModelRef, Sample
-from paralleldit.parallel_backend.sample_request import needed, sigmas_of
 from paralleldit.parallel_backend.sampling.model_sampling import FluxFlow
 
 REQUEST = Sample(

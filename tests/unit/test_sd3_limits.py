@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from paralleldit.parallel_backend.engine.checks import check_latent
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.base import Condition
-from paralleldit.parallel_backend.sample_request import check_latent
+from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.tests.tiny_models import TINY_MODELS
 
 FAMILY = TINY_MODELS["sd3.5 medium"].make_family(2)

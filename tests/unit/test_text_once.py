@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paralleldit.parallel_backend.attention.core import AttentionCore
 from paralleldit.parallel_backend.attention.kernels import KERNELS
-from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.tests.tiny_models import TINY_MODELS
 

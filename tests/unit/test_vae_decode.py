@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
-from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode

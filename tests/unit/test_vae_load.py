@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.vae.header import read_header
+from paralleldit.parallel_backend.vae.files.header import read_header
 from paralleldit.parallel_backend.vae.load import load_vae
 from paralleldit.tests import tiny_vaes
 from paralleldit.tests.unit.vae_original_layout import original_state

@@ -9,11 +9,12 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers, convert_wan_vae_to_diffusers
-from paralleldit.parallel_backend.comm import Axis, Ledger
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.vae.decode import decode
 from paralleldit.parallel_backend.vae.encode import encode
-from paralleldit.parallel_backend.vae.header import read_header
+from paralleldit.parallel_backend.vae.files.header import read_header
 from paralleldit.parallel_backend.vae.load import load_vae
 from safetensors.torch import save_file
 from torch import Tensor, nn

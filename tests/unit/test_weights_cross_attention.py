@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from paralleldit.parallel_backend.engine.model import build_family
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.registry import build_family
-from paralleldit.parallel_backend.weights import detect, open_checkpoint
+from paralleldit.parallel_backend.files import detect, open_checkpoint
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests.tiny_models import TINY_MODELS
 from paralleldit.tests.unit.cross_attention_original_layout import Weights, original_weights

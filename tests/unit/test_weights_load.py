@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.parts import Part
-from paralleldit.parallel_backend.stages import BLOCK_LISTS, Stage
-from paralleldit.parallel_backend.weights import fingerprint, open_checkpoint
-from paralleldit.parallel_backend.weights.cast_linear import CastLinear
-from paralleldit.parallel_backend.weights.flux_keys import RULES
-from paralleldit.parallel_backend.weights.keymap import ruled_map
+from paralleldit.parallel_backend.families.keys.flux import RULES
+from paralleldit.parallel_backend.files import fingerprint, open_checkpoint
+from paralleldit.parallel_backend.files.key_map import ruled_map
+from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.stages import BLOCK_LISTS, Stage
 from paralleldit.parallel_backend.weights.load import load_transformer
+from paralleldit.parallel_backend.weights.stored_linear import CastLinear
 from paralleldit.tests.unit.flux_original_layout import HEAD_DIM, HIDDEN, original_layout, tiny_flux
 from safetensors.torch import save_file
 from torch import nn

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.parallel_backend.parts import WHOLE, Part, Share
-from paralleldit.parallel_backend.stages import Stage
+from paralleldit.parallel_backend.layout.model_part import WHOLE, Part, Share
+from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.weights.load import LoadedTransformer, load_transformer
 from paralleldit.parallel_backend.weights.reader import Reader
 from paralleldit.parallel_backend.weights.shards import pieces_of

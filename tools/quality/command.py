@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ...parallel_backend.errors import UserError
-from ...parallel_backend.layout import Layout, parse_layout
+from ...parallel_backend.layout.layout import Layout, parse_layout
 from ..demo_model.checkpoint import TARGET
 from ..demo_model.evaluate import held_out
 from .methods import PRESETS, name_of

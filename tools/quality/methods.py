@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from ...parallel_backend.layout import Layout
+from ...parallel_backend.layout.layout import Layout
 
 PRESETS: dict[str, tuple[Layout, ...]] = {
     "exact": (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...launcher.client import Client
 from ...launcher.sidecar import SidecarSpec, ensure_sidecar, stop
-from ...parallel_backend.layout import Layout
+from ...parallel_backend.layout.layout import Layout
 from ...parallel_backend.protocol.messages import Conditioning, Decode, EncodeText, ModelRef, Sample, TextRef, VaeRef
 from ...parallel_backend.sampling.noise import initial_noise
 

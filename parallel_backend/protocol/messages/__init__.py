@@ -7,22 +7,8 @@ everything from the next request.
 
 from __future__ import annotations
 
-from .base import (
-    PROTOCOL_VERSION,
-    Hello,
-    Message,
-    Welcome,
-)
-from .events import (
-    FROM_SIDECAR,
-    Failure,
-    Heartbeat,
-    Log,
-    Memory,
-    Phase,
-    Progress,
-    Result,
-)
+from .base import PROTOCOL_VERSION, Hello, Message, Welcome
+from .events import FROM_SIDECAR, Failure, Heartbeat, Log, Memory, Phase, Progress, Result
 from .references import (
     Adapters,
     Control,

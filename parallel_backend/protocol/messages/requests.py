@@ -6,19 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ...layout import Layout
+from ...layout.layout import Layout
 from .base import Message
-from .references import (
-    Adapters,
-    Control,
-    Digest,
-    ImagePrompt,
-    ModelRef,
-    Percent,
-    Strength,
-    TextRef,
-    VaeRef,
-)
+from .references import Adapters, Control, Digest, ImagePrompt, ModelRef, Percent, Strength, TextRef, VaeRef
 
 OnOutOfMemory = Literal["error", "tiles"]
 

@@ -1,0 +1,1 @@
+"""ControlNets beside a model: the nets, their files, and where their residuals go."""

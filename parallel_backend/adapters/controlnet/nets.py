@@ -1,0 +1,263 @@
+"""ControlNets (arXiv 2302.05543) for transformers: blocks beside the model's, whose outputs are added to its tokens.
+
+A ControlNet is seen as its family is: blocks over the same tokens, so that the ranks which share the model's tokens
+share its too.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...families.blocks import Block
+from ...families.condition import Condition
+from ...families.family import Family
+from ...families.flux import Flux
+from ...families.hunyuandit import HunyuanDiT, as_block
+from ...families.sd3 import SD3
+from ...families.state import TokenState
+from ...files.controlnet import ControlNetInfo
+from ...tokens.plan import Shard
+from .load import load_controlnet
+
+
+class Given(NamedTuple):
+    """What a ControlNet is evaluated for: the arguments of `Family.embed`, and of the control picture the tokens of
+    what it sees, `[B, S, c]`, and the kind."""
+
+    tokens: Tensor
+    timestep: Tensor
+    condition: Condition
+    shard: Shard
+    grid: tuple[int, int]
+    picture: Tensor
+    mode: int | None
+
+    @property
+    def shown(self) -> Tensor:
+        """This rank's tokens of the control picture."""
+        return self.picture[:, self.shard.image]
+
+
+class ControlNet(ABC):
+    """A loaded ControlNet. `extra_text`: text tokens that its blocks have before those of the prompt."""
+
+    extra_text = 0
+    latent_shift = True
+    """Whether the control picture's latent is shifted as the model's own are."""
+    model: Family
+    """The model of the run at hand."""
+    view_class: type[Family]
+
+    def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.info = info
+        self.module: Any = module
+        self.view = self.view_class(module, dtype, device)
+        self.bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+    def work_with(self, family: Family, mode: int | None) -> None:
+        """From now on with this model. Raises `UserError` for one that it was not made for, or an unknown `mode`."""
+        self.model = family
+        name, width, modes = self.info.checkpoint.source.name, self.module.inner_dim, self.info.modes
+        if (self.info.family, width) != (family.name, family.hidden_size):
+            raise UserError(
+                f"{name} is a ControlNet for {self.info.family} models of width {width}; this {family.name} model has "
+                f"the width {family.hidden_size}.",
+                "Choose a ControlNet that was trained for the model.",
+            )
+        if modes and (mode is None or mode >= modes):
+            raise UserError(
+                f"{name} is a union ControlNet of {modes} kinds of pictures; the mode is "
+                f"{'not set' if mode is None else mode}.",
+                f"Set a mode from 0 to {modes - 1}.",
+            )
+        if mode is not None and not modes:
+            raise UserError(f"{name} is no union ControlNet; the mode is {mode}.", "Set the mode to none (-1).")
+
+    def see(self, picture: Tensor) -> Tensor:
+        """What `embed` is given tokens of, `[B, C, H, W]`: the control picture's latent, in the model's space."""
+        shift = self.model.latent_shift if self.latent_shift else 0.0
+        return ((picture.float() - shift) * self.model.latent_scale).to(self.model.device)
+
+    @abstractmethod
+    def embed(self, given: Given) -> TokenState:
+        """As `Family.embed`."""
+
+    def outputs(self) -> Sequence[nn.Module]:
+        """What makes a residual of each block's image tokens."""
+        return self.module.controlnet_blocks
+
+    @abstractmethod
+    def targets(self, family: Family) -> dict[int, int]:
+        """From each block of the model that a residual is added behind to the number of that residual."""
+
+    def patches(self, embedder: Any, tokens: Tensor) -> Tensor:
+        """Latent tokens through a convolution whose stride is its size."""
+        return F.linear(tokens.to(self.view.dtype), embedder.proj.weight.flatten(1), embedder.proj.bias)
+
+    def residuals(self, state: TokenState) -> list[Tensor]:
+        """Every block's residual of the image tokens, `[B, Si, h]`."""
+        made = []
+        for block, output in zip(self.view.blocks, self.outputs(), strict=True):
+            state = block(state)
+            made.append(output(state.image))
+        return made
+
+
+class FluxControlNet(ControlNet):
+    """For Flux.1. A union ControlNet is told the kind of its picture by a token before the text.
+
+    Those that take pixels (XLabs') make of them what is in a latent's place.
+    """
+
+    view_class = Flux
+
+    def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(info, module, dtype, device)
+        self.extra_text = int(info.modes > 0)
+
+    def see(self, picture: Tensor) -> Tensor:
+        hint: nn.Module | None = self.module.input_hint_block
+        if hint is None:
+            return super().see(picture)
+        if self.module.x_embedder.weight.is_meta:
+            return picture  # another stage evaluates it
+        return hint((2 * picture - 1).to(self.model.device, self.model.dtype))
+
+    def embed(self, given: Given) -> TokenState:
+        model, dtype = self.module, self.view.dtype
+        tokens, timestep, condition, shard, grid, _, mode = given
+        image = model.x_embedder(tokens[:, shard.image].to(dtype))
+        image = image + model.controlnet_x_embedder(given.shown.to(dtype))
+        text = model.context_embedder(condition.tokens.to(dtype)).expand(len(tokens), -1, -1)
+        if self.extra_text:
+            assert mode is not None
+            kind = model.controlnet_mode_embedder(torch.tensor([[mode]], device=tokens.device))
+            text = torch.cat((kind.expand(len(tokens), -1, -1), text), dim=1)
+            # Positions are counted from the prompt's tokens.
+            condition = replace(condition, tokens=F.pad(condition.tokens, (0, 0, 1, 0)))
+        return self.view.resume(image, text[:, shard.text], timestep, condition, shard, grid)
+
+    def outputs(self) -> Sequence[nn.Module]:
+        return [*self.module.controlnet_blocks, *self.module.controlnet_single_blocks]
+
+    def targets(self, family: Family) -> dict[int, int]:
+        own_double, own_single = len(self.module.controlnet_blocks), len(self.module.controlnet_single_blocks)
+        model: Any = family.transformer
+        double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+        # XLabs' take turns; the others' residuals are each for a run of blocks.
+        in_turn = self.info.takes_pixels
+        targets = {block: block % own_double for block in range(double)} if in_turn else _spread(own_double, double)
+        return targets | {double + block: own_double + own for block, own in _spread(own_single, single).items()}
+
+
+class SD3ControlNet(ControlNet):
+    """For Stable Diffusion 3 and 3.5. Some were trained without the pooled text, and with unshifted latents."""
+
+    view_class = SD3
+
+    def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(info, module, dtype, device)
+        self.latent_shift = not info.config["force_zeros_for_pooled_projection"]
+
+    def embed(self, given: Given) -> TokenState:
+        tokens, timestep, condition, shard, grid, *_ = given
+        if not self.latent_shift:
+            assert condition.pooled is not None
+            condition = replace(condition, pooled=torch.zeros_like(condition.pooled))
+        state = self.view.embed(tokens, timestep, condition, shard, grid)
+        return replace(state, image=state.image + self.patches(self.module.pos_embed_input, given.shown))
+
+    def targets(self, family: Family) -> dict[int, int]:
+        # The last block, which gives no text, gets none.
+        count, own = len(family.blocks), len(self.module.controlnet_blocks)
+        return {block: int(block / (count / own)) for block in range(count - 1)}
+
+
+class SD3ImageBlocks(SD3):
+    """Blocks over the image alone."""
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
+        super().__init__(transformer, dtype, device, **latent)
+        self.blocks = [_as_image_block(layer) for layer in self.transformer.transformer_blocks]
+
+    def sites(self) -> list[tuple[int, Any]]:
+        return [(block, layer.attn) for block, layer in enumerate(self.transformer.transformer_blocks)]
+
+
+class SD3ImageControlNet(ControlNet):
+    """Stability's for 3.5 Large: it sees no text tokens, and begins with the image tokens as the model embeds them."""
+
+    view_class = SD3ImageBlocks
+
+    def embed(self, given: Given) -> TokenState:
+        assert isinstance(self.model, SD3)
+        tokens, timestep, condition, shard, grid, *_ = given
+        image = self.model.embed_image(tokens, shard, grid) + self.patches(self.module.pos_embed_input, given.shown)
+        return self.view.resume(image, image[:, :0], timestep, condition, shard, grid)
+
+    def targets(self, family: Family) -> dict[int, int]:
+        # As in Stability's own code and in ComfyUI, behind the last block too; diffusers leaves that out.
+        return _spread(len(self.module.controlnet_blocks), len(family.blocks))
+
+
+class HunyuanBlocks(HunyuanDiT):
+    """The blocks of a HunyuanDiT ControlNet, which are the first half of a model's, without skips."""
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
+        transformer.out_channels = 0  # pyright: ignore[reportArgumentType]  it has no last layer
+        super().__init__(transformer, dtype, device, **latent)
+        self.skips = {}
+        self.blocks = [as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
+
+
+class HunyuanControlNet(ControlNet):
+    """For HunyuanDiT: its residuals are added to the skips."""
+
+    view_class = HunyuanBlocks
+
+    def embed(self, given: Given) -> TokenState:
+        tokens, timestep, condition, shard, grid, *_ = given
+        state = self.view.embed(tokens, timestep, condition, shard, grid)
+        control = self.patches(self.module.pos_embed, given.shown)
+        return replace(state, image=state.image + self.module.input_block(control))
+
+    def targets(self, family: Family) -> dict[int, int]:
+        return {source: source for source in family.skips}
+
+
+CONTROLNETS: dict[str, type[ControlNet]] = {
+    "flux": FluxControlNet,
+    "sd3": SD3ControlNet,
+    "sd3 image": SD3ImageControlNet,
+    "hunyuandit": HunyuanControlNet,
+}
+"""By their kind."""
+
+
+def open_controlnet(path: Path, device: torch.device, dtype: torch.dtype) -> ControlNet:
+    """The ControlNet in a file. Raises `UserError` when there is none that is known."""
+    info, module = load_controlnet(path, device, dtype)
+    return CONTROLNETS[info.kind](info, module, dtype, device)
+
+
+def _spread(own: int, count: int) -> dict[int, int]:
+    """From each of `count` blocks to the one of `own` residuals that is added behind it."""
+    interval = math.ceil(count / own) if own else 0
+    return {block: block // interval for block in range(count)} if own else {}
+
+
+def _as_image_block(layer: nn.Module) -> Block:
+    def run(state: TokenState) -> TokenState:
+        return replace(state, image=layer(hidden_states=state.image, temb=state.modulation))
+
+    return run

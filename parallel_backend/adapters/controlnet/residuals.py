@@ -1,0 +1,100 @@
+"""Residuals that ControlNets of the client have made for one step, added where ComfyUI adds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ...attention.site import Attention
+from ...errors import UserError
+from ...families.condition import Condition
+from ...families.family import Family
+from ...protocol.messages import ResidualList
+from ...tokens.plan import Shard
+
+Numbers = Mapping[ResidualList, Sequence[int | None]]
+"""By ComfyUI's lists "input" and "output": the number of the residual at each of their places, if there is one."""
+
+
+@dataclass(frozen=True)
+class GivenResiduals:
+    """`residuals` of all image tokens, `[B, S, h]` each, of the family's dtype and on its device.
+
+    `blocks`: from each block behind which one is added to its number.
+    """
+
+    given: tuple[Tensor, ...]
+    blocks: Mapping[int, int]
+
+    @property
+    def extra_text(self) -> int:
+        return 0
+
+    def rows(self, rows: slice) -> GivenResiduals:
+        """For these rows of a latent of several conditions; what is the same for all stays one."""
+        return replace(self, given=tuple(each if len(each) == 1 else each[rows] for each in self.given))
+
+    def part(self, part: slice, batch: int) -> GivenResiduals:
+        return self.rows(part)
+
+    def is_active(self, timestep: float) -> bool:
+        return True
+
+    def targets(self, family: Family) -> dict[int, int]:
+        return dict(self.blocks)
+
+    def residuals(
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        condition: Condition,
+        shard: Shard,
+        grid: tuple[int, int],
+        attention: Attention,
+    ) -> list[Tensor]:
+        return [each[:, shard.image] for each in self.given]
+
+
+def given_residuals(
+    numbers: Numbers, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]
+) -> GivenResiduals:
+    """Of a request for a latent of `shape` `[N, C, H, W]`. Raises `UserError` for those that do not fit the model."""
+    places, blocks = places_of(family), {}
+    for name, own in numbers.items():
+        known = places.get(name, ())
+        filled = [(place, number) for place, number in enumerate(own) if number is not None]
+        if (family.name == "hunyuandit" and len(own) != len(known)) or any(place >= len(known) for place, _ in filled):
+            raise UserError(
+                f"The ControlNet adds {len(own)} residuals ({name}); this {family.name} model takes {len(known)}.",
+                "Use a ControlNet that was made for the model.",
+            )
+        blocks |= {known[place]: number for place, number in filled}
+    patch, (rows, _, height, width) = family.patch_size, shape
+    wanted = (-(-height // patch) * -(-width // patch), family.hidden_size)
+    given = []
+    for number in range(max(blocks.values(), default=-1) + 1):
+        tensor = tensors.get(f"residual.{number}")
+        if tensor is None or tensor.ndim != 3 or tensor.shape[0] not in (1, rows) or tuple(tensor.shape[1:]) != wanted:
+            found = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}"
+            raise UserError(
+                f"A residual of the ControlNet {found}; the model's image tokens are {[rows, *wanted]}.",
+                "Use a ControlNet that was made for the model.",
+            )
+        given.append(tensor.to(family.device, family.dtype))
+    return GivenResiduals(tuple(given), blocks)
+
+
+def places_of(family: Family) -> dict[ResidualList, Sequence[int]]:
+    """The blocks behind which ComfyUI adds the residuals of its lists, in the lists' order."""
+    count = len(family.blocks)
+    match family.name:
+        case "flux":
+            double = len(family.transformer.transformer_blocks)
+            return {"input": range(double), "output": range(double, count)}
+        case "sd3":
+            return {"output": range(count)}
+        case "hunyuandit":
+            return {"output": sorted(family.skips)}
+    return {}

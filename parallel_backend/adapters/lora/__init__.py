@@ -1,0 +1,1 @@
+"""LoRA and its kin: files, deltas, and the layers that they change."""

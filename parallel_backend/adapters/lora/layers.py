@@ -1,0 +1,241 @@
+"""Changes laid beside a model's layers: its weights stay as they are, so that taking changes off restores every bit.
+
+A merged LoRA would cost a copy of what it changes (of nearly all of a Flux), has no place in weights that are put
+together block by block, and cannot be taken out of bf16 or fp8 exactly. Beside a layer, plain LoRAs are two thin
+matrices. Other changes give the layer a matrix for the time of one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...layout.stages import block_of
+from ...strategies.tensor import TensorParallel
+from ...weights.load import LoadedTransformer
+from ...weights.stored_linear import CastLinear
+from .change import Change
+from .delta import EVERY, Delta, LowRank, Magnitude
+
+
+class OwnChange:
+    """What this rank holds of a change: `delta`, cut as its parameter is, and its `magnitude` if it is a DoRA.
+
+    `add_up`: adds up over the ranks, where the lengths of the magnitude are spread over them.
+    """
+
+    def __init__(
+        self,
+        delta: Delta,
+        magnitude: Magnitude | None,
+        strength: float,
+        add_up: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.delta = delta
+        self.magnitude = magnitude
+        self.strength = strength
+        self._add_up = add_up
+        self._scale: Tensor | None = None
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """`weight` `[rows, columns]`, fp32, changed. It is the same one at every call."""
+        if self.magnitude is None:
+            return weight + self.strength * self.delta.dense()
+        changed = weight + self.delta.dense()
+        if self._scale is None:
+            self._scale = self._lengthening(self.magnitude, weight if self.magnitude.of_base else changed)
+        return torch.lerp(weight, changed * self._scale, self.strength)
+
+    def _lengthening(self, magnitude: Magnitude, measured: Tensor) -> Tensor:
+        squares = measured.square().sum(1 if magnitude.of_rows else 0)
+        if self._add_up:
+            squares = self._add_up(squares)
+        scale = magnitude.lengths / (squares.sqrt() + torch.finfo(torch.float32).eps)
+        return scale.unsqueeze(1 if magnitude.of_rows else 0)
+
+
+class SidePath(nn.Linear):
+    """What a linear layer becomes while plain LoRAs are on it: they are computed beside it.
+
+    Their matrices are buffers of the layer, which `torch.compile` takes as inputs as it does the weight: one graph is
+    for all layers alike, and for all LoRAs of the same ranks.
+    """
+
+    lora_down: Tensor
+    lora_up: Tensor
+    lora_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.linear(F.linear(input, self.lora_down), self.lora_up, self.lora_bias)
+
+
+class CastSidePath(SidePath, CastLinear):
+    """The same of a layer whose weight is fp8."""
+
+
+@dataclass(frozen=True)
+class LaidBeside:
+    """A layer that is a `SidePath` for now."""
+
+    layer: nn.Linear
+    kind: type[nn.Linear]
+
+    @classmethod
+    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None, dtype: torch.dtype) -> LaidBeside:
+        lows = [(change.delta, change.strength) for change in changes if isinstance(change.delta, LowRank)]
+        down = torch.cat([low.down.to(dtype) for low, _ in lows])
+        up = torch.cat([(strength * low.scale * low.up.float()).to(dtype) for low, strength in lows], dim=1)
+        laid = cls(layer, type(layer))
+        for name, tensor in (("lora_down", down), ("lora_up", up), ("lora_bias", bias)):
+            layer.register_buffer(name, tensor, persistent=False)
+        cast(Any, layer).__class__ = CastSidePath if isinstance(layer, CastLinear) else SidePath
+        return laid
+
+    def take_off(self) -> None:
+        self.layer.__class__ = self.kind
+        del self.layer.lora_down, self.layer.lora_up, self.layer.lora_bias
+
+
+@dataclass(frozen=True)
+class ChangedWeight:
+    """In the place of a linear layer's forward: its matrix, changed for this call alone."""
+
+    layer: nn.Linear
+    changes: tuple[OwnChange, ...]
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None) -> ChangedWeight:
+        changed = cls(layer, tuple(changes), bias)
+        layer.forward = cast(Any, changed)
+        return changed
+
+    def take_off(self) -> None:
+        del self.layer.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        weight = (layer.weight_as(x.dtype) if isinstance(layer, CastLinear) else layer.weight).float()
+        for change in self.changes:
+            weight = change.added_to(weight)
+        return F.linear(x, weight.to(x.dtype), layer.bias if self.bias is None else layer.bias + self.bias)
+
+
+class AdaptedLayers:
+    """The changes that are on a transformer now. `tensor` knows the tensor-parallel ranks of the run under way."""
+
+    def __init__(self, loaded: LoadedTransformer, tensor: TensorParallel) -> None:
+        self._loaded = loaded
+        self._tensor = tensor
+        self.key: object = None
+        """Tells the changes that are on from others."""
+        self._layers: list[LaidBeside | ChangedWeight] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def put(self, changes: Sequence[Change], key: object) -> None:
+        """These changes, in their order, and no others. Raises `UserError`, with no changes put, if one cannot be."""
+        self.take_off()
+        by_parameter: dict[str, list[OwnChange]] = {}
+        for change in changes:
+            parameter = self._own(change.place.parameter)
+            if change.strength and parameter is not None:
+                by_parameter.setdefault(change.place.parameter, []).append(self._part(change))
+        linear: dict[str, dict[str, list[OwnChange]]] = {}
+        others = {}
+        for name, own in by_parameter.items():
+            path, _, leaf = name.rpartition(".")
+            is_called = not name.startswith(self._loaded.lent)
+            if is_called and isinstance(self._loaded.module.get_submodule(path), nn.Linear):
+                linear.setdefault(path, {})[leaf] = own
+            else:
+                others[name] = self._changed(name, own)
+        for path, leaves in linear.items():
+            self._put_beside(path, leaves.get("weight", []), leaves.get("bias", []))
+        for name, parameter in others.items():
+            self._replace(name, parameter)
+        self.key = key
+
+    @property
+    def change_weights(self) -> bool:
+        """Whether some give a layer another matrix at each call, as plain LoRAs do not."""
+        return any(isinstance(each, ChangedWeight) for each in self._layers)
+
+    def take_off(self) -> None:
+        """All changes: the model is what it was, bit for bit."""
+        for each in self._layers:
+            each.take_off()
+        for owner, leaf, parameter in self._replaced:
+            setattr(owner, leaf, parameter)
+        self._layers, self._replaced = [], []
+        self.key = None
+
+    def _own(self, name: str) -> Tensor | None:
+        """The parameter, where this rank holds something of it."""
+        path, _, leaf = name.rpartition(".")
+        parameter = getattr(self._loaded.module.get_submodule(path), leaf)
+        return None if parameter is None or parameter.is_meta else parameter
+
+    def _part(self, change: Change) -> OwnChange:
+        name, loaded, device = change.place.parameter, self._loaded, self._device(change.place.parameter)
+        shape = loaded.shapes[name]
+        width = math.prod(shape[1:])
+        if change.delta.shape[1] != width:
+            raise UserError(
+                f"A LoRA changes {change.delta.shape[1]} columns of {name}, which has {width} in this model.",
+                "Choose a LoRA that was trained for this model.",
+            )
+        rows, columns, magnitude, add_up = change.place.rows, EVERY, change.magnitude, None
+        if slices := loaded.cuts.slices(name, shape):
+            kept = torch.cat([torch.arange(part.start, part.stop) for part in slices.ranges])
+            rows, columns = (rows[kept], columns) if slices.dim == 0 else (rows, kept)
+            if magnitude and magnitude.of_rows == (slices.dim == 1):
+                add_up = self._add_up
+        own_magnitude = magnitude.part(rows, columns, device) if magnitude else None
+        return OwnChange(change.delta.part(rows, columns, device), own_magnitude, change.strength, add_up)
+
+    def _add_up(self, squares: Tensor) -> Tensor:
+        assert self._tensor.axis is not None
+        return self._tensor.axis.all_reduce(squares)
+
+    def _device(self, name: str) -> torch.device:
+        parameter = self._own(name)
+        assert parameter is not None
+        return parameter.device
+
+    def _put_beside(self, name: str, weights: list[OwnChange], biases: list[OwnChange]) -> None:
+        layer, dtype = self._loaded.module.get_submodule(name), self._loaded.compute_dtype
+        assert isinstance(layer, nn.Linear)
+        bias = None
+        for change in biases:
+            added = change.strength * change.delta.dense().squeeze(1)
+            bias = added if bias is None else bias + added
+        bias = None if bias is None else bias.to(dtype)
+        is_plain = weights and all(isinstance(each.delta, LowRank) and each.magnitude is None for each in weights)
+        laid = LaidBeside.of(layer, weights, bias, dtype) if is_plain else ChangedWeight.of(layer, weights, bias)
+        self._layers.append(laid)
+
+    def _changed(self, name: str, changes: Sequence[OwnChange]) -> nn.Parameter:
+        """What is no linear layer of its own is small, and is copied: patch embeddings, norms, tables."""
+        path, _, leaf = name.rpartition(".")
+        owner, parameter = self._loaded.module.get_submodule(path), self._own(name)
+        if leaf not in owner._parameters or (self._loaded.shards and block_of(name)):
+            why = "while its block is sharded over the ranks" if leaf in owner._parameters else "as it is no parameter"
+            raise UserError(f"A LoRA changes {name}, which it cannot {why}.", "Use weights=whole, or another LoRA.")
+        assert parameter is not None
+        weight = parameter.reshape(len(parameter), -1).float()
+        for change in changes:
+            weight = change.added_to(weight)
+        return nn.Parameter(weight.view(parameter.shape).to(parameter.dtype), requires_grad=False)
+
+    def _replace(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = self._loaded.module.get_submodule(path)
+        self._replaced.append((owner, leaf, owner._parameters[leaf]))  # pyright: ignore[reportArgumentType]
+        setattr(owner, leaf, parameter)

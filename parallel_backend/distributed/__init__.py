@@ -1,0 +1,1 @@
+"""Process groups, the axes of the mesh, and what passes over them."""

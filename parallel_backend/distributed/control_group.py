@@ -1,0 +1,96 @@
+"""The ranks' agreement: the same request and the same cancel point for all, over CPU groups of long patience."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from ..protocol import messages
+from ..protocol.frames import parse
+from ..protocol.tensors import unpack
+from ..worker.server import Work
+from .groups import leave_groups
+
+PATIENCE = timedelta(days=365)
+"""How long a rank waits for the next request. A waiting rank uses no CPU."""
+
+
+class Control:
+    """Collectives on a group of its own. Every rank makes the same calls in the same order."""
+
+    def __init__(self) -> None:
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def leave(self) -> None:
+        """Give up the group, as `leave_groups` does: ranks that wait in it for this one raise."""
+        groups = [self._group]
+        del self._group
+        leave_groups(groups)
+
+    def start_meeting(self) -> dist.Work:
+        """Begin to wait until every rank has come here."""
+        return cast(dist.Work, dist.barrier(group=self._group, async_op=True))
+
+    def share(self, work: Work | None) -> Work:
+        """Rank 0's work on every rank."""
+        header = work.request.model_dump_json().encode() if work else b""
+        sizes = torch.tensor([len(header), len(work.body) if work else 0])
+        self._broadcast(sizes)
+        header_size, body_size = sizes.tolist()
+        header = self._share_bytes(bytearray(header), header_size)
+        body = self._share_bytes(work.body if work else bytearray(), body_size)
+        if work:
+            return work
+        request = parse(messages.FROM_CLIENT, bytes(header))
+        assert not isinstance(request, messages.Cancel)
+        return Work(request, body, unpack(body))
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's flag on every rank."""
+        decision = torch.tensor([flag], dtype=torch.uint8)
+        self._broadcast(decision)
+        return bool(decision)
+
+    def start_largest(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to find the largest of every rank's numbers, place by place; the call that it returns waits for them.
+
+        No rank waits for another before that.
+        """
+        largest = torch.tensor(numbers)
+        work = cast(dist.Work, dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group, async_op=True))
+
+        def wait() -> list[int]:
+            work.wait()
+            return largest.tolist()
+
+        return wait
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's JSON value, on every rank, in the order of ranks."""
+        mine = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._group)
+        longest = int(max(sizes))
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(padded, _as_bytes(bytearray(mine.ljust(longest))), group=self._group)
+        return [json.loads(text.numpy()[: int(size)].tobytes()) for text, size in zip(padded, sizes, strict=True)]
+
+    def _share_bytes(self, data: bytearray, size: int) -> bytearray:
+        data = data if self.rank == 0 else bytearray(size)
+        if size:
+            self._broadcast(_as_bytes(data))
+        return data
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, src=0, group=self._group)
+
+
+def _as_bytes(data: bytearray) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)

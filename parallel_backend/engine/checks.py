@@ -1,0 +1,112 @@
+"""Both requests' checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..distributed.axis import Axis
+from ..errors import UserError
+from ..families.family import Family
+from ..layout.layout import Layout
+from ..protocol.messages import Sample
+from ..sampling.driver import not_finite
+from ..sampling.model_sampling import ModelSampling
+from ..sampling.noise import GaussianNoise
+from ..sampling.samplers import NoiseKind, find_sampler
+from ..sampling.schedules import sigmas_for
+from ..sampling.solver import Denoise, NoiseSource
+
+if TYPE_CHECKING:
+    from ..run_context import Run
+
+
+def check_rows(latent: Tensor, timestep: Tensor, count: int) -> None:
+    """Raise `UserError` unless the rows are as many for each of `count` conditions, with a finite time for each."""
+    rows = latent.shape[0]
+    if rows % count or timestep.shape != (rows,) or not torch.isfinite(timestep).all():
+        raise UserError(
+            f"The latent has {rows} rows for {count} conditions, and times of the shape {list(timestep.shape)}.",
+            "Look at the node that samples: it asks for a prediction that does not fit together.",
+        )
+
+
+def warn_of_warmup(layout: Layout, steps: int, run: Run) -> None:
+    """Say so when no step is left for PipeFusion or DistriFusion to speed up."""
+    if layout.is_exact or steps < 1 or steps > layout.warmup_steps:
+        return
+    lost = {
+        "pipefusion": f"{layout.pipefusion_degree} stages work one after the other",
+        "distrifusion": f"{layout.distrifusion_degree} ranks wait for each other",
+    }
+    reason = next(text for axis, text in lost.items() if layout.degree(axis) > 1)
+    run.log(
+        "warning", f"warmup_steps={layout.warmup_steps} covers all {steps} steps: the run is exact, and its {reason}."
+    )
+
+
+def fail_together(denoised: Tensor, question: Denoise, total: int, replicas: Axis) -> None:
+    """Raise the same `UserError` on every replica when one of them has a value that is not finite."""
+    if replicas.size == 1:
+        return
+    are_finite = torch.stack([torch.isfinite(each).all() for each in (denoised, question.x)]).float()
+    of_replicas = replicas.all_gather(are_finite.view(1, 2), [1] * replicas.size, dim=0)
+    denoised_is_finite, latent_is_finite = of_replicas.bool().all(dim=0).tolist()
+    if not denoised_is_finite:
+        raise not_finite(question, total, latent_is_finite=latent_is_finite)
+
+
+def needed(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"The request carries no {name}.", "Use one version of this node pack on all sides.")
+    return tensors[name]
+
+
+def check_latent(latent: Tensor, family: Family, channels: int) -> None:
+    """Raise `UserError` for a latent that is empty, too large, of other than `channels`, or not finite."""
+    if latent.ndim != 4 or not latent.numel():
+        raise UserError(
+            f"The latent has the shape {list(latent.shape)}; a picture's latent is [batch, channels, height, width].",
+            "Give a batch, a width and a height of at least 1.",
+        )
+    if latent.shape[1] != channels:
+        raise UserError(
+            f"The latent has {latent.shape[1]} channels; this {family.name} model takes {channels}.",
+            "Use the VAE (or the empty latent node) that belongs to the model.",
+        )
+    side = -(-max(latent.shape[2:]) // family.patch_size)
+    if family.max_side is not None and side > family.max_side:
+        raise UserError(
+            f"The latent is {latent.shape[3]} wide and {latent.shape[2]} high, which makes {side} rows or columns of "
+            f"tokens; this {family.name} model has positions for {family.max_side}.",
+            f"Make the latent at most {family.max_side * family.patch_size} wide and high.",
+        )
+    if not torch.isfinite(latent).all():
+        raise UserError(
+            "The latent that comes in holds NaN or infinite values.",
+            "Look at the node that made it; sampling did not start.",
+        )
+
+
+def noise_of(request: Sample, like: Tensor) -> NoiseSource | None:
+    """What a stochastic sampler draws from, where it is not the same in all versions of ComfyUI."""
+    if find_sampler(request.sampler).noise is not NoiseKind.GAUSSIAN:
+        return None
+    return GaussianNoise(like, request.seed, request.cpu_noise_offset)
+
+
+def sigmas_of(request: Sample, tensors: Mapping[str, Tensor], model_sampling: ModelSampling) -> Tensor:
+    """The noise levels: the graph's own where it sent them, else the family's for the named schedule."""
+    if request.schedule is None:
+        sigmas = needed("sigmas", tensors)
+        if sigmas.ndim != 1:
+            raise UserError(
+                f"The sigmas have the shape {list(sigmas.shape)}; they are one row of noise levels.",
+                "Look at the node that made them.",
+            )
+        return sigmas
+    schedule = request.schedule
+    return sigmas_for(model_sampling, schedule.scheduler, schedule.steps, schedule.denoise, request.sampler)

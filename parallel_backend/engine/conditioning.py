@@ -1,0 +1,261 @@
+"""From the entries and tensors of a request to what the engine evaluates: prompts, their ControlNets, their places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.controlnet.active import Control
+from ..adapters.controlnet.nets import ControlNet
+from ..adapters.ip_adapter import ImagePrompt, IPAdapter, check_family
+from ..distributed.axis import Axis
+from ..errors import UserError
+from ..families.condition import CONDITION_TENSORS, Condition
+from ..families.family import Family
+from ..protocol import messages
+from ..protocol.messages import Conditioning, Prompt
+from ..sampling.model_sampling import ModelSampling
+from ..strategies.weighted_prompts import Area, Entry
+from ..tokens.grid import CELL
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What entries are made of: a request's tensors and controls, for a latent of `shape` `[B, C, H, W]`.
+
+    `adapters`: the IP-Adapters of image prompts, by path; `tensor`: the ranks that share the model's heads.
+    """
+
+    tensors: Mapping[str, Tensor]
+    family: Family
+    model_sampling: ModelSampling
+    shape: torch.Size
+    controls: Sequence[Control] = ()
+    adapters: Mapping[str, IPAdapter] = field(default_factory=dict)
+    tensor: Axis | None = None
+
+
+def entries_of_side(entries: Sequence[Conditioning], side: str, inputs: Inputs) -> list[Entry]:
+    """The entries of a `side` (positive or negative), on the family's device.
+
+    Raises `UserError` for what does not fit the model, the latent or itself.
+    """
+    return [_entry_of(entry, index, side, inputs) for index, entry in enumerate(entries)]
+
+
+def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Entry:
+    family, (batch, _, height, width) = inputs.family, inputs.shape
+    owner = index if entry.prompt is None else entry.prompt
+    if owner > index:
+        raise UserError(f"The {side} entry {index} names the prompt of entry {owner}, which does not come before it.")
+    area = _area_of(entry, side, height, width)
+    condition = prompt_of(entry, f"{side}.{owner}.", side, inputs.tensors, family, inputs.shape)
+    pictures = pictures_of(entry, f"{side}.{owner}.", inputs.tensors, family)
+    asked = list(zip(entry.image_prompts, pictures, strict=True))
+    condition = replace(
+        condition,
+        references=tuple(map(family.process_in, condition.references)),
+        controls=tuple(inputs.controls[index] for index in entry.controls),
+        image_prompts=image_prompts_of(asked, inputs.adapters, family, inputs.tensor, batch, inputs.model_sampling),
+    )
+    return Entry(
+        condition,
+        _weight_of(entry, inputs.tensors.get(f"{side}.{index}.region"), area, side, inputs.shape).to(family.device),
+        area,
+        start=inputs.model_sampling.percent_to_sigma(entry.start) if entry.start > 0.0 else math.inf,
+        end=inputs.model_sampling.percent_to_sigma(entry.end) if entry.end < 1.0 else -math.inf,
+    )
+
+
+def _area_of(entry: Conditioning, side: str, height: int, width: int) -> Area | None:
+    if entry.area is None:
+        return None
+    area = Area(*entry.area)
+    if not area.height or not area.width or area.top + area.height > height or area.left + area.width > width:
+        raise UserError(
+            f"A {side} prompt is for an area of {area.width} x {area.height} cells at {area.left}, {area.top}; the "
+            f"latent is {width} x {height}.",
+            "Put the area inside the picture.",
+        )
+    return area
+
+
+def _weight_of(
+    entry: Conditioning, region: Tensor | None, area: Area | None, side: str, shape: Sequence[int]
+) -> Tensor:
+    batch, _, height, width = shape
+    if region is None:
+        return entry.strength * (torch.ones(1, 1, 1, 1) if area is None else area.faded(height, width))
+    if list(region.shape) not in ([1, height, width], [batch, height, width]):
+        raise UserError(
+            f"The mask of a {side} prompt has the shape {list(region.shape)}; the latent's cells are "
+            f"{[batch, height, width]}.",
+            "Use one version of this node pack on all sides.",
+        )
+    if not torch.isfinite(region).all():
+        raise UserError(f"The mask of a {side} prompt holds NaN or infinite values.", "Look at the node that made it.")
+    weight = entry.strength * region.float().unsqueeze(1)
+    return weight if area is None else area.of(weight)
+
+
+def prompt_of(
+    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]
+) -> Condition:
+    """One prompt with those of its tensors whose names begin with `prefix`; errors say that it is of `side`.
+
+    Where no size of the picture is told, the model is told that of the latent of `shape` `[B, C, H, W]`.
+    """
+    given: dict[str, Any] = {
+        name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors
+    }
+    check_condition_tensors(given, side, shape[0])
+    condition = Condition(
+        **given,
+        guidance=prompt.guidance,
+        size=prompt.size or (shape[2] * CELL, shape[3] * CELL),
+        target_size=prompt.target_size,
+        references=_references_of(prompt, prefix, side, tensors, family, shape[0]),
+        reference_places=prompt.reference_places,
+    )
+    family.check_condition(condition)
+    return condition
+
+
+def _references_of(
+    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, batch: int
+) -> tuple[Tensor, ...]:
+    if prompt.references and not family.takes_references:
+        raise UserError(
+            f"The {side} conditioning has {prompt.references} reference pictures, which a {family.name} model does not "
+            "look at.",
+            "Remove the ReferenceLatent node.",
+        )
+    references = [tensors.get(f"{prefix}reference.{number}") for number in range(prompt.references)]
+    for reference in references:
+        fits = (
+            reference is not None
+            and reference.ndim == 4
+            and reference.shape[0] in (1, batch)
+            and reference.shape[1] == family.input_channels
+            and reference.numel()
+        )
+        if not fits:
+            found = "is missing" if reference is None else f"has the shape {list(reference.shape)}"
+            raise UserError(
+                f"The latent of a reference picture of the {side} conditioning {found}; this {family.name} model takes "
+                f"[1 or {batch}, {family.input_channels}, height, width].",
+                "Encode the picture with the VAE that belongs to the model.",
+            )
+    return tuple(reference.float().to(family.device) for reference in references if reference is not None)
+
+
+def sizes_of_controls(entries: Sequence[Conditioning], count: int, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Height and width that the pictures of `count` controls are laid over: the latent's, or those of an area.
+
+    Raises `UserError` for entries that do not agree on it, or name a control that there is not.
+    """
+    height, width = shape[2:]
+    sizes: dict[int, tuple[int, int]] = {}
+    for entry in entries:
+        size = (height, width) if entry.area is None else entry.area[:2]
+        for index in entry.controls:
+            if not 0 <= index < count:
+                raise UserError(f"The conditioning names controls {entry.controls}, of which {count} were sent.")
+            if sizes.setdefault(index, size) != size:
+                raise UserError(
+                    f"The control {index} is for {sizes[index]} rows and columns in one prompt and {size} in another.",
+                    "Use one version of this node pack on all sides.",
+                )
+    return [sizes.get(index, (height, width)) for index in range(count)]
+
+
+def control_of(
+    control: messages.Control,
+    picture: Tensor | None,
+    net: ControlNet,
+    family: Family,
+    model_sampling: ModelSampling,
+    size: tuple[int, int, int],
+) -> Control:
+    """A ControlNet at work over a latent, or an area of it, of `size` (batch, height, width).
+
+    Raises `UserError` for what does not fit together.
+    """
+    net.work_with(family, control.mode)
+    batch, height, width = size
+    wanted = [family.latent_channels, height, width]
+    if net.info.takes_pixels:
+        wanted = [3, height * CELL, width * CELL]
+    if picture is None or picture.ndim != 4 or picture.shape[0] not in (1, batch) or list(picture.shape[1:]) != wanted:
+        found = "is missing" if picture is None else f"has the shape {list(picture.shape)}"
+        what = "control picture" if net.info.takes_pixels else "latent of the control picture"
+        raise UserError(
+            f"The {what} for {net.info.name} {found}; this run takes {[batch, *wanted]}.",
+            "Look at the node that made it, and at its VAE.",
+        )
+    return Control(
+        net,
+        net.see(picture),
+        control.strength,
+        control.mode,
+        start=clock_at(control.start, model_sampling),
+        end=clock_at(control.end, model_sampling),
+    )
+
+
+def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], family: Family) -> list[Tensor]:
+    """The pictures of a prompt's image prompts, on the family's device. Raises `UserError` when one is missing."""
+    names = [f"{prefix}image.{number}" for number in range(len(prompt.image_prompts))]
+    if missing := [name for name in names if name not in tensors]:
+        raise UserError(f"The request carries no {missing[0]}.", "Use one version of this node pack on all sides.")
+    return [tensors[name].to(family.device, family.dtype) for name in names]
+
+
+def image_prompts_of(
+    asked: Sequence[tuple[messages.ImagePrompt, Tensor]],
+    adapters: Mapping[str, IPAdapter],
+    family: Family,
+    tensor: Axis | None,
+    batch: int,
+    model_sampling: ModelSampling | None = None,
+) -> tuple[ImagePrompt, ...]:
+    """Pictures at work in a run, in parts of it where the `model_sampling` is told. Raises `UserError` for misfits."""
+    prompts = []
+    for prompt, picture in asked:
+        adapter = adapters[prompt.adapter.path]
+        check_family(adapter.info, family)
+        adapter.check_picture(picture, batch)
+        start, end = math.inf, -math.inf
+        if model_sampling:
+            start, end = (clock_at(percent, model_sampling) for percent in (prompt.start, prompt.end))
+        assert tensor is not None
+        prompts.append(ImagePrompt(adapter, picture, prompt.weight, start, end, tensor))
+    return tuple(prompts)
+
+
+def clock_at(percent: float, model_sampling: ModelSampling) -> float:
+    """The model's clock at that part of the run; beyond all of its times at the ends."""
+    if percent in (0.0, 1.0):
+        return math.inf if percent == 0.0 else -math.inf
+    return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
+
+
+def check_condition_tensors(given: Mapping[str, Tensor], side: str, batch: int) -> None:
+    """Raise `UserError` for tensors of a condition that do not fit each other or the batch."""
+    shapes = {name: list(tensor.shape) for name, tensor in given.items()}
+    fits = "tokens" in given and all(
+        len(shape) == CONDITION_TENSORS[name] and shape[0] in (1, batch) and all(shape)
+        for name, shape in shapes.items()
+    )
+    for mask, tokens in (("mask", "tokens"), ("mask_2", "tokens_2")):
+        fits = fits and (mask not in given or (tokens in given and shapes[mask][1] == shapes[tokens][1]))
+    if not fits:
+        raise UserError(
+            f"The {side} conditioning does not fit together, or not the batch of {batch}: {shapes}.",
+            "Look at the node that made it.",
+        )

@@ -1,0 +1,247 @@
+"""What a rank does with a request. The same calls are made on every rank, and the same models are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..adapters.lora.store import AdapterStore
+from ..distributed.axis import Axis
+from ..distributed.groups import leave_groups, new_group
+from ..distributed.ledger import Ledger
+from ..distributed.mesh import Mesh
+from ..errors import UserError
+from ..layout.fitting import Work, check_layout
+from ..layout.layout import Layout
+from ..layout.model_part import WHOLE, Part
+from ..layout.stages import Stage
+from ..protocol import messages
+from .agreement import check_agreement, together
+from .model_store import ModelStore
+from .run_conditions import ToldConditions
+
+if TYPE_CHECKING:
+    from ..adapters.ip_adapter import IPAdapter
+    from ..families.family import Family
+    from ..run_context import Run
+    from .model import Transformer
+
+Answer = tuple[dict[str, Any], dict[str, Tensor]]
+"""The `data` and the tensors of a `Result`."""
+
+
+class Engine:
+    """Serves every request that is about models. Rank 0's answer goes to the client."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.models = ModelStore(device)
+        self.adapters = AdapterStore()
+        self.world = _world()
+        self._meshes: dict[Layout, Mesh] = {}
+        self._told = ToldConditions()
+        self._serve = {
+            messages.Load: self._load,
+            messages.EncodeText: self._encode_text,
+            messages.FindChanges: self._find_changes,
+            messages.KeepChanges: self._keep_changes,
+            messages.Sample: self._sample,
+            messages.Predict: self._predict,
+            messages.EndRun: self._end_run,
+            messages.Decode: self._decode,
+            messages.EncodeImage: self._encode_image,
+            messages.Unload: self._unload,
+        }
+
+    @torch.inference_mode()
+    def handle(self, request: messages.AnyRequest, tensors: dict[str, Tensor], run: Run) -> Answer:
+        check_agreement(request, tensors, run)
+        return self._serve[type(request)](request, tensors, run)
+
+    def status(self) -> dict[str, object]:
+        """This rank's device, memory, models, and what it sent in the last run of each layout, ready for JSON."""
+        return {
+            "device": str(self.device),
+            "memory": self.models.memory(),
+            "models": self.models.summary(),
+            "traffic": {str(layout): mesh.ledger.summary() for layout, mesh in self._meshes.items()},
+        }
+
+    def leave(self) -> None:
+        """As the worker's `Engine.leave`. The models stay."""
+        self.models.let_go()
+        axes = [self.world, *(axis for mesh in self._meshes.values() for axis in mesh.axes)]
+        self._meshes.clear()
+        leave_groups([group for axis in axes for group in axis.release()])
+
+    def rejoin(self, run: Run) -> None:
+        """As the worker's `Engine.rejoin`. What clients have sent they will be asked for again."""
+        self.world = _world()
+        self.models.keep_common(run)
+        self.adapters.forget()
+        self._told.clear()
+
+    def _load(self, request: messages.Load, tensors: dict[str, Tensor], run: Run) -> Answer:
+        started = time.monotonic()
+        match request.ref:
+            case messages.ModelRef() as ref:
+                self.models.transformer(ref, run, self._part(request.layout) if request.layout else WHOLE)
+            case messages.VaeRef() as ref:
+                self.models.vae(ref, run)
+            case messages.TextRef() as ref:
+                self._on_rank_0(lambda: self.models.text(ref, run), run)
+        return {"seconds": time.monotonic() - started, "models": self.models.summary()}, {}
+
+    def _encode_text(self, request: messages.EncodeText, tensors: dict[str, Tensor], run: Run) -> Answer:
+        """On rank 0 alone: a copy of the text encoders on every rank would cost memory and save no time."""
+
+        def encode() -> dict[str, Tensor]:
+            encoders = self.models.text(request.text, run)
+            run.progress("encode text", 0, 1)
+            return encoders.encode(request.prompt, request.prompt_2, request.max_length).tensors()
+
+        return {}, self._on_rank_0(encode, run) or {}
+
+    def _find_changes(self, request: messages.FindChanges, tensors: dict[str, Tensor], run: Run) -> Answer:
+        return {"missing": self.adapters.missing(request.digests)}, {}
+
+    def _keep_changes(self, request: messages.KeepChanges, tensors: dict[str, Tensor], run: Run) -> Answer:
+        self.adapters.keep(request.digests, tensors)
+        return {}, {}
+
+    def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from .sample import sample
+
+        mesh, transformer, family = self._ready(request, run)
+        stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
+        refs = [control.net for control in request.controls]
+        nets = {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
+        prompts = [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
+        stage = replace(stage, sizes=request.layout.stage_blocks)
+        adapters = self._ip_adapters(prompts, transformer, family, stage, run)
+        mesh.ledger.reset()
+        started = time.monotonic()
+        latent = sample(request, tensors, family, mesh, run, nets, adapters)
+        seconds = time.monotonic() - started
+        memory = self.models.memory()
+        run.memory(memory["used"], memory["free"])
+        return {"layout": str(request.layout), "seconds": seconds, "traffic": mesh.ledger.summary()}, {"latent": latent}
+
+    def _predict(self, request: messages.Predict, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from .predict import predict
+
+        self._told.begin(request.run, request.model)
+        missing = [key for key in request.conditions if key not in request.told and key not in self._told]
+        if missing:
+            return {"missing": missing}, {}
+        mesh, transformer, family = self._ready(request, run)
+        told = [each.prompts for key in request.conditions if (each := self._told.get(key))]
+        prompts = [prompt for own in told for prompt in own]
+        prompts += [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
+        adapters = self._ip_adapters(prompts, transformer, family, Stage(), run)
+        mesh.ledger.reset()
+        return {}, {"prediction": predict(request, tensors, self._told, family, mesh, run, adapters)}
+
+    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, Family]:
+        """The mesh and the model of a request's layout, with the changes that it asks for."""
+        mesh = self._mesh(request.layout)
+        transformer = self.models.transformer(request.model, run, self._part(request.layout))
+        family = transformer.on(mesh)
+        together(lambda: self.adapters.adapt(transformer, request.adapters, run), run)
+        if request.layout.compile == "blocks":
+            transformer.compile_blocks(run)
+        return mesh, transformer, family
+
+    def _ip_adapters(
+        self,
+        prompts: Sequence[messages.ImagePrompt],
+        transformer: Transformer,
+        family: Family,
+        stage: Stage,
+        run: Run,
+    ) -> dict[str, IPAdapter]:
+        """By their paths, those that show `prompts`."""
+        refs = dict.fromkeys(prompt.adapter for prompt in prompts)
+        return {ref.path: self.models.ip_adapter(ref, family, transformer.cuts, stage, run) for ref in refs}
+
+    def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
+        self._told.end(request.run)
+        return {}, {}
+
+    def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from ..vae.decode import decode
+
+        return self._with_vae(decode, "decode", request, tensors["latent"], "image", run)
+
+    def _encode_image(self, request: messages.EncodeImage, tensors: dict[str, Tensor], run: Run) -> Answer:
+        from ..vae.encode import encode
+
+        return self._with_vae(encode, "encode image", request, tensors["image"], "latent", run)
+
+    def _with_vae(
+        self,
+        work: Any,
+        phase: messages.Phase,
+        request: messages.VaeWork,
+        batch: Tensor,
+        name: str,
+        run: Run,
+    ) -> Answer:
+        from ..vae.job import Memory
+        from ..vae.tiles import Tiling
+
+        def progress(done: int, total: int) -> None:
+            run.check_cancelled()
+            run.progress(phase, done, total)
+
+        vae = self.models.vae(request.vae, run)
+        run.progress(phase, 0, 1)
+        memory = Memory(
+            free_up=lambda bytes: self.models.free_up(bytes, request.vae, run),
+            on_short=request.on_out_of_memory,
+            say=lambda text: run.log("info", text),
+        )
+        tiling = Tiling(request.tile_size, request.overlap)
+        result = work(vae, batch, self.world, tiling, on_progress=progress, check=run.check_cancelled, memory=memory)
+        return {}, {} if result is None else {name: result}
+
+    def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
+        self.adapters.forget()
+        self._told.clear()
+        return {"freed_bytes": run.gather(self.models.unload())}, {}
+
+    def _mesh(self, layout: Layout) -> Mesh:
+        degrees = layout.degrees
+        if degrees not in self._meshes:
+            self._meshes[degrees] = Mesh(degrees)
+        return self._meshes[degrees]
+
+    def _part(self, layout: Layout) -> Part:
+        """What this rank needs of a transformer. Raises `UserError` for a layout that does not fit the ranks."""
+        check_layout(layout, Work(ranks=self.world.size))
+        return Part.of(layout, self._mesh(layout))
+
+    def _on_rank_0(self, work: Any, run: Run) -> Any:
+        """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""
+        result, failure = None, None
+        if dist.get_rank() == 0:
+            try:
+                result = work()
+            except UserError as error:
+                failure = [error.message, error.hint]
+        match run.gather(failure)[0]:
+            case [str(message), str(hint)]:
+                raise UserError(message, hint)
+        return result
+
+
+def _world() -> Axis:
+    """All ranks, in a group of their own: the default one cannot be left."""
+    ranks = range(dist.get_world_size())
+    return Axis("world", ranks, new_group(ranks) if len(ranks) > 1 else None, Ledger())

@@ -1,0 +1,90 @@
+"""A loaded transformer, or this rank's part of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..adapters.lora.layers import AdaptedLayers
+from ..adapters.lora.module_names import Names
+from ..distributed.mesh import Mesh
+from ..families.blocks import Block, compiled
+from ..families.family import Family
+from ..families.registry import FAMILIES
+from ..layout.model_part import WHOLE, Part
+from ..strategies.sharded_weights import ShardedWeights
+from ..strategies.tensor import TensorParallel
+from ..weights.load import LoadedTransformer, load_transformer
+
+if TYPE_CHECKING:
+    from ..run_context import Run
+
+
+def build_family(loaded: LoadedTransformer, path: Path) -> Family:
+    """The block view of a loaded transformer.
+
+    A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
+    """
+    vae_config = path / "vae" / "config.json"
+    scale: dict[str, float] = {}
+    if vae_config.is_file():
+        config = json.loads(vae_config.read_text())
+        scale = {"latent_scale": config["scaling_factor"], "latent_shift": config.get("shift_factor") or 0.0}
+    device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
+    family = FAMILIES[loaded.family](loaded.module, loaded.compute_dtype, device, **scale)
+    family.block_parameters = loaded.block_parameters
+    return family
+
+
+class Transformer:
+    """The block view of a model of which this rank holds `part`. `bytes`: what it takes in memory."""
+
+    def __init__(self, path: Path, device: torch.device, weight_dtype: str = "auto", part: Part = WHOLE) -> None:
+        """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
+        loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part)
+        self.bytes = loaded.bytes
+        self.family = build_family(loaded, path)
+        self._tensor = TensorParallel(loaded.module, loaded.cuts)
+        self.cuts = loaded.cuts
+        self.names = Names(loaded.family, loaded.shapes)
+        self.adapted = AdaptedLayers(loaded, self._tensor)
+        self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None
+        self._own = part.stage.blocks(self.family.block_parameters)
+        self._plain = self.family.blocks
+        self._blocks = self._gathered(self._plain)
+        self._compiled: Sequence[Block] | None = None
+
+    def on(self, mesh: Mesh) -> Family:
+        """The family, its parts meeting those of the ranks of `mesh`. All of them begin a run with this call."""
+        self._tensor.axis = mesh.tensor
+        self.family.blocks = self._blocks
+        if self._sharded:
+            self._sharded.begin(mesh.replicas)
+        return self.family
+
+    def compile_blocks(self, run: Run) -> None:
+        """Compute the run that `on` began with compiled blocks; with plain ones where more than plain LoRAs are on."""
+        if self.adapted.change_weights:
+            run.log(
+                "info",
+                "Blocks under LoHa, LoKr, DoRA or whole differences are not compiled: every layer with one would be "
+                "compiled by itself.",
+            )
+            return
+        self._compiled = self._compiled or self._gathered(compiled(self._plain))
+        self.family.blocks = self._compiled
+
+    def let_go(self) -> None:
+        """Of what is under way to other ranks, wherever it was interrupted."""
+        if self._sharded:
+            self._sharded.let_go()
+
+    def _gathered(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """The blocks, with their weights put together while they compute where these are sharded."""
+        if self._sharded is None:
+            return blocks
+        return [*blocks[: self._own.start], *self._sharded.around(blocks[self._own]), *blocks[self._own.stop :]]

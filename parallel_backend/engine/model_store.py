@@ -1,0 +1,285 @@
+"""What a rank holds in memory: as many transformers and VAEs as there is room for, and one set of text encoders."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from ..layout.model_part import WHOLE, Part
+from ..protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
+from .agreement import COMPONENTS, together
+
+if TYPE_CHECKING:
+    from ..adapters.controlnet.nets import ControlNet
+    from ..adapters.ip_adapter import IPAdapter
+    from ..families.family import Family
+    from ..layout.stages import Stage
+    from ..run_context import Run
+    from ..text.encoders import TextEncoders
+    from ..vae.load import LoadedVAE
+    from ..weights.tensor_cuts import TensorCuts
+    from .model import Transformer
+
+log = logging.getLogger(__name__)
+
+Ref = ModelRef | TextRef | VaeRef | ControlNetRef | IPAdapterRef
+
+KEPT_FREE = 0.4
+"""Share of a device's memory that must stay free for the work itself, for a model to be kept beside another."""
+
+VAE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Held:
+    """One loaded model: the reference that it came from, which part of it, the state of the files when it was read."""
+
+    ref: Ref
+    part: Part
+    fingerprint: tuple[object, ...]
+    model: Any
+    bytes: int
+
+
+class ModelStore:
+    """Loads by reference, and keeps what it loaded until the file changes, another part of it is asked for, or another
+    model needs the room.
+
+    Then the one goes that was used longest ago. All ranks hold parts of the same models, used in the same order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: OrderedDict[Ref, Held] = OrderedDict()
+        self._in_use: list[Ref] = []
+        """What was asked for last, and what works beside it."""
+
+    def transformer(self, ref: ModelRef, run: Run, part: Part = WHOLE) -> Transformer:
+        """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
+
+        def load() -> tuple[Transformer, int]:
+            from .model import Transformer
+
+            transformer = Transformer(Path(ref.path), self.device, ref.weight_dtype, part)
+            return transformer, transformer.bytes
+
+        return self._get(ref, load, run, part)
+
+    def controlnet(self, ref: ControlNetRef, dtype: torch.dtype, stage: Stage, run: Run) -> ControlNet:
+        """In the model's `dtype`. Of a pipeline only the first stage has its weights; the others know its shape."""
+
+        def load() -> tuple[ControlNet, int]:
+            from ..adapters.controlnet.nets import open_controlnet
+
+            net = open_controlnet(Path(ref.path), self.device if stage.is_first else torch.device("meta"), dtype)
+            return net, net.bytes if stage.is_first else 0
+
+        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, Part(stage), beside=True)
+
+    def ip_adapter(self, ref: IPAdapterRef, family: Family, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
+        """In the model's dtype, for the blocks of `stage`, and of their heads for what `cuts` say."""
+
+        def load() -> tuple[IPAdapter, int]:
+            from ..adapters.ip_adapter import open_ip_adapter
+
+            adapter = open_ip_adapter(Path(ref.path), family, cuts, stage)
+            return adapter, adapter.bytes
+
+        part = Part(stage.settled(family.block_parameters), cuts.share)
+        return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part, beside=True)
+
+    def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
+        """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""
+
+        def load() -> tuple[LoadedVAE, int]:
+            from ..vae.load import load_vae
+
+            vae = load_vae(ref.path, device=self.device, dtype=self._vae_dtype(ref))
+            return vae, _bytes(vae.module)
+
+        return self._get(ref, load, run)
+
+    def text(self, ref: TextRef, run: Run) -> TextEncoders:
+        """Raises `UserError` when the folder lacks an encoder or a tokenizer."""
+
+        def load() -> tuple[TextEncoders, int]:
+            from ..text.encoders import load_text_encoders
+
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            encoders = load_text_encoders(ref.path, device=self.device, dtype=dtype)
+            return encoders, sum(_bytes(part.encoder) for part in encoders.parts)
+
+        return self._get(ref, load, run)
+
+    def free_up(self, bytes: int, ref: Ref, run: Run) -> int:
+        """A collective: make room for `bytes` more on every rank beside the model `ref`, as far as other models can go.
+
+        Returns what the rank with least has free then.
+        """
+        while True:
+            free = min(map(int, run.gather(self._usable())))  # pyright: ignore[reportArgumentType]
+            others = [each for each in self._held if each != ref and not isinstance(each, TextRef)]
+            if free >= bytes or not others:
+                return free
+            self._give_up(others[0], f"the work of {Path(ref.path).name}", run)
+
+    def let_go(self) -> None:
+        """Of what is under way to other ranks."""
+        for held in self._held.values():
+            if isinstance(held.ref, ModelRef):
+                held.model.let_go()
+
+    def keep_common(self, run: Run) -> None:
+        """A collective: forget what not all ranks hold, and the order in which they used the rest."""
+        shared = [ref for ref in self._held if not isinstance(ref, TextRef)]
+        names = {ref: f"{type(ref).__name__} {ref.model_dump_json()}" for ref in shared}
+        first, *others = (
+            [str(name) for name in each] for each in run.gather(list(names.values())) if isinstance(each, list)
+        )
+        common = [name for name in first if all(name in each for each in others)]
+        for ref in sorted(shared, key=lambda ref: common.index(names[ref]) if names[ref] in common else -1):
+            if names[ref] in common:
+                self._held.move_to_end(ref)
+            else:
+                del self._held[ref]
+
+    def unload(self) -> int:
+        """Forget every model; the number of bytes that this process uses less of its device."""
+        used = self.memory()["used"]
+        self._held.clear()
+        self._release()
+        return max(0, used - self.memory()["used"])
+
+    def summary(self) -> list[dict[str, object]]:
+        """What is held, by kind, the last used first."""
+        newest = sorted(reversed(self._held.values()), key=lambda held: held.ref.kind)
+        return [{"kind": held.ref.kind, "path": held.ref.path, "bytes": held.bytes} for held in newest]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this process uses, and that are free, on its device."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return {"used": torch.cuda.memory_reserved(self.device), "free": free, "total": total}
+        host = psutil.virtual_memory()
+        return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
+
+    def _get(
+        self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE, *, beside: bool = False
+    ) -> Any:
+        """`beside`: it is to work beside the models that were asked for before it, which stay for that."""
+        now = _fingerprint(Path(ref.path))
+        self._in_use = [*(self._in_use if beside else ()), ref]
+        held = self._held.get(ref)
+        if held is not None and (held.part, held.fingerprint) != (part, now):
+            del self._held[ref]
+            held = None
+            self._release()
+        self._make_room(ref, part, held is None, run)
+
+        def hold() -> Held:
+            if held is not None:
+                return held
+            run.progress("load", 0, 1)
+            model, size = load()
+            run.progress("load", 1, 1)
+            return Held(ref, part, now, model, size)
+
+        try:
+            own = hold() if isinstance(ref, TextRef) else together(hold, run)
+        except UserError:
+            # What one rank cannot load no other keeps.
+            self._held.pop(ref, None)
+            raise
+        self._held[ref] = own
+        self._held.move_to_end(ref)
+        return own.model
+
+    def _make_room(self, ref: Ref, part: Part, missing: bool, run: Run) -> None:
+        """A collective, also of ranks that hold this part already: of another layout, others may have to load theirs.
+
+        But for text encoders: rank 0 alone has those, and only ever one set.
+        """
+        is_text = isinstance(ref, TextRef)
+        while others := [
+            each for each in self._held if each not in self._in_use and isinstance(each, TextRef) == is_text
+        ]:
+            if is_text:
+                enough = not missing
+            else:
+                spares = run.gather(self._spare(ref, part) if missing else 0)
+                enough = min(map(int, spares)) >= 0  # pyright: ignore[reportArgumentType]
+            if enough:
+                return
+            self._give_up(others[0], Path(ref.path).name, run)
+
+    def _give_up(self, ref: Ref, taker: str, run: Run) -> None:
+        del self._held[ref]
+        self._release()
+        run.log("info", f"{Path(ref.path).name} makes room for {taker}.")
+
+    def _usable(self) -> int:
+        """Bytes that this rank may still take: its share of what is free, and what its allocator holds unused."""
+        free = self.memory()["free"] // self._sharers
+        if self.device.type == "cuda":
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free
+
+    @property
+    def _sharers(self) -> int:
+        """Ranks that share the memory of this rank's device."""
+        return 1 if self.device.type == "cuda" else dist.get_world_size()
+
+    def _spare(self, ref: Ref, part: Part) -> int:
+        """Bytes that would be free, beyond what is to stay free, with this part of a model loaded as well."""
+        memory = self.memory()
+        return int((memory["free"] - KEPT_FREE * memory["total"]) / self._sharers) - _expected_bytes(ref, part)
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            # Of offloaded weights. Older releases of torch call it by the second name.
+            empty = getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", None))
+            if empty is None:
+                log.warning("torch %s keeps the pinned host memory of unloaded models for the next.", torch.__version__)
+            else:
+                empty()
+
+    def _vae_dtype(self, ref: VaeRef) -> torch.dtype:
+        if ref.weight_dtype == "auto":
+            # fp16 overflows in some of these decoders, bf16 does not; a CPU computes fastest in fp32.
+            return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        if ref.weight_dtype not in VAE_DTYPES:
+            raise UserError(f"A VAE cannot be loaded as {ref.weight_dtype}.", f"Choose auto, {', '.join(VAE_DTYPES)}.")
+        return VAE_DTYPES[ref.weight_dtype]
+
+
+def _fingerprint(path: Path) -> tuple[object, ...]:
+    """Changes when the file, or any file of the folder, is replaced."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+
+
+def _expected_bytes(ref: Ref, part: Part) -> int:
+    """Of the device's memory, judged by the size of the files."""
+    path = Path(ref.path)
+    folder = path / COMPONENTS.get(ref.kind, "")
+    files = folder.rglob("*.safetensors") if folder.is_dir() else [path]
+    on_disk = sum(file.stat().st_size for file in files)
+    shares = part.stage.count * part.tensor.count * (part.shard.count if part.shard else 1)
+    widened = 2 if getattr(ref, "weight_dtype", "auto") == "fp32" else 1
+    return 0 if part.offload else widened * on_disk // shares
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

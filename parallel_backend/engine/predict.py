@@ -1,0 +1,100 @@
+"""From a `Predict` request to the transformer's output: the sampler is elsewhere, and asks for one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..adapters.controlnet.residuals import given_residuals
+from ..attention.usp import make_attention
+from ..distributed.mesh import Mesh
+from ..errors import UserError
+from ..families.family import Family
+from ..layout.fitting import Work, check_layout
+from ..layout.layout import Layout
+from ..layout.split import split_sizes
+from ..protocol.messages import Predict
+from ..strategies.sequence import SequenceParallel
+from .checks import check_latent, check_rows, needed
+from .conditioning import image_prompts_of, pictures_of, prompt_of
+from .run_conditions import Told, ToldConditions
+
+if TYPE_CHECKING:
+    from ..adapters.ip_adapter import IPAdapter
+    from ..run_context import Run
+
+
+def predict(
+    request: Predict,
+    tensors: dict[str, Tensor],
+    told: ToldConditions,
+    family: Family,
+    mesh: Mesh,
+    run: Run,
+    adapters: Mapping[str, IPAdapter],
+) -> Tensor:
+    """The prediction for every row of the latent, fp32 on the CPU, the same on every rank. Exact.
+
+    `adapters`: the conditions' IP-Adapters by path.
+
+    Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
+    prediction that is not finite; `Cancelled` between two conditions.
+    """
+    latent, timestep = (needed(name, tensors).float().to(family.device) for name in ("latent", "timestep"))
+    check_latent(latent, family, family.input_channels)
+    count = len(request.conditions)
+    batch = latent.shape[0] // count
+    check_rows(latent, timestep, count)
+    check_exact(request.layout)
+    check_layout(request.layout, Work(batch=batch))
+    for key, entry in request.told.items():
+        condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *latent.shape[1:])))
+        told[key] = Told(condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family))
+    conditions = []
+    for each in (told[key] for key in request.conditions):
+        asked = list(zip(each.prompts, each.pictures, strict=True))
+        prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
+        # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
+        conditions.append(replace(each.condition, image_prompts=prompts) if prompts else each.condition)
+    given = given_residuals(request.residuals, tensors, family, latent.shape) if request.residuals else None
+    attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
+    strategy = SequenceParallel(family, mesh.sequence, attention)
+
+    sizes = split_sizes(batch, mesh.data.size)
+    start = sum(sizes[: mesh.data.rank])
+    own = slice(start, start + sizes[mesh.data.rank])
+    predictions: list[Tensor] = []
+    for first in range(0, count, mesh.cfg.size):
+        run.check_cancelled()
+        # Ranks without a condition of their own compute the last one again: weights are gathered by all together.
+        index = min(first + mesh.cfg.rank, count - 1)
+        rows = slice(index * batch + own.start, index * batch + own.stop)
+        condition = conditions[index].part(own, batch)
+        if given:
+            condition = replace(condition, controls=(given.rows(rows),))
+        output = strategy.predict(latent[rows], timestep[rows], condition).float()
+        together = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
+        predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in together[: count - first]]
+    prediction = torch.cat(predictions)
+    if not torch.isfinite(prediction).all():
+        raise UserError(
+            "The model's prediction is not finite: it holds NaN or infinite values.",
+            "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
+        )
+    return prediction.cpu()
+
+
+def check_exact(layout: Layout) -> None:
+    """Raise `UserError` for a layout that needs to know of the steps before, which nothing is kept of here."""
+    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
+    if approximate:
+        name = approximate[0]
+        raise UserError(
+            f"{name}_degree={layout.degree(name)} goes on from the step before, but ComfyUI's own samplers ask for one "
+            "step at a time.",
+            f"Use Parallel Sampler, or a layout with {name}_degree=1.",
+        )

@@ -1,0 +1,1 @@
+"""One key table a family: the names in its files and the names in diffusers."""

@@ -1,0 +1,117 @@
+"""HunyuanDiT: what its files look like, and the original (Tencent, ComfyUI) names of its weights in diffusers'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import UserError
+from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+
+RULES = (
+    Rule("x_embedder.proj", ("pos_embed.proj",)),
+    Rule("mlp_t5.0", ("text_embedder.linear_1",)),
+    Rule("mlp_t5.2", ("text_embedder.linear_2",)),
+    Rule("t_embedder.mlp.0", ("time_extra_emb.timestep_embedder.linear_1",)),
+    Rule("t_embedder.mlp.2", ("time_extra_emb.timestep_embedder.linear_2",)),
+    Rule("extra_embedder.0", ("time_extra_emb.extra_embedder.linear_1",)),
+    Rule("extra_embedder.2", ("time_extra_emb.extra_embedder.linear_2",)),
+    Rule("style_embedder", ("time_extra_emb.style_embedder",)),
+    Rule("pooler", ("time_extra_emb.pooler",), suffixes={"positional_embedding": "positional_embedding"}),
+    *(Rule(f"pooler.{part}_proj", (f"time_extra_emb.pooler.{part}_proj",)) for part in "qkvc"),
+    Rule("blocks.{i}.norm1", ("blocks.{i}.norm1.norm",)),
+    Rule("blocks.{i}.default_modulation.1", ("blocks.{i}.norm1.linear",)),
+    # The original numbers its norms in another order.
+    Rule("blocks.{i}.norm2", ("blocks.{i}.norm3",)),
+    Rule("blocks.{i}.norm3", ("blocks.{i}.norm2",)),
+    Rule("blocks.{i}.attn1.Wqkv", tuple(f"blocks.{{i}}.attn1.to_{part}" for part in "qkv")),
+    Rule("blocks.{i}.attn2.q_proj", ("blocks.{i}.attn2.to_q",)),
+    Rule("blocks.{i}.attn2.kv_proj", tuple(f"blocks.{{i}}.attn2.to_{part}" for part in "kv")),
+    *(
+        Rule(f"blocks.{{i}}.{attn}.{part}_norm", (f"blocks.{{i}}.{attn}.norm_{part}",))
+        for attn in ("attn1", "attn2")
+        for part in "qk"
+    ),
+    *(Rule(f"blocks.{{i}}.{attn}.out_proj", (f"blocks.{{i}}.{attn}.to_out.0",)) for attn in ("attn1", "attn2")),
+    Rule("blocks.{i}.mlp.fc1", ("blocks.{i}.ff.net.0.proj",)),
+    Rule("blocks.{i}.mlp.fc2", ("blocks.{i}.ff.net.2",)),
+    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),  # shift, scale -> scale, shift
+    Rule("final_layer.linear", ("proj_out",)),
+)
+
+CUTS = (
+    Cut(r"attn[12]\.to_[qkv]", "column", ("heads",)),
+    Cut(r"attn[12]\.to_out\.0", "row", ("heads",)),
+    Cut(r"ff\.net\.0\.proj", "column"),
+    Cut(r"ff\.net\.2", "row"),
+    Cut(r"norm1\.linear|skip_linear", "gathered"),
+)
+
+LANDMARKS = {
+    "original": {
+        "patch": "x_embedder.proj.weight",
+        "padding": "text_embedding_padding",
+        "text": "blocks.0.attn2.kv_proj.weight",
+        "text_2": "mlp_t5.0.weight",
+        "pooled": "pooler.c_proj.weight",
+        "pooled_positions": "pooler.positional_embedding",
+        "head_norm": "blocks.0.attn1.q_norm.weight",
+        "feed_forward": "blocks.0.mlp.fc1.weight",
+        "output": "final_layer.linear.weight",
+    },
+    "diffusers": {
+        "patch": "pos_embed.proj.weight",
+        "padding": "text_embedding_padding",
+        "text": "blocks.0.attn2.to_k.weight",
+        "text_2": "text_embedder.linear_1.weight",
+        "pooled": "time_extra_emb.pooler.c_proj.weight",
+        "pooled_positions": "time_extra_emb.pooler.positional_embedding",
+        "head_norm": "blocks.0.attn1.norm_q.weight",
+        "feed_forward": "blocks.0.ff.net.0.proj.weight",
+        "output": "proj_out.weight",
+    },
+}
+STYLE = {"original": "style_embedder.weight", "diffusers": "time_extra_emb.style_embedder.weight"}
+DIMS = {"patch": 4, "head_norm": 1}
+
+
+def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of HunyuanDiT2DModel from the shapes."""
+    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
+    if any(len(size) != DIMS.get(fact, 2) for fact, size in shape.items()):
+        raise UserError(f"The tensors of this HunyuanDiT model have unexpected shapes: {shape}.")
+    (hidden, channels, patch, _), (head_dim,) = shape["patch"], shape["head_norm"]
+    if not hidden or not head_dim or hidden % head_dim:
+        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim}.")
+    layers = count_blocks(shapes, "blocks")
+    if layers % 2:
+        raise UserError(f"The model has {layers} blocks; those of the second half mirror those of the first.")
+    text_length_2 = shape["pooled_positions"][0] - 1
+    return {
+        "num_attention_heads": hidden // head_dim,
+        "attention_head_dim": head_dim,
+        "hidden_size": hidden,
+        "in_channels": channels,
+        "patch_size": patch,
+        "num_layers": layers,
+        "mlp_ratio": _mlp_ratio(hidden, shape["feed_forward"][0], declared.get("mlp_ratio")),
+        "learn_sigma": shape["output"][0] == 2 * channels * patch**2,
+        "cross_attention_dim": shape["text"][1],
+        "cross_attention_dim_t5": shape["text_2"][1],
+        "pooled_projection_dim": shape["pooled"][0],
+        "text_len": shape["padding"][0] - text_length_2,
+        "text_len_t5": text_length_2,
+        "use_style_cond_and_image_meta_size": STYLE[layout] in shapes,
+    }
+
+
+def _mlp_ratio(hidden: int, width: int, declared: Any) -> float:
+    """A ratio of which the model makes a feed-forward of that `width`, the declared one if it does."""
+    if isinstance(declared, int | float) and int(hidden * declared) == width:
+        return declared
+    return (width + 0.5) / hidden
+
+
+HUNYUANDIT = FileFamily(
+    "hunyuandit", "HunyuanDiT2DModel", LANDMARKS, RULES, derive_config, cuts=CUTS, never_fp8=("time_extra_emb.pooler",)
+)

@@ -1,0 +1,128 @@
+"""PixArt-alpha and -Sigma: what their files look like, and the original names of their weights in diffusers'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import UserError
+from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+
+HEADS = 16
+"""Of every published model; no shape tells it."""
+TABLE = {"scale_shift_table": "scale_shift_table"}
+EMBEDDERS = {
+    "t_embedder.mlp": "adaln_single.emb.timestep_embedder",
+    "csize_embedder.mlp": "adaln_single.emb.resolution_embedder",
+    "ar_embedder.mlp": "adaln_single.emb.aspect_ratio_embedder",
+}
+
+RULES = (
+    Rule("x_embedder.proj", ("pos_embed.proj",)),
+    Rule("y_embedder.y_proj.fc1", ("caption_projection.linear_1",)),
+    Rule("y_embedder.y_proj.fc2", ("caption_projection.linear_2",)),
+    *(Rule(f"{source}.0", (f"{target}.linear_1",)) for source, target in EMBEDDERS.items()),
+    *(Rule(f"{source}.2", (f"{target}.linear_2",)) for source, target in EMBEDDERS.items()),
+    Rule("t_block.1", ("adaln_single.linear",)),
+    Rule("blocks.{i}", ("transformer_blocks.{i}",), suffixes=TABLE),
+    Rule("blocks.{i}.attn.qkv", tuple(f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv")),
+    Rule("blocks.{i}.attn.proj", ("transformer_blocks.{i}.attn1.to_out.0",)),
+    Rule("blocks.{i}.cross_attn.q_linear", ("transformer_blocks.{i}.attn2.to_q",)),
+    Rule("blocks.{i}.cross_attn.kv_linear", tuple(f"transformer_blocks.{{i}}.attn2.to_{part}" for part in "kv")),
+    Rule("blocks.{i}.cross_attn.proj", ("transformer_blocks.{i}.attn2.to_out.0",)),
+    Rule("blocks.{i}.mlp.fc1", ("transformer_blocks.{i}.ff.net.0.proj",)),
+    Rule("blocks.{i}.mlp.fc2", ("transformer_blocks.{i}.ff.net.2",)),
+    Rule("final_layer.linear", ("proj_out",)),
+    Rule("final_layer", ("",), suffixes=TABLE),
+)
+
+CUTS = (
+    Cut(r"attn[12]\.to_[qkv]", "column", ("heads",)),
+    Cut(r"attn[12]\.to_out\.0", "row", ("heads",)),
+    Cut(r"ff\.net\.0\.proj", "column"),
+    Cut(r"ff\.net\.2", "row"),
+)
+
+SIGMA_LANDMARKS = {
+    "original": {
+        "patch": "x_embedder.proj.weight",
+        "caption": "y_embedder.y_proj.fc1.weight",
+        "modulation": "t_block.1.weight",
+        "cross": "blocks.0.cross_attn.kv_linear.weight",
+        "output": "final_layer.linear.weight",
+    },
+    "diffusers": {
+        "patch": "pos_embed.proj.weight",
+        "caption": "caption_projection.linear_1.weight",
+        "modulation": "adaln_single.linear.weight",
+        "cross": "transformer_blocks.0.attn2.to_k.weight",
+        "output": "proj_out.weight",
+    },
+}
+RESOLUTION = {
+    "original": "csize_embedder.mlp.0.weight",
+    "diffusers": "adaln_single.emb.resolution_embedder.linear_1.weight",
+}
+ALPHA_LANDMARKS = {
+    layout: {**landmarks, "resolution": RESOLUTION[layout]} for layout, landmarks in SIGMA_LANDMARKS.items()
+}
+BLOCKS = {"original": "blocks", "diffusers": "transformer_blocks"}
+NOT_WEIGHTS = ("pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "caption_projection.y_embedding")
+"""A table that is computed, and the text that was left out in training."""
+SAMPLE_SIZE = 128
+
+
+def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of PixArtTransformer2DModel from the shapes; `declared` (config.json) tells what shapes cannot.
+
+    That is the number of heads (16 if not declared), and the side that positions are spread over (that of the table of
+    positions where the file holds it, else 128 cells).
+    """
+    shape = {fact: shapes[key] for fact, key in SIGMA_LANDMARKS[layout].items()}
+    if len(shape["patch"]) != 4 or any(len(size) != 2 for fact, size in shape.items() if fact != "patch"):
+        raise UserError(f"The tensors of this PixArt model have unexpected shapes: {shape}.")
+    hidden, channels, patch, _ = shape["patch"]
+    heads = declared.get("num_attention_heads", HEADS)
+    if type(heads) is not int or heads < 1 or not hidden or hidden % heads:
+        raise UserError(f"The hidden size {hidden} is not a multiple of {heads!r} heads.")
+    if not patch or shape["output"][0] % patch**2:
+        raise UserError(f"The patch size {patch} does not divide the {shape['output'][0]} output channels.")
+    sample_size = declared.get("sample_size") or _table_side(shapes) * patch or SAMPLE_SIZE
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": hidden // heads,
+        "in_channels": channels,
+        "out_channels": shape["output"][0] // patch**2,
+        "num_layers": count_blocks(shapes, BLOCKS[layout]),
+        "cross_attention_dim": shape["cross"][1],
+        "caption_channels": shape["caption"][1],
+        "patch_size": patch,
+        "sample_size": sample_size,
+        "interpolation_scale": declared.get("interpolation_scale") or max(sample_size // 64, 1),
+        "use_additional_conditions": RESOLUTION[layout] in shapes,
+    }
+
+
+def _table_side(shapes: Shapes) -> int:
+    """Rows of the table of positions `[1, rows * rows, hidden]`; 0 without one."""
+    table = shapes.get("pos_embed", ())
+    return math.isqrt(table[1]) if len(table) == 3 else 0
+
+
+def _family(name: str, landmarks: Mapping[str, Mapping[str, str]]) -> FileFamily:
+    return FileFamily(
+        name,
+        "PixArtTransformer2DModel",
+        landmarks,
+        RULES,
+        derive_config,
+        cuts=CUTS,
+        older_class_names=("Transformer2DModel",),
+        not_weights=NOT_WEIGHTS,
+    )
+
+
+PIXART_ALPHA = _family("pixart-alpha", ALPHA_LANDMARKS)
+"""Its 1024 px models are told the size of the picture. Other files are taken for Sigma's."""
+PIXART_SIGMA = _family("pixart-sigma", SIGMA_LANDMARKS)

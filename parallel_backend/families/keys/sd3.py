@@ -1,0 +1,126 @@
+"""Stable Diffusion 3 and 3.5: what their files look like, and the original names of their weights in diffusers'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import UserError
+from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+
+HEAD_DIM = 64
+"""Of every published model; a config.json or the norms of the heads may say otherwise."""
+
+RULES = (
+    Rule("pos_embed", ("pos_embed.pos_embed",), suffixes={"": ""}),
+    Rule("x_embedder.proj", ("pos_embed.proj",)),
+    Rule("context_embedder", ("context_embedder",)),
+    Rule("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
+    Rule("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
+    Rule("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
+    Rule("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
+    Rule("joint_blocks.{i}.x_block.adaLN_modulation.1", ("transformer_blocks.{i}.norm1.linear",)),
+    Rule("joint_blocks.{i}.context_block.adaLN_modulation.1", ("transformer_blocks.{i}.norm1_context.linear",)),
+    # Of the last block's text only shift and scale are left, which diffusers keeps as scale and shift.
+    Rule(
+        "joint_blocks.{last}.context_block.adaLN_modulation.1",
+        ("transformer_blocks.{last}.norm1_context.linear",),
+        swap_halves=True,
+    ),
+    Rule("joint_blocks.{i}.x_block.attn.qkv", tuple(f"transformer_blocks.{{i}}.attn.to_{part}" for part in "qkv")),
+    Rule("joint_blocks.{i}.x_block.attn2.qkv", tuple(f"transformer_blocks.{{i}}.attn2.to_{part}" for part in "qkv")),
+    Rule(
+        "joint_blocks.{i}.context_block.attn.qkv",
+        tuple(f"transformer_blocks.{{i}}.attn.add_{part}_proj" for part in "qkv"),
+    ),
+    Rule("joint_blocks.{i}.x_block.attn.ln_q", ("transformer_blocks.{i}.attn.norm_q",)),
+    Rule("joint_blocks.{i}.x_block.attn.ln_k", ("transformer_blocks.{i}.attn.norm_k",)),
+    Rule("joint_blocks.{i}.context_block.attn.ln_q", ("transformer_blocks.{i}.attn.norm_added_q",)),
+    Rule("joint_blocks.{i}.context_block.attn.ln_k", ("transformer_blocks.{i}.attn.norm_added_k",)),
+    Rule("joint_blocks.{i}.x_block.attn2.ln_q", ("transformer_blocks.{i}.attn2.norm_q",)),
+    Rule("joint_blocks.{i}.x_block.attn2.ln_k", ("transformer_blocks.{i}.attn2.norm_k",)),
+    Rule("joint_blocks.{i}.x_block.attn.proj", ("transformer_blocks.{i}.attn.to_out.0",)),
+    Rule("joint_blocks.{i}.context_block.attn.proj", ("transformer_blocks.{i}.attn.to_add_out",)),
+    Rule("joint_blocks.{i}.x_block.attn2.proj", ("transformer_blocks.{i}.attn2.to_out.0",)),
+    Rule("joint_blocks.{i}.x_block.mlp.fc1", ("transformer_blocks.{i}.ff.net.0.proj",)),
+    Rule("joint_blocks.{i}.x_block.mlp.fc2", ("transformer_blocks.{i}.ff.net.2",)),
+    Rule("joint_blocks.{i}.context_block.mlp.fc1", ("transformer_blocks.{i}.ff_context.net.0.proj",)),
+    Rule("joint_blocks.{i}.context_block.mlp.fc2", ("transformer_blocks.{i}.ff_context.net.2",)),
+    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),  # shift, scale -> scale, shift
+    Rule("final_layer.linear", ("proj_out",)),
+)
+
+CUTS = (
+    Cut(r"attn2?\.(to_[qkv]|add_[qkv]_proj)", "column", ("heads",)),
+    Cut(r"attn2?\.(to_out\.0|to_add_out)", "row", ("heads",)),
+    Cut(r"(ff|ff_context)\.net\.0\.proj", "column"),
+    Cut(r"(ff|ff_context)\.net\.2", "row"),
+    Cut(r"(norm1|norm1_context)\.linear", "gathered"),
+)
+
+LANDMARKS = {
+    "original": {
+        "image": "x_embedder.proj.weight",
+        "positions": "pos_embed",
+        "text": "context_embedder.weight",
+        "pooled": "y_embedder.mlp.0.weight",
+        "joint": "joint_blocks.0.context_block.attn.qkv.weight",
+        "output": "final_layer.linear.weight",
+    },
+    "diffusers": {
+        "image": "pos_embed.proj.weight",
+        "positions": "pos_embed.pos_embed",
+        "text": "context_embedder.weight",
+        "pooled": "time_text_embed.text_embedder.linear_1.weight",
+        "joint": "transformer_blocks.0.attn.add_q_proj.weight",
+        "output": "proj_out.weight",
+    },
+}
+DIMS = {"image": 4, "positions": 3, "text": 2, "pooled": 2, "joint": 2, "output": 2}
+BLOCKS = {
+    "original": ("joint_blocks", "x_block.attn.ln_q.weight", "x_block.attn2.qkv.weight"),
+    "diffusers": ("transformer_blocks", "attn.norm_q.weight", "attn2.to_q.weight"),
+}
+
+
+def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of SD3Transformer2DModel from the shapes; `declared` (config.json) tells what shapes cannot.
+
+    That is sample_size, and attention_head_dim of a model without norms in its heads.
+    """
+    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
+    if any(len(shape[fact]) != dims for fact, dims in DIMS.items()):
+        raise UserError(f"The tensors of this Stable Diffusion 3 model have unexpected shapes: {shape}.")
+    blocks, head_norm, second_site = BLOCKS[layout]
+    hidden, channels, patch, _ = shape["image"]
+    count, side = count_blocks(shapes, blocks), math.isqrt(shape["positions"][1])
+    normed = shapes.get(f"{blocks}.0.{head_norm}")
+    head_dim = normed[0] if normed else declared.get("attention_head_dim", HEAD_DIM)
+    if type(head_dim) is not int or head_dim < 1 or hidden % head_dim:
+        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim!r}.")
+    if side**2 != shape["positions"][1] or not patch or shape["output"][0] % patch**2:
+        raise UserError(
+            f"{shape['positions'][1]} positions are no square, or the patch size {patch} "
+            f"does not divide the {shape['output'][0]} output channels."
+        )
+    return {
+        "sample_size": declared.get("sample_size", 128),
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": shape["output"][0] // patch**2,
+        "num_layers": count,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": shape["text"][1],
+        "caption_projection_dim": shape["text"][0],
+        "pooled_projection_dim": shape["pooled"][1],
+        "pos_embed_max_size": side,
+        "dual_attention_layers": tuple(
+            number for number in range(count) if f"{blocks}.{number}.{second_site}" in shapes
+        ),
+        "qk_norm": "rms_norm" if normed else None,
+    }
+
+
+SD3 = FileFamily("sd3", "SD3Transformer2DModel", LANDMARKS, RULES, derive_config, cuts=CUTS)

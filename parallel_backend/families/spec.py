@@ -1,0 +1,83 @@
+"""What a family's files say: rules from their names to the model's, and how tensors are cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import UserError
+
+SUFFIXES = {"weight": "weight", "bias": "bias"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The modules `targets` hold the rows of the module `source`, in order; the target "" is the model itself.
+
+    `{i}` stands for a block's number, `{last}` for the last block's: a rule with it comes before those with `{i}`.
+    `swap_halves`: the target holds the second half of the source's rows first. `suffixes`: parameter names, source
+    to target.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    swap_halves: bool = False
+    suffixes: Mapping[str, str] = field(default_factory=lambda: SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the linear layers of a block are cut whose names within it match the regular expression `layers`.
+
+    "column": a rank computes some of the outputs, and keeps them. "row": a rank takes the inputs that it has, and the
+    outputs of all ranks are added up; the bias is the first rank's. "gathered": as "column", and every rank gets the
+    outputs of all. `spans`: what the cut dim consists of, in order, each cut by itself: "heads" (the attention's inner
+    width, whole heads to a rank) or "features" (an even part of what remains).
+    """
+
+    layers: str
+    style: Literal["column", "row", "gathered"]
+    spans: tuple[Literal["heads", "features"], ...] = ("features",)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class FileFamily:
+    """What loading knows of a family: how to recognise its files, its config from their shapes, its key rules.
+
+    `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
+    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the linear
+    layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row. `older_class_names`: what
+    config.json of an older diffusers calls the class; `not_weights`: keys of tensors that the module does not need;
+    `never_fp8`: modules whose matrices other modules use.
+    """
+
+    name: str
+    class_name: str
+    landmarks: Mapping[str, Mapping[str, str]]
+    rules: tuple[Rule, ...]
+    derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
+    cuts: tuple[Cut, ...] = ()
+    older_class_names: tuple[str, ...] = ()
+    not_weights: tuple[str, ...] = ()
+    never_fp8: tuple[str, ...] = ()
+
+
+def count_blocks(shapes: Shapes, stem: str) -> int:
+    """Number of blocks `stem.0`, `stem.1`, …; raises UserError if one is missing in between."""
+    numbers = {int(match.group(1)) for key in shapes if (match := re.match(rf"{re.escape(stem)}\.(\d{{1,9}})\.", key))}
+    if numbers and max(numbers) + 1 != len(numbers):
+        first = next(number for number in range(len(numbers)) if number not in numbers)
+        raise UserError(
+            f"Block {stem}.{first} is missing; there are {len(numbers)} blocks up to number {max(numbers)}."
+        )
+    return len(numbers)
+
+
+def joined(module: str, name: str) -> str:
+    """The name of a parameter of `module`, which may be the model itself."""
+    return ".".join(part for part in (module, name) if part)

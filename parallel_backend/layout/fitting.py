@@ -1,0 +1,251 @@
+"""Whether a layout fits what it is to be used for: the one judge, asked by nodes and ranks. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log2
+
+from ..errors import UserError
+from ..protocol.messages import Conditioning
+from .layout import AXES, Layout
+
+Misfit = tuple[str, str]
+"""What clashes, with its numbers; what to do."""
+
+SHOWN = 3
+"""How many layouts an error names that would fit."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layout is to be used for, as far as it is known by now. What is None is not judged.
+
+    `ranks`: that there are; `batch`: pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not
+    evaluated; `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a
+    strip of the latent alone; `controls`: ControlNets; `entries`: of both sides.
+    """
+
+    ranks: int | None = None
+    batch: int | None = None
+    cfg: float | None = None
+    has_negative: bool = False
+    blocks: int | None = None
+    token_rows: int | None = None
+    sampler: str | None = None
+    elementwise: tuple[str, ...] = ()
+    controls: int = 0
+    entries: tuple[Conditioning, ...] = ()
+
+
+def check_layout(layout: Layout, work: Work) -> None:
+    """Raise `UserError` when `layout` does not fit: why, what to do, and the nearest layouts that do."""
+    misfit = misfit_of(layout, work)
+    if misfit is None:
+        return
+    reason, remedy = misfit
+    near = [str(other) for other in nearest_layouts(layout, work)]
+    raise UserError(reason, f"{remedy} Nearest that fits: {'; '.join(near)}." if near else remedy)
+
+
+def misfit_of(layout: Layout, work: Work) -> Misfit | None:
+    """The first reason why `layout` does not fit."""
+    return next((misfit for rule in RULES if (misfit := rule(layout, work))), None)
+
+
+def nearest_layouts(layout: Layout, work: Work) -> list[Layout]:
+    """Layouts that fit, of as many ranks as there are, whose degrees differ least from those of `layout`.
+
+    An approximate method is named only to those who asked for one.
+    """
+    found = [other for other in layouts_that_fit(layout, work) if other.is_exact >= layout.is_exact]
+    return sorted(found, key=lambda other: (_distance(layout, other), -other.ulysses_degree, -other.ring_degree))[
+        :SHOWN
+    ]
+
+
+def layouts_that_fit(layout: Layout, work: Work) -> list[Layout]:
+    """Every layout of as many ranks as there are that fits, with the settings of `layout`."""
+    ranks = layout.ranks if work.ranks is None else work.ranks
+    found = (layout.with_degrees(degrees) for degrees in _factors(ranks, len(AXES)))
+    return [other for other in found if not misfit_of(other, work)]
+
+
+def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `number` as a product of `count` factors."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            yield from ((first, *rest) for rest in _factors(number // first, count - 1))
+
+
+def _distance(layout: Layout, other: Layout) -> float:
+    return sum(abs(log2(layout.degree(axis) / other.degree(axis))) for axis in AXES)
+
+
+def _ranks(layout: Layout, work: Work) -> Misfit | None:
+    if work.ranks is None or layout.ranks == work.ranks:
+        return None
+    degrees = " x ".join(f"{axis}_degree={layout.degree(axis)}" for axis in AXES)
+    return (
+        f"The layout's degrees {degrees} multiply to {layout.ranks}, but there are {work.ranks} ranks.",
+        f"Make the product {work.ranks}, or start {layout.ranks} ranks.",
+    )
+
+
+def _cfg_degree(layout: Layout, work: Work) -> Misfit | None:
+    if layout.cfg_degree <= 2:
+        return None
+    return (
+        f"cfg_degree={layout.cfg_degree}, but there are only 2 halves to spread: positive and negative.",
+        "Use cfg_degree 1 or 2.",
+    )
+
+
+def _weights(layout: Layout, work: Work) -> Misfit | None:
+    if layout.weights != "sharded" or layout.replicas > 1:
+        return None
+    parts = layout.tensor_degree * layout.pipefusion_degree
+    return (
+        f"weights=sharded shares each block among the ranks that compute with it, but in a layout of {layout.ranks} "
+        f"ranks with tensor_degree={layout.tensor_degree} and pipefusion_degree={layout.pipefusion_degree} "
+        f"every rank has blocks of its own.",
+        f"Choose weights=whole, weights=offloaded, or {2 * parts} ranks with ulysses_degree=2.",
+    )
+
+
+def _old_keys(layout: Layout, work: Work) -> Misfit | None:
+    approximate = {name: layout.degree(name) for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1}
+    if len(approximate) == 2:
+        return (
+            f"pipefusion_degree={layout.pipefusion_degree} and distrifusion_degree={layout.distrifusion_degree}: both "
+            "keep keys and values of the step before, each in its own way.",
+            "Set one of them to 1.",
+        )
+    if approximate and layout.attention == "yunchang":
+        name, degree = approximate.popitem()
+        return (
+            f"attention=yunchang keeps no keys and values between steps, as {name}_degree={degree} needs.",
+            "Choose attention=auto or another kernel.",
+        )
+    return None
+
+
+def _batch(layout: Layout, work: Work) -> Misfit | None:
+    if work.batch is None or layout.data_degree <= work.batch:
+        return None
+    return (
+        f"data_degree={layout.data_degree} cuts the batch over as many replicas, but the latent holds {work.batch}.",
+        f"Use a batch of at least {layout.data_degree}, or ulysses_degree instead of data_degree.",
+    )
+
+
+def _guidance(layout: Layout, work: Work) -> Misfit | None:
+    if work.cfg is None or layout.cfg_degree == 1 or (work.has_negative and work.cfg != 1.0):
+        return None
+    reason = f"cfg={work.cfg}" if work.has_negative else "no negative conditioning"
+    return (
+        f"cfg_degree=2 evaluates the positive and the negative prompt on different ranks, but with {reason} "
+        "half of the ranks would have nothing to do.",
+        "Set cfg above 1 with a negative prompt, or cfg_degree=1 and twice the ulysses_degree.",
+    )
+
+
+def _stages(layout: Layout, work: Work) -> Misfit | None:
+    stages, blocks, chosen = layout.pipefusion_degree, work.blocks, layout.stage_blocks
+    if stages == 1 or blocks is None:
+        return None
+    if stages > blocks:
+        return (
+            f"pipefusion_degree={stages} cuts the model into as many stages, but it has {blocks} blocks.",
+            f"Use a pipefusion_degree of at most {blocks}.",
+        )
+    if chosen and chosen != "even" and (len(chosen) != stages or sum(chosen) != blocks or min(chosen) < 1):
+        return (
+            f"stage_blocks={','.join(map(str, chosen))} gives {len(chosen)} stages {sum(chosen)} blocks in all; "
+            f"pipefusion_degree={stages} makes {stages} stages, and the model has {blocks} blocks.",
+            f"Name {stages} numbers from 1 on that add up to {blocks}, or even, or none to have them chosen.",
+        )
+    return None
+
+
+def _patches(layout: Layout, work: Work) -> Misfit | None:
+    if layout.pipefusion_degree == 1 or work.token_rows is None or layout.num_patches <= work.token_rows:
+        return None
+    return (
+        f"num_patches={layout.num_patches} cuts the picture into as many strips, but it has {work.token_rows} rows of "
+        "tokens.",
+        f"Use at most {work.token_rows} patches, or 0 to have their number chosen.",
+    )
+
+
+def _sampler(layout: Layout, work: Work) -> Misfit | None:
+    if layout.pipefusion_degree == 1 or work.sampler is None or work.sampler in work.elementwise:
+        return None
+    return (
+        f"The sampler {work.sampler} looks at the whole latent; with pipefusion_degree={layout.pipefusion_degree} it "
+        "would see strips.",
+        f"Use one of {', '.join(work.elementwise)}, or pipefusion_degree=1.",
+    )
+
+
+def _controls(layout: Layout, work: Work) -> Misfit | None:
+    if not work.controls or layout.distrifusion_degree == 1:
+        return None
+    return (
+        f"A ControlNet needs fresh keys and values; distrifusion_degree={layout.distrifusion_degree} has old ones.",
+        "Set distrifusion_degree to 1.",
+    )
+
+
+def _areas(layout: Layout, work: Work) -> Misfit | None:
+    if layout.pipefusion_degree == 1 or all(entry.area is None for entry in work.entries):
+        return None
+    return (
+        f"A prompt is for an area of the picture, but pipefusion_degree={layout.pipefusion_degree} predicts in strips "
+        "that are as wide as the picture.",
+        "Set pipefusion_degree to 1, or give the prompt a mask (set_cond_area default) in place of the area.",
+    )
+
+
+def _time_ranges(layout: Layout, work: Work) -> Misfit | None:
+    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
+    ranges = [(entry.start, entry.end) for entry in work.entries if entry.start > 0.0 or entry.end < 1.0]
+    if not approximate or not ranges:
+        return None
+    (start, end), name = ranges[0], approximate[0]
+    return (
+        f"A prompt counts from {start:g} to {end:g} of the run, but {name}_degree={layout.degree(name)} goes on from "
+        "its keys and values of the step before.",
+        f"Set {name}_degree to 1, or let the prompt count for the whole run.",
+    )
+
+
+def _references(layout: Layout, work: Work) -> Misfit | None:
+    references = max((entry.references for entry in work.entries), default=0)
+    if layout.pipefusion_degree == 1 or not references:
+        return None
+    return (
+        f"A prompt has {references} reference pictures, whose tokens are in none of the strips that "
+        f"pipefusion_degree={layout.pipefusion_degree} cuts the picture into.",
+        "Set pipefusion_degree to 1.",
+    )
+
+
+RULES = (
+    _cfg_degree,
+    _ranks,
+    _weights,
+    _old_keys,
+    _batch,
+    _guidance,
+    _stages,
+    _patches,
+    _sampler,
+    _controls,
+    _areas,
+    _time_ranges,
+    _references,
+)

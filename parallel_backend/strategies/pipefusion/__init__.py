@@ -1,0 +1,1 @@
+"""PipeFusion: patches of the latent through stages of the model."""

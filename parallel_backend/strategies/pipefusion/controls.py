@@ -1,0 +1,91 @@
+"""Controls under PipeFusion: the first stage, which has the latent, makes a patch's residuals; they travel with it.
+
+A control sees patches as the model does: its keys and values of the other patches are kept, and some are one step old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...attention.patch_kv import PatchAttention
+from ...attention.usp import AttentionCore
+from ...families.condition import Condition
+from ...families.family import Family
+from ...tokens.plan import PatchPlan
+
+Key = tuple[tuple[int, int], ...]
+"""What is added behind a block: pairs of a control's number and the number of one of its residuals."""
+
+
+class StagedControls:
+    """The controls of one run. `clocks`: the model's clock at each question of the sampler."""
+
+    def __init__(
+        self,
+        family: Family,
+        conditions: Sequence[Condition],
+        clocks: Sequence[float],
+        patch_lengths: Sequence[int],
+        core: AttentionCore,
+        ranks: int,
+    ) -> None:
+        self._family = family
+        self._conditions = conditions
+        self._clocks = clocks
+        self._attentions = {
+            (index, number): PatchAttention(
+                core, [PatchPlan.even(family.text_length(condition) + control.extra_text, patch_lengths, ranks)]
+            )
+            for index, condition in enumerate(conditions)
+            for number, control in enumerate(condition.controls)
+        }
+        self._patches = len(patch_lengths)
+
+    def added(self, question: int, index: int) -> dict[int, Key]:
+        """What is added behind the model's blocks, by their numbers, for a question under the condition `index`."""
+        added: dict[int, Key] = {}
+        for number in self._active(question, index):
+            for block, residual in self._conditions[index].controls[number].targets(self._family).items():
+                added[block] = (*added.get(block, ()), (number, residual))
+        return added
+
+    def needed(self, question: int, index: int, first_block: int) -> list[Key]:
+        """What the blocks from `first_block` on need, without repetition, in the order of their need."""
+        added = self.added(question, index)
+        return list(dict.fromkeys(added[block] for block in sorted(added) if block >= first_block))
+
+    def make(
+        self,
+        question: int,
+        index: int,
+        patches: Sequence[int],
+        rank: int,
+        tokens: Tensor,
+        timestep: Tensor,
+        grid: tuple[int, int],
+    ) -> dict[Key, Tensor]:
+        """Everything that is needed for `patches`, of this rank's image tokens; `tokens`: the whole latent's."""
+        condition = self._conditions[index]
+        made = {}
+        for number in self._active(question, index):
+            attention, control = self._attentions[index, number], condition.controls[number]
+            has_begun = question and control.is_active(self._clocks[question - 1])
+            attention.begin(0, patches, seen=self._patches if has_begun else patches[-1] + 1)
+            shard = attention.plan(0).shard(rank, patches)
+            made[number] = control.residuals(tokens, timestep, condition, shard, grid, attention)
+        residuals: dict[Key, Tensor] = {}
+        for key in self.needed(question, index, 0):
+            parts = [made[number][residual] for number, residual in key]
+            residuals[key] = sum(parts[1:], start=parts[0])
+        return residuals
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        for attention in self._attentions.values():
+            attention.forget()
+
+    def _active(self, question: int, index: int) -> list[int]:
+        controls = self._conditions[index].controls
+        return [number for number, control in enumerate(controls) if control.is_active(self._clocks[question])]

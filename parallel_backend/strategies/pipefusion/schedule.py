@@ -1,0 +1,45 @@
+"""In which order the stages of PipeFusion work, and how far ahead of it messages may be on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...sampling.solver import Denoise
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What goes through a stage at once: neighbouring `patches`, for the sampler's question of that number."""
+
+    question: int
+    patches: tuple[int, ...]
+
+
+def units_of(questions: Sequence[Denoise], patches: int, warmup_steps: int) -> list[Unit]:
+    """The order of work, the same in every stage: the whole picture while warming up, then patch by patch."""
+    units = []
+    for number, question in enumerate(questions):
+        whole = question.step < warmup_steps
+        parts = [tuple(range(patches))] if whole else [(patch,) for patch in range(patches)]
+        units += [Unit(number, part) for part in parts]
+    return units
+
+
+def posted_ahead(stages: int, patches: int, distance: int) -> int:
+    """How many units ahead of the one that it computes a stage posts receives from the stage `distance` before it.
+
+    So many that no stage ever waits for another's progress in a circle, even where each waits for all that it has begun
+    to send and receive before it computes on. (A GPU's host does: to load a kernel for the first time, to give back
+    memory.) A patch needs the answer that the last stage gave `patches` units before. So along any circle of stages
+    fewer units than that may be posted ahead altogether. And a message that passes over stages can only be as far ahead
+    as its sender is, whose sends to the stages between have to be received first.
+    """
+    hop = (patches - 1) // stages
+    on_its_way = distance * (1 + hop) - 1
+    left_by_hops = patches - 1 - (stages - distance) * hop
+    return min(on_its_way, left_by_hops)
+
+
+def len_of(rows: slice) -> int:
+    return rows.stop - rows.start

@@ -1,0 +1,110 @@
+"""How the several entries of a side make one prediction, by ComfyUI's rule for CONDITIONING. Exact.
+
+Each entry predicts for its area of the latent, at those noise levels at which it counts. In every cell of the latent
+the side's prediction is the mean of those of the entries that count there, weighted by strength and mask; an area
+without a mask fades towards its inner borders. Where no entry counts, the prediction is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..families.condition import Condition
+
+NO_WEIGHT = 1e-37
+"""What the sum of weights begins with, so that it divides where nothing counts."""
+FADE = 8
+"""The most cells over which an area fades, at a border that is none of the picture's."""
+EVERYWHERE = slice(None)
+
+
+@dataclass(frozen=True)
+class Area:
+    """A rectangle of a latent, in its cells."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+    def of(self, latent: Tensor) -> Tensor:
+        """The view of it in `[..., H, W]`."""
+        return latent[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def faded(self, height: int, width: int) -> Tensor:
+        """Weights `[1, 1, h, w]` of this area of a latent of `height` and `width`."""
+        rows = _ramp(self.height, self.top > 0, self.top + self.height < height)
+        columns = _ramp(self.width, self.left > 0, self.left + self.width < width)
+        return (rows[:, None] * columns)[None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One entry of a side.
+
+    `weight` `[B or 1, 1, h, w]` over its area, or `[1, 1, 1, 1]`; without an `area` it is for the whole latent. It
+    counts while the noise level is from `start` down to `end`.
+    """
+
+    condition: Condition
+    weight: Tensor
+    area: Area | None = None
+    start: float = math.inf
+    end: float = -math.inf
+
+    @classmethod
+    def plain(cls, condition: Condition) -> Entry:
+        """Of a prompt for the whole picture and run."""
+        return cls(condition, torch.ones(1, 1, 1, 1, device=condition.tokens.device))
+
+    def part(self, part: slice, batch: int) -> Entry:
+        """For the pictures `part` of a batch."""
+        weight = self.weight[part] if self.weight.shape[0] == batch else self.weight[:1]
+        return replace(self, condition=self.condition.part(part, batch), weight=weight)
+
+    def again(self) -> Entry:
+        """The same, for an evaluation that shares nothing with this one's."""
+        return replace(self, condition=replace(self.condition))
+
+    def counts_at(self, sigma: Tensor) -> bool:
+        return not (sigma > self.start or sigma < self.end)
+
+    def within(self, latent: Tensor) -> Tensor:
+        """The entry's area of `latent` `[B, C, H, W]`, as a view."""
+        return latent if self.area is None else self.area.of(latent)
+
+    def weight_of(self, rows: slice) -> Tensor:
+        """The weight, of a strip of the latent where `rows` are not all of it."""
+        return self.weight if self.weight.shape[2] == 1 else self.weight[:, :, rows]
+
+
+def weighted_sum(predicted: Iterable[tuple[Entry, Tensor]], like: Tensor, rows: slice) -> Tensor:
+    """The sum of entries' predictions, each of its area and weighted, for those `rows` of a latent: `[B, C, H, W]`."""
+    total = torch.zeros_like(like)
+    for entry, prediction in predicted:
+        entry.within(total).add_(prediction * entry.weight_of(rows))
+    return total
+
+
+def sum_of_weights(entries: Sequence[Entry], like: Tensor, rows: slice) -> Tensor:
+    """`[B, 1, H, W]`: what divides a `weighted_sum` of all `entries` that count."""
+    total = like.new_full((like.shape[0], 1, *like.shape[2:]), NO_WEIGHT)
+    for entry in entries:
+        entry.within(total).add_(entry.weight_of(rows))
+    return total
+
+
+def _ramp(length: int, rises: bool, falls: bool) -> Tensor:
+    """Ones `[length]`, and fractions up to one at the ends that rise or fall."""
+    steps = min(FADE, length // 4)
+    ramp, fractions = torch.ones(length), torch.arange(1, steps + 1) / max(steps, 1)
+    if rises:
+        ramp[:steps] = fractions
+    if falls:
+        ramp[length - steps :] = fractions.flip(0)
+    return ramp

@@ -1,0 +1,1 @@
+"""Tokens of a latent: their grid, their positions, and which rank holds which."""

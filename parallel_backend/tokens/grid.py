@@ -1,0 +1,6 @@
+"""Cells of a latent."""
+
+from __future__ import annotations
+
+CELL = 8
+"""Pixels per latent cell, in both directions."""

@@ -1,0 +1,1 @@
+"""Which autoencoder a file is, and its names in diffusers."""

@@ -1,0 +1,1 @@
+"""A rank: its control loop, its socket, and what watches it."""

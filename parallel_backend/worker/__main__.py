@@ -1,0 +1,282 @@
+"""One rank: `torchrun -m parallel_backend.worker LIFE`. The same loop on every rank; rank 0 also holds the socket."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..protocol import messages, records
+from . import log_pipes
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from ..failures import Outcome
+    from ..run_context import Run
+    from .server import Server, Work
+    from .watchdog import Watch
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+ALONE_S = 2.0
+"""How long a rank that leaves a request with a user's error waits for others to arrive at it too."""
+POLL_S = 0.01
+LAST_WORDS_S = 5.0
+"""How long a rank that lost its peers waits for torchrun to end it, so that its exit hides no other rank's death."""
+
+
+class Engine(Protocol):
+    """What does the work. Every call happens on every rank."""
+
+    def handle(
+        self, request: messages.AnyRequest, tensors: dict[str, torch.Tensor], run: Run
+    ) -> tuple[dict[str, object], dict[str, torch.Tensor]]: ...
+
+    def status(self) -> dict[str, object]: ...
+
+    def leave(self) -> None:
+        """This rank alone: give up all groups and what is under way in them, so that no rank waits there for it."""
+        ...
+
+    def rejoin(self, run: Run) -> None:
+        """Form groups anew, after every rank has left the former ones, and hold the same models on all again."""
+        ...
+
+
+def main(engine_factory: Callable[[torch.device], Engine]) -> None:
+    life, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    _die_with(records.read(life / records.AgentFile, records.Process))
+    records.write(life / records.rank_file(rank), records.this_process())
+    log_pipes.attach(life / records.rank_log(rank))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    try:
+        Rank(life, rank, engine_factory).serve()
+    except Exception as error:
+        log.exception("rank %d ends", rank)
+        if (life / records.ReadyFile).exists():
+            time.sleep(LAST_WORDS_S)
+        text = f"Rank {rank} failed: {type(error).__name__}: {error}"
+        records.write_first(life / records.EndFile, records.End(clean=False, message=text, rank=rank))
+        raise
+
+
+class Rank:
+    def __init__(self, life: Path, rank: int, engine_factory: Callable[[torch.device], Engine]) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from ..distributed.control_group import Control
+        from .heartbeat import Pulse, connect_store
+
+        started = time.monotonic()
+        settings = records.read(life / records.SettingsFile, records.Settings)
+        if settings is None:
+            raise FileNotFoundError(f"{life / records.SettingsFile} is missing or of another version")
+        self.rank = rank
+        self.settings = settings
+        self.life = life
+        cuda = settings.device == "cuda"
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        self.backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
+        self.can_regroup = not cuda
+        dist.init_process_group(self.backend, timeout=timedelta(seconds=settings.compute_timeout))
+        self.control, self.within = Control(), Control()
+        """Between requests, and within one: this group a rank can leave before the others do."""
+        self.store = connect_store()
+        Pulse(rank, settings.hang_timeout + LAST_WORDS_S).start()
+        self.engine = engine_factory(self.device)
+        self.sequence = 0
+        self.born = time.monotonic()
+        self.ready = records.Ready(device=str(self.device), seconds=time.monotonic() - started)
+        self.server: Server | None = None
+        self.watch: Watch | None = None
+        self.last_status: dict[str, object] = {"ranks": [], "models": [], "traffic": {}}
+
+    def serve(self) -> None:
+        import torch.distributed as dist
+
+        if self.rank == 0:
+            self._open()
+        if self.rank == self.settings.local_ranks[0]:
+            records.write(self.life / records.ReadyFile, self.ready)
+        log.info("ready on %s after %.1f s", self.device, self.ready.seconds)
+        while self._serve_one():
+            pass
+        dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(0)  # all is closed: taking torch's modules apart would cost a second
+
+    def _serve_one(self) -> bool:
+        """One request through all ranks; False when it was the last one."""
+        from ..run_context import Run
+        from .verdict import judge
+
+        work = self.control.share(self.server.next() if self.server else None)
+        self.sequence += 1
+        if self.watch:
+            self.watch.sequence = self.sequence
+        data, tensors, outcome = self._attempt(work, Run(self.within, work))
+        outcomes = self._agree(outcome)
+        verdict = judge(work.request.id, outcomes, can_regroup=self.can_regroup)
+        is_last = isinstance(work.request, messages.Shutdown)
+        if self.server:
+            if is_last:
+                # Before the answer: whoever reads that looks for this record next.
+                end = records.End(clean=True, message="The sidecar was stopped.")
+                records.write_first(self.life / records.EndFile, end)
+            if verdict.failure:
+                self.server.finish(work, verdict.failure)
+            else:
+                self.server.finish(work, messages.Result(id=work.request.id, data=data), tensors)
+        if not verdict.is_warm:
+            self._end(outcomes[verdict.rank], verdict.rank)
+        if not verdict.in_step:
+            self._regroup(work, has_left=outcomes[self.rank].gave_up)
+        if self.watch:
+            self.watch.sequence = None
+        if is_last and self.server:
+            self.server.close()
+        return not is_last
+
+    def _attempt(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
+        from ..failures import Outcome, describe
+        from .heartbeat import report_failure
+
+        try:
+            data, tensors = self._handle(work, run)
+            return data, tensors, Outcome("ok")
+        except Exception as error:
+            outcome = describe(error, self.rank, self.device)
+            if outcome.is_broken:
+                log.exception("request %s failed", work.request.type)
+            if outcome.kind != "cancelled":
+                report_failure(self.store, self.sequence, self.rank, outcome)
+            return {}, {}, outcome
+
+    def _handle(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+        if isinstance(work.request, messages.Shutdown):
+            return {}, {}
+        if isinstance(work.request, messages.Status):
+            return self._status(run), {}
+        return self.engine.handle(work.request, work.tensors, run)
+
+    def _status(self, run: Run) -> dict[str, object]:
+        mine = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), **self.engine.status()}
+        ranks = [each for each in run.gather(mine) if isinstance(each, dict)]
+        self.last_status = {
+            "ranks": ranks,
+            "models": ranks[0].get("models", []),
+            "traffic": ranks[0].get("traffic", {}),
+        }
+        return {**self.last_status, "busy": None, "uptime_s": time.monotonic() - self.born}
+
+    def _busy_status(self, running: Work) -> dict[str, object]:
+        """What rank 0 knows while a request is under way: the ranks' state is that of the last idle status."""
+        progress = running.progress
+        busy = {"type": running.request.type} | (progress.model_dump(exclude={"type", "id"}) if progress else {})
+        return {**self.last_status, "busy": busy, "uptime_s": time.monotonic() - self.born}
+
+    def _agree(self, outcome: Outcome) -> dict[int, Outcome]:
+        """Every rank's outcome. Ranks that wait within the request for this one, which left it, are made to leave."""
+        from ..failures import Outcome
+
+        meeting = self.control.start_meeting()
+        if self.can_regroup and outcome.kind != "ok" and not self._others_come(meeting, outcome):
+            self._leave()
+            outcome = replace(outcome, gave_up=True)
+        meeting.wait()
+        gathered = self.control.gather(outcome.to_json())
+        return {rank: Outcome(**each) for rank, each in enumerate(gathered) if isinstance(each, dict)}
+
+    def _others_come(self, meeting: dist.Work, outcome: Outcome) -> bool:
+        """Whether no other rank stays behind, as far as can be told from this rank's outcome and in a moment."""
+        if outcome.is_broken:
+            return False
+        deadline = time.monotonic() + ALONE_S
+        while not meeting.is_completed() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return meeting.is_completed()
+
+    def _leave(self) -> None:
+        gc.collect()
+        self.engine.leave()
+        self.within.leave()
+
+    def _regroup(self, work: Work, *, has_left: bool) -> None:
+        """Form all groups anew. All ranks do, once they have left the request."""
+        import torch.distributed as dist
+
+        from ..distributed.control_group import Control
+        from ..run_context import Run
+
+        if not has_left:
+            self._leave()
+        # A rank closes the old groups only when nobody reads from them any more.
+        keys = [f"left/{self.sequence}/{rank}" for rank in range(self.settings.ranks)]
+        self.store.set(keys[self.rank], "")
+        self.store.wait(keys)
+        dist.destroy_process_group()
+        store = dist.PrefixStore(f"after/{self.sequence}", self.store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(
+            self.backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.settings.ranks,
+            timeout=timedelta(seconds=self.settings.compute_timeout),
+        )
+        self.control, self.within = Control(), Control()
+        self.engine.rejoin(Run(self.within, work))
+        log.info("the ranks have formed their groups anew")
+
+    def _open(self) -> None:
+        from .server import Server, listen
+        from .watchdog import Watch
+
+        listener = listen(self.settings.address, self.life / records.SocketFile)
+        token = (self.life / records.TokenFile).read_text().strip() if self.settings.address != "unix" else ""
+        welcome = messages.Welcome(
+            version=messages.PROTOCOL_VERSION, ranks=self.settings.ranks, device=self.settings.device, pid=os.getpid()
+        )
+        self.server = Server(listener, welcome, token=token, max_body=self.settings.max_body, status=self._busy_status)
+        self.watch = Watch(self.server, self.settings, self.life)
+        self.server.start()
+        self.watch.start()
+
+    def _end(self, outcome: Outcome, rank: int) -> None:
+        """The ranks are out of step: rank 0 ends its process, torchrun then ends the others."""
+        if self.watch:
+            self.watch.crash(outcome, rank)
+        time.sleep(LAST_WORDS_S)
+        raise SystemExit(1)
+
+
+def _die_with(parent: records.Process | None) -> None:
+    """Let the kernel kill this process when torchrun's agent dies, even while this process is stopped."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is None or os.getppid() != parent.pid:
+        raise SystemExit("The torchrun agent that started this rank is gone.")
+
+
+def _engine(device: torch.device) -> Engine:
+    from ..engine.engine import Engine
+
+    return Engine(device)
+
+
+if __name__ == "__main__":
+    main(_engine)

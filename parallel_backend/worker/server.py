@@ -1,0 +1,258 @@
+"""Rank 0's socket: admits clients, queues their requests, sends events and replies. Knows nothing of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..protocol import addresses, frames, messages
+from ..protocol.errors import ProtocolError
+from ..protocol.tensors import unpack
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 64
+MAX_QUEUED = 64
+MAX_OUTGOING = 256
+"""Frames that may wait for a client that reads slowly; events beyond are dropped, replies never."""
+
+Outgoing = tuple[messages.Message, Mapping[str, torch.Tensor]]
+
+
+@dataclass(eq=False)
+class Work:
+    """One request on its way through the ranks."""
+
+    request: messages.AnyRequest
+    body: bytearray = field(default_factory=bytearray)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    connection: Connection | None = None
+    cancelled: bool = False
+    progress: messages.Progress | None = None
+
+    def send(self, message: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        if self.connection is not None:
+            self.connection.send(message, tensors)
+
+
+class Connection:
+    """A client. Its own thread writes, so that a client that does not read never holds up the ranks."""
+
+    def __init__(self, stream: frames.FrameSocket) -> None:
+        self.stream = stream
+        self._outgoing: queue.Queue[Outgoing | None] = queue.Queue()
+        self._writer = threading.Thread(target=self._write, name="client writer", daemon=True)
+        self._writer.start()
+
+    def send(self, message: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        is_reply = isinstance(message, messages.Result | messages.Failure)
+        if is_reply or self._outgoing.qsize() < MAX_OUTGOING:
+            self._outgoing.put((message, tensors or {}))
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Send what is waiting, then close."""
+        self._outgoing.put(None)
+        self._writer.join(timeout)
+        self.stream.hang_up()
+
+    def _write(self) -> None:
+        try:
+            while (item := self._outgoing.get()) is not None:
+                self._send(*item)
+        except OSError as error:
+            log.info("client does not read: %s", error)
+            self.stream.close()
+
+    def _send(self, message: messages.Message, tensors: Mapping[str, torch.Tensor]) -> None:
+        try:
+            self.stream.send(message, tensors)
+        except ProtocolError as error:
+            refusal = messages.Failure(id=getattr(message, "id", 0), code="protocol", message=str(error))
+            self.stream.send(refusal)
+
+
+class Server:
+    """`next` gives the main thread one request after the other; everything else happens in the server's threads.
+
+    `status` answers a status request while another request is under way.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        welcome: messages.Welcome,
+        *,
+        token: str = "",
+        max_body: int = frames.MAX_BODY,
+        stall_timeout: float = 30.0,
+        status: Callable[[Work], dict[str, object]] = lambda running: {},
+    ) -> None:
+        self._listener = listener
+        self._welcome = welcome
+        self._token = token
+        self._max_body = max_body
+        self._stall_timeout = stall_timeout
+        self._status = status
+        self._state = threading.Condition()
+        self._queue: deque[Work] = deque()
+        self._connections: set[Connection] = set()
+        self._handshakes = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.running: Work | None = None
+        self.last_work = time.monotonic()
+
+    @property
+    def clients(self) -> int:
+        return len(self._connections)
+
+    @property
+    def is_idle(self) -> bool:
+        with self._state:
+            return self.running is None and not self._queue
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="server", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening; send what is waiting to every client, then hang up."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in list(self._connections):
+            connection.close()
+
+    def next(self) -> Work:
+        """Block until there is a request; it counts as running until `finish`."""
+        with self._state:
+            while not self._queue:
+                self._state.wait()
+            self.running = self._queue.popleft()
+            return self.running
+
+    def finish(self, work: Work, reply: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        with self._state:
+            self.running = None
+            self.last_work = time.monotonic()
+        work.send(reply, tensors)
+
+    def submit(self, work: Work) -> None:
+        with self._state:
+            self._queue.append(work)
+            self._state.notify()
+
+    def broadcast(self, message: messages.Message) -> None:
+        for connection in list(self._connections):
+            connection.send(message)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self._handshakes.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._serve, args=(sock,), name="client reader", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            self._keep_alive(sock)
+            stream = frames.FrameSocket(sock, max_body=self._max_body, stall_timeout=self._stall_timeout)
+            frames.admit(stream, self._token, self._welcome)
+            self._read(Connection(stream))
+        except (ProtocolError, OSError) as error:
+            log.info("client refused: %s", error)
+        finally:
+            sock.close()
+            self._handshakes.release()
+
+    def _read(self, connection: Connection) -> None:
+        with self._state:
+            self._connections.add(connection)
+        try:
+            while (frame := connection.stream.receive()) is not None:
+                self._take(connection, frame)
+        except ProtocolError as error:
+            connection.send(messages.Failure(id=0, code="protocol", message=str(error)))
+        except OSError as error:
+            log.info("client lost: %s", error)
+        finally:
+            self._forget(connection)
+
+    def _take(self, connection: Connection, frame: frames.Frame) -> None:
+        try:
+            message = frames.parse(messages.FROM_CLIENT, frame.header)
+            if isinstance(message, messages.Cancel):
+                self._cancel(connection, message.id)
+            else:
+                self._enqueue(Work(message, frame.body, unpack(frame.body), connection))
+        except ProtocolError as error:
+            failure = messages.Failure(id=frames.request_id(frame.header), code="protocol", message=str(error))
+            connection.send(failure)
+
+    def _enqueue(self, work: Work) -> None:
+        with self._state:
+            known = [*self._queue, *([self.running] if self.running else [])]
+            if any(w.connection is work.connection and w.request.id == work.request.id for w in known):
+                raise ProtocolError(f"Request {work.request.id} is already under way on this connection.")
+            if len(self._queue) >= MAX_QUEUED:
+                raise ProtocolError(f"{MAX_QUEUED} requests are waiting already.")
+            self.last_work = time.monotonic()
+            running = self.running
+            if isinstance(work.request, messages.Status) and running is not None:
+                work.send(messages.Result(id=work.request.id, data=self._status(running)))
+                return
+            if isinstance(work.request, messages.Shutdown):
+                self._drop(lambda _: True)
+            self._queue.append(work)
+            self._state.notify()
+
+    def _cancel(self, connection: Connection, request: int) -> None:
+        with self._state:
+            self._drop(lambda work: work.connection is connection and work.request.id == request)
+
+    def _drop(self, chosen: Callable[[Work], bool]) -> None:
+        """Cancel the running work if chosen (it leaves at its next step) and answer the chosen waiting ones now."""
+        if self.running is not None and chosen(self.running):
+            self.running.cancelled = True
+        for work in [work for work in self._queue if chosen(work)]:
+            self._queue.remove(work)
+            work.send(messages.Failure(id=work.request.id, code="cancelled", message="Cancelled before it began."))
+
+    def _forget(self, connection: Connection) -> None:
+        with self._state:
+            self._connections.discard(connection)
+            self._drop(lambda work: work.connection is connection)
+        connection.close()
+
+    @staticmethod
+    def _keep_alive(sock: socket.socket) -> None:
+        """Notice within a minute that a client's host is gone."""
+        if sock.family == socket.AF_UNIX:
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 4)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def listen(address: str, path: Path) -> socket.socket:
+    """A listening socket for "unix" (at `path`) or "tcp://host:port". Raises `OSError` when it is taken."""
+    if address == "unix":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with addresses.unix_path(path) as short:
+            sock.bind(short)
+        sock.listen(MAX_CONNECTIONS)
+        return sock
+    host, port = addresses.split(address)
+    return socket.create_server((host, port), family=addresses.family(host), backlog=MAX_CONNECTIONS)

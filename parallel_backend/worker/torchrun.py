@@ -1,0 +1,82 @@
+"""The torchrun of one host, for one life of the sidecar: `python -m parallel_backend.worker.torchrun LIFE ARGUMENTS`.
+
+It is torchrun with two additions: it keeps the ranks' logs, and it writes down which rank died of what.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ..protocol import records
+from .log_pipes import BoundedLog, LogPump, pipe_path
+
+
+def main(life: Path, arguments: list[str]) -> int:
+    settings = records.read(life / records.SettingsFile, records.Settings)
+    if settings is None:
+        print(f"{life} has no readable {records.SettingsFile}", file=sys.stderr)
+        return 2
+    pump = LogPump(_logs(life, settings))
+    pump.start()
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.run(run.parse_args(arguments))
+    except ChildFailedError as error:
+        deaths = {rank: (failure.exitcode, failure.pid) for rank, failure in error.failures.items()}
+        records.write_first(life / records.EndFile, cause_of_death(deaths))
+        return 1
+    except SignalException as error:
+        records.write_first(life / records.EndFile, records.End(clean=True, message=f"Ended by {error.sigval.name}."))
+        return 1
+    except Exception as error:
+        records.write_first(
+            life / records.EndFile,
+            records.End(clean=False, message=f"torchrun failed: {type(error).__name__}: {error}"),
+        )
+        raise
+    finally:
+        pump.drain()
+    return 0
+
+
+def cause_of_death(deaths: dict[int, tuple[int, int]]) -> records.End:
+    """Which of the ranks {rank: (exit code, pid)} died first. torchrun itself ends the others by SIGTERM, and a rank
+    that loses its peer exits with an error of its own: so a foreign signal tells most, then an exit code."""
+
+    def told_by(item: tuple[int, tuple[int, int]]) -> tuple[int, int]:
+        rank, (code, _) = item
+        if code == -signal.SIGTERM:
+            return 2, rank
+        return (0 if code < 0 else 1), rank
+
+    rank, (code, pid) = min(deaths.items(), key=told_by)
+    if code >= 0:
+        return records.End(clean=False, message=f"Rank {rank} (process {pid}) exited with code {code}.", rank=rank)
+    name = signal.Signals(-code).name
+    hint = "The kernel does this when the machine is out of memory." if name == "SIGKILL" else ""
+    return records.End(clean=False, message=f"Rank {rank} (process {pid}) was killed by {name}.", hint=hint, rank=rank)
+
+
+def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:
+    logs = [life / records.rank_log(rank) for rank in settings.local_ranks]
+    return {pipe_path(log): BoundedLog(log, settings.log_bytes, lambda text: _tell(settings, text)) for log in logs}
+
+
+def _tell(settings: records.Settings, text: str) -> None:
+    from .heartbeat import connect_store
+
+    host, _, port = settings.store.rpartition(":")
+    connect_store(host, int(port)).set("log trouble", text)
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]), sys.argv[2:])
+    sys.stderr.flush()
+    os._exit(code)  # all is closed: taking torch's modules apart would cost a second
