@@ -1,8 +1,13 @@
-"""The one mechanism for all VAEs and directions: a band of rows per rank, and an exchange wherever rows are mixed."""
+"""Any convolutional network over bands of rows: one band a rank, an exchange wherever the network mixes rows. Exact.
+
+The network is not changed: while `Bands` is entered, the functions of torch that mix rows are carried out over the
+ranks. `band_rows` says how the rows of a picture are shared, and `rows_at_stride` how they are after downsampling.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -10,37 +15,69 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..layout.split import split_sizes
 from .axis import Axis, Exchange
 
 Halo = tuple[Tensor | None, Tensor | None]
 """The rows above and below a band; None at an end of the picture, or where none are needed."""
 
 
+def band_rows(rows: int, ranks: int, multiple: int) -> list[int]:
+    """How many of a picture's `rows` each rank holds: a multiple of `multiple`, but for what is left over at the end.
+
+    The parts are as even as that allows. A picture with fewer multiples than ranks leaves the first ranks without rows.
+    """
+    multiples = split_sizes(-(-rows // multiple), ranks)[::-1]
+    # The last rank has one of the larger parts: what its last multiple lacks makes the largest part no larger.
+    ends = [min(rows, multiple * end) for end in accumulate(multiples, initial=0)]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def rows_at_stride(rows: Sequence[int], stride: int) -> list[int]:
+    """How many rows each rank holds where one row is made of `stride` of the picture's, of which rank r has `rows[r]`.
+
+    Downsampling rounds up. `stride` divides the `multiple` of `band_rows`.
+    """
+    ends = [-(-end // stride) for end in accumulate(rows, initial=0)]
+    return [end - start for start, end in pairwise(ends)]
+
+
 class Bands(TorchFunctionMode):
     """While it is entered, tensors `[…, h, W]` are bands of rows of whole ones, one band per rank of `axis`.
 
-    The functions through which autoencoders mix rows then give each rank its band of what they give for the whole:
+    The functions through which networks mix rows then give each rank its band of what they give for the whole:
     convolutions and padding take the neighbours' rows, group normalisation takes the statistics of the whole, attention
-    (if it is `joint`: over all pixels of a picture) the keys and values of all, noise is drawn for the whole. All else
-    works on each row by itself.
+    (if it is `joint`: over all pixels of a picture) the keys and values of all, noise is drawn for the whole. Nearest
+    upsampling is local, and checked to be. All else works on each row by itself.
 
-    `rows[r]` are rank r's rows of the latent. Where a tensor has n times the rows, rank r's band has `n * rows[r]`, at
-    least as many as a convolution takes of a neighbour's band.
+    `rows[r]` are rank r's rows of the picture. Elsewhere in the network a band has a multiple of them, or, after
+    downsampling, a part (`rows_at_stride`): at least as many as a convolution takes of a neighbour's. A rank of which
+    `rows` says that it has none computes with any rows, of its own making, and gives the others nothing of them.
+
+    Raises `ValueError` for what bands cannot do exactly: strides across the edge of a band, other ways of upsampling.
     """
 
-    def __init__(self, axis: Axis, rows: Sequence[int], *, joint: bool) -> None:
+    def __init__(self, axis: Axis, rows: Sequence[int], *, joint: bool = False) -> None:
         super().__init__()
         self.axis = axis
         self.rows = rows
+        holders = [rank for rank, held in enumerate(rows) if held]
+        self._holds = axis.rank in holders
+        above = [rank for rank in holders if rank < axis.rank] if self._holds else []
+        below = [rank for rank in holders if rank > axis.rank] if self._holds else []
+        self._above = above[-1] if above else None
+        """The rank whose band is above this one's; None at the top of the picture."""
+        self._below = below[0] if below else None
         self._functions: dict[Any, Callable[..., Any]] = {
             torch.conv2d: self._conv2d,
             torch.conv3d: self._conv3d,
             F.pad: self._pad,
+            F.interpolate: self._interpolate,
             F.group_norm: self._group_norm,
             torch.randn: self._randn,
         }
         if joint:
-            self._functions[F.scaled_dot_product_attention] = self._attention
+            self._functions[F.scaled_dot_product_attention] = self._joint_attention
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,27 +120,31 @@ class Bands(TorchFunctionMode):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        above, reach, step = padding[-2], weight.shape[-2], stride[-2]
+        above, reach, step = padding[-2], dilation[-2] * (weight.shape[-2] - 1) + 1, stride[-2]
         if above == 0:
             # Whatever is beside the band has been padded to it before.
             return conv(x, weight, bias, stride, padding, dilation, groups)
         below = reach - step - above
         inward = [*padding[:-2], 0, padding[-1]]
+        if step > 1 and self._below is not None and x.shape[-2] % step:
+            raise ValueError(f"a convolution of stride {step} over a band of {x.shape[-2]} rows with others below it")
         halo = self._start_halo(x, above, below)
         if step > 1 or x.shape[-2] < reach - 1:
             over, under = halo.wait()
-            x = _stack(
-                over if over is not None else _zeros(x, above), x, under if under is not None else _zeros(x, below)
-            )
+            if self._above is None:
+                over = _zeros(x, above)
+            if self._below is None:
+                under = _zeros(x, above)
+            x = torch.cat([part for part in (over, x, under) if part is not None], dim=-2)
             return conv(x, weight, bias, stride, inward, dilation, groups)
         # While the halo travels, the band is computed as if nothing were beside it; then its first and last rows anew.
         out = conv(x, weight, bias, stride, padding, dilation, groups)
         over, under = halo.wait()
         if over is not None:
-            edge = _stack(over, x[..., : reach - 1, :])
+            edge = torch.cat((over, x[..., : reach - 1, :]), dim=-2)
             out[..., :above, :] = conv(edge, weight, bias, stride, inward, dilation, groups)
         if under is not None:
-            edge = _stack(x[..., 1 - reach :, :], under)
+            edge = torch.cat((x[..., 1 - reach :, :], under), dim=-2)
             out[..., -below:, :] = conv(edge, weight, bias, stride, inward, dilation, groups)
         return out
 
@@ -121,6 +162,29 @@ class Bands(TorchFunctionMode):
             out[..., -below:, :] = F.pad(under, sideways, mode, value)
         return out
 
+    def _interpolate(
+        self,
+        x: Tensor,
+        size: Sequence[int] | None = None,
+        scale_factor: float | Sequence[float] | None = None,
+        mode: str = "nearest",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Nearest upsampling by a whole number, or to a `size` `[…, rows of this band, W]`.
+
+        The last band may lack one row: over the whole picture, too, row i is then made of row i // factor.
+        """
+        rows = x.shape[-2]
+        out = F.interpolate(x, size, scale_factor, mode, *args, **kwargs)
+        lacking = -out.shape[-2] % rows
+        may_lack = mode == "nearest" and self._below is None
+        if mode not in ("nearest", "nearest-exact") or lacking > may_lack:
+            raise ValueError(
+                f"{mode} upsampling of a band from {rows} to {out.shape[-2]} rows is not local to the band"
+            )
+        return out
+
     def _group_norm(
         self,
         x: Tensor,
@@ -136,7 +200,8 @@ class Bands(TorchFunctionMode):
         sums = rows.sum(-1, dtype=torch.float32).double()
         squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).double().square()
         count = sums.new_full((batch, num_groups), rows[0, 0].numel())
-        total, power, count = self.axis.all_reduce(torch.stack([sums.sum(-1), squares.sum(-1), count]))
+        own = torch.stack([sums.sum(-1), squares.sum(-1), count])
+        total, power, count = self.axis.all_reduce(own if self._holds else torch.zeros_like(own))
         mean = total / count
         variance = (power / count - mean.square()).clamp_(min=0)
         # Normalisation by given statistics, of every channel of every picture by its own.
@@ -153,7 +218,7 @@ class Bands(TorchFunctionMode):
         whole = torch.randn((*outer, times * sum(self.rows), width), *args, **kwargs)
         return whole.narrow(-2, times * sum(self.rows[: self.axis.rank]), height)
 
-    def _attention(
+    def _joint_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """`[…, S, D]`, the rows of every frame being cut. `attn_mask` `[…, S, S]` may tell frames apart, not rows."""
@@ -171,12 +236,12 @@ class Bands(TorchFunctionMode):
         axis, rank = self.axis, self.axis.rank
         row = x[..., :1, :].numel()
         given, taken = [0] * axis.size, [0] * axis.size
-        edges = []
-        if rank > 0:
-            given[rank - 1], taken[rank - 1] = below * row, above * row
+        edges = [x.new_empty(0)]
+        if self._above is not None:
+            given[self._above], taken[self._above] = below * row, above * row
             edges.append(x[..., :below, :].flatten())
-        if rank < axis.size - 1:
-            given[rank + 1], taken[rank + 1] = above * row, below * row
+        if self._below is not None:
+            given[self._below], taken[self._below] = above * row, below * row
             edges.append(x[..., x.shape[-2] - above :, :].flatten())
         exchange = axis.start_all_to_all(torch.cat(edges), given, taken)
         return Arriving(exchange, x.shape, sum(taken[:rank]), sum(taken[rank:]))
@@ -196,10 +261,6 @@ class Arriving:
             part.view(*outer, -1, width) if part.numel() else None for part in self._exchange.wait().split(self._sizes)
         )
         return over, under
-
-
-def _stack(*parts: Tensor) -> Tensor:
-    return torch.cat(parts, dim=-2)
 
 
 def _zeros(x: Tensor, rows: int) -> Tensor:
