@@ -8,6 +8,7 @@ from math import log2
 
 from ..errors import UserError
 from ..protocol.messages import Conditioning
+from .capabilities import Capabilities
 from .layout import AXES, Layout
 
 Misfit = tuple[str, str]
@@ -23,7 +24,7 @@ class Work:
 
     `ranks`: that there are; `batch`: pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not
     evaluated; `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a
-    strip of the latent alone; `controls`: ControlNets; `entries`: of both sides.
+    strip of the latent alone; `controls`: ControlNets; `entries`: of both sides; `can`: which methods the model serves.
     """
 
     ranks: int | None = None
@@ -36,6 +37,7 @@ class Work:
     elementwise: tuple[str, ...] = ()
     controls: int = 0
     entries: tuple[Conditioning, ...] = ()
+    can: Capabilities | None = None
 
 
 def check_layout(layout: Layout, work: Work) -> None:
@@ -130,6 +132,33 @@ def _old_keys(layout: Layout, work: Work) -> Misfit | None:
             f"attention=yunchang keeps no keys and values between steps, as {name}_degree={degree} needs.",
             "Choose attention=auto or another kernel.",
         )
+    return None
+
+
+NEEDS = {
+    "ulysses_degree": ("sequence", "sequence parallelism", 1),
+    "ring_degree": ("sequence", "sequence parallelism", 1),
+    "pipefusion_degree": ("stages", "PipeFusion", 1),
+    "tensor_degree": ("tensor", "tensor parallelism", 1),
+    "distrifusion_degree": ("stale", "DistriFusion", 1),
+    "weights": ("shards", "blocks in shares", "whole"),
+    "compile": ("compile", "compiled blocks", "off"),
+}
+"""Of settings: the capability that they need and its name in words, unless they have the value that needs none."""
+
+
+def _capabilities(layout: Layout, work: Work) -> Misfit | None:
+    if work.can is None:
+        return None
+    served = {setting for setting, (capability, *_) in NEEDS.items() if getattr(work.can, capability)}
+    for setting, (_, method, neutral) in NEEDS.items():
+        value = getattr(layout, setting)
+        if value != neutral and setting not in served:
+            degrees = [name for name in map("{}_degree".format, AXES) if name in served or name not in NEEDS]
+            return (
+                f"{setting}={value} asks for {method}, which this model's family cannot do.",
+                f"Set {setting} to {neutral}; the ranks can share {', '.join(degrees)}.",
+            )
     return None
 
 
@@ -237,6 +266,7 @@ def _references(layout: Layout, work: Work) -> Misfit | None:
 RULES = (
     _cfg_degree,
     _ranks,
+    _capabilities,
     _weights,
     _old_keys,
     _batch,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout.capabilities import ROWS_ALONE, Capabilities
 from paralleldit.parallel_backend.layout.fitting import Work, check_layout, nearest_layouts
 from paralleldit.parallel_backend.layout.layout import Layout, largest_exact_layout, layouts_of, patches_of
 from paralleldit.parallel_backend.layout.stages import (
@@ -27,6 +28,10 @@ def test_layouts_of_ranks_fit_them(ranks, stages, tensor, late):
     for layout in found:
         check_layout(layout, Work(ranks=ranks))
         assert (layout.pipefusion_degree, layout.tensor_degree, layout.distrifusion_degree) == (stages, tensor, late)
+
+
+def test_a_network_without_blocks_takes_rows_cfg_and_data():
+    check_layout(Layout(ulysses_degree=2, ring_degree=2, cfg_degree=2, data_degree=2), Work(can=ROWS_ALONE))
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -76,6 +81,12 @@ ELEMENTWISE = ("euler", "heun")
             {},
             ("4 ranks", "tensor_degree=2", "pipefusion_degree=2", "8 ranks"),
         ),
+        ({"tensor_degree": 2}, {"can": ROWS_ALONE}, ("tensor_degree=2", "to 1", "Nearest that fits: ulysses2; ring2")),
+        ({"pipefusion_degree": 2}, {"can": ROWS_ALONE}, ("pipefusion_degree=2", "PipeFusion", "ulysses_degree")),
+        ({"distrifusion_degree": 2}, {"can": ROWS_ALONE}, ("distrifusion_degree=2", "DistriFusion")),
+        ({"ulysses_degree": 2, "weights": "sharded"}, {"can": ROWS_ALONE}, ("weights=sharded", "to whole")),
+        ({"compile": "blocks"}, {"can": ROWS_ALONE}, ("compile=blocks", "to off")),
+        ({"ring_degree": 2}, {"can": Capabilities(sequence=False)}, ("ring_degree=2", "share tensor_degree")),
     ],
     ids=str,
 )
