@@ -1,0 +1,197 @@
+"""A U-Net in bands of rows over the ranks gives what its plain diffusers forward gives in one process."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from paralleldit.parallel_backend.attention.usp import make_attention
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.split import split_sizes
+from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
+from paralleldit.parallel_backend.strategies.weighted_prompts import Entry
+from paralleldit.tests.tiny_unet import TinyUNet, condition, network
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5
+BYTES = 4
+LAYOUTS = [
+    Layout(),
+    Layout(ulysses_degree=2),
+    Layout(ring_degree=2),
+    Layout(ulysses_degree=3),
+    Layout(ring_degree=3),
+    Layout(ulysses_degree=4),
+    Layout(ring_degree=4),
+    Layout(ulysses_degree=2, ring_degree=2),
+]
+SHAPES = {
+    "even": (1, 16, 8),
+    "uneven shares": (1, 24, 5),
+    "two rows left over": (1, 18, 6),
+    "odd": (2, 13, 9),
+    "one row less than whole multiples": (1, 15, 7),
+    "fewer multiples than ranks": (1, 8, 8),
+    "one row of the second multiple": (1, 5, 4),
+    "less than one multiple": (3, 3, 6),
+    "a single cell": (1, 1, 1),
+}
+"""Batch, rows and columns of the latent; the network's coarsest row is made of 4."""
+GUIDED = [
+    Layout(cfg_degree=2),
+    Layout(data_degree=2),
+    Layout(ulysses_degree=2, cfg_degree=2),
+    Layout(ring_degree=2, data_degree=2),
+]
+
+
+def latent(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def timestep(batch: int) -> Tensor:
+    return torch.tensor([701.0, 33.0, 250.0])[:batch]
+
+
+def stock(latent: Tensor, timestep: Tensor, seed: int = 5) -> Tensor:
+    """What diffusers' own forward gives, by a call with arguments of this file's own making."""
+    batch = len(latent)
+    given = condition(batch, seed)
+    added = {"text_embeds": given.pooled, "time_ids": torch.tensor([[104, 72, 0, 0, 104, 72]] * batch)}
+    return network()(latent, timestep, given.tokens, added_cond_kwargs=added).sample
+
+
+def plain(world: Axis) -> list[Tensor]:
+    return [stock(latent(*shape), timestep(shape[0])) for shape in SHAPES.values()]
+
+
+def in_rows(mesh: Mesh) -> RowParallel:
+    attention = make_attention("auto", mesh.ulysses, mesh.ring, CPU, torch.float32)
+    return RowParallel(TinyUNet(network(), torch.float32, CPU), mesh.sequence, attention)
+
+
+def predictions(world: Axis, layout: Layout) -> list[Tensor]:
+    strategy = in_rows(Mesh(layout))
+    try:
+        return [strategy.predict(latent(*shape), timestep(shape[0]), condition(shape[0])) for shape in SHAPES.values()]
+    finally:
+        strategy.family.uninstall()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_plain_forward(ranks, layout):
+    (expected,) = ranks.once(1, plain)
+    for found in ranks.run(layout.ranks, predictions, layout):
+        errors = {
+            name: float((mine - truth).norm() / truth.norm())
+            for name, mine, truth in zip(SHAPES, found, expected, strict=True)
+        }
+        assert max(errors.values()) <= TOLERANCE, errors
+
+
+CFG, SIGMA = 3.0, torch.tensor(2.0)
+
+
+def guided(world: Axis, layout: Layout) -> Tensor:
+    mesh = Mesh(layout)
+    strategy = in_rows(mesh)
+    counts = split_sizes(2, mesh.data.size)
+    own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
+    sides = [[Entry.plain(condition(2, seed)).part(own, 2)] for seed in (5, 6)]
+    guidance = Guidance(strategy.predict, strategy.family.model_sampling(None), mesh.cfg, *sides, CFG)
+    try:
+        return mesh.data.all_gather(guidance.denoised(latent(2, 13, 9)[own], SIGMA), counts, dim=0)
+    finally:
+        strategy.family.uninstall()
+
+
+def guided_alone(world: Axis) -> Tensor:
+    sampling = TinyUNet(network(), torch.float32, CPU).model_sampling(None)
+    x = latent(2, 13, 9)
+    positive, negative = (
+        sampling.denoised(stock(sampling.calculate_input(SIGMA, x), sampling.timestep(SIGMA).expand(2), seed), x, SIGMA)
+        for seed in (5, 6)
+    )
+    return negative + (positive - negative) * CFG
+
+
+@pytest.mark.parametrize("layout", GUIDED, ids=str)
+def test_guidance_and_batches_over_rows(ranks, layout):
+    (expected,) = ranks.once(1, guided_alone)
+    for found in ranks.run(layout.ranks, guided, layout):
+        assert float((found - expected).norm() / expected.norm()) <= TOLERANCE
+
+
+def bytes_sent(world: Axis, layout: Layout) -> Counter[str]:
+    mesh = Mesh(layout)
+    strategy = in_rows(mesh)
+    try:
+        strategy.predict(latent(2, 16, 8), timestep(2), condition(2))
+    finally:
+        strategy.family.uninstall()
+    return Counter({name: traffic.bytes for (name, _), traffic in mesh.ledger.sent.items()}) + Counter(
+        {operation: traffic.bytes for (name, operation), traffic in mesh.ledger.sent.items() if name == "sequence"}
+    )
+
+
+def bytes_expected(world: Axis, layout: Layout) -> dict[str, float]:
+    """Of all ranks together, from the shapes that the layers of the plain network are called with."""
+    unet, n, found = network(), layout.ranks, Counter()
+    ulysses, ring = layout.ulysses_degree, layout.ring_degree
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if isinstance(module, nn.Conv2d):
+            # A row to each neighbour; where rows are halved, to the one below alone.
+            found["all_to_all"] += (n - 1) * (2 // module.stride[0]) * x[:, :, 0].numel() * BYTES
+        elif isinstance(module, nn.GroupNorm):
+            # Ring all-reduce of a sum, a sum of squares and a count in fp64, of every picture and group.
+            found["all_reduce"] += 2 * (n - 1) * 3 * len(x) * module.num_groups * 8
+        else:
+            # USP (arXiv 2405.07719): four all-to-alls, and keys and values of the other chunks.
+            found["ulysses"] += 4 * (ulysses - 1) / ulysses * x.numel() * BYTES
+            found["ring"] += 2 * (ring - 1) * x.numel() * BYTES
+
+    layers = [
+        module
+        for name, module in unet.named_modules()
+        if (isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3))
+        or isinstance(module, nn.GroupNorm)
+        or name.endswith(".attn1")
+    ]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        output = stock(latent(2, 16, 8), timestep(2))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found["all_gather"] += (n - 1) * output.numel() * BYTES
+    return dict(found)
+
+
+@pytest.mark.parametrize("layout", [Layout(ulysses_degree=2), Layout(ring_degree=4)], ids=str)
+def test_bytes_sent_match_theory(ranks, layout):
+    (expected,) = ranks.run(1, bytes_expected, layout)
+    sent = sum(ranks.run(layout.ranks, bytes_sent, layout), Counter())
+    assert {name: sent[name] for name in expected} == pytest.approx(expected, rel=0.001)
+
+
+def left_behind(world: Axis) -> tuple[bool, bool]:
+    """Whether the network is its own again after an evaluation that failed, and after the family is gone."""
+    x, when, given = latent(1, 13, 9), timestep(1), condition(1)
+    strategy = in_rows(Mesh(Layout(ulysses_degree=2)))
+    family = strategy.family
+    with pytest.raises(RuntimeError):
+        strategy.predict(x[:, :3], when, given)
+    alone = torch.equal(family.forward(x, when, given), stock(x, when))
+    family.uninstall()
+    return alone, all("diffusers" in type(each).__module__ for each in network().attn_processors.values())
+
+
+def test_the_network_is_left_as_it_was(ranks):
+    assert ranks.run(2, left_behind) == [(True, True)] * 2
