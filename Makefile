@@ -12,7 +12,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo 
 .PHONY: demo test matrix check format bench clean
 
 demo: $(VENV)/ready
-	$(BIN)/python launcher run workflows/api/demo_txt2img.api.json
+	$(BIN)/python cli run workflows/api/demo_txt2img.api.json
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

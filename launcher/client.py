@@ -14,7 +14,7 @@ from ..parallel_backend.errors import Cancelled, UserError
 from ..parallel_backend.protocol import addresses, frames, messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
 from ..parallel_backend.protocol.tensors import unpack
-from .life import Life
+from .instance import Life
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from ..launcher.sidecar import SidecarSpec
+from ..launcher.spec import SidecarSpec
 from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
 

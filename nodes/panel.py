@@ -6,8 +6,8 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from ..launcher import sidecar
-from ..launcher.life import Life
+from ..launcher import lifecycle
+from ..launcher.instance import Life
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol import records
 from ..parallel_backend.protocol.messages import Request, Status, Unload
@@ -29,7 +29,7 @@ def status() -> dict[str, Any]:
     The ranks are asked only when something has changed: to be asked counts as work, and would put off their idle time.
     """
     spec = host.current().spec
-    life = None if spec.remote else sidecar.current(spec.slot)
+    life = None if spec.remote else lifecycle.current(spec.slot)
     settings = life.settings if life else None
     now = activity.now
     answer: dict[str, Any] = {
@@ -61,7 +61,7 @@ def start(ranks: int) -> dict[str, Any]:
         )
     spec = replace(here.spec, ranks=session.ranks_for(ranks))
     with activity.during("start"):
-        sidecar.ensure_sidecar(spec, activity.starting, owned=here.owned)
+        lifecycle.ensure_sidecar(spec, activity.starting, owned=here.owned)
     return status()
 
 
@@ -70,16 +70,14 @@ def stop() -> dict[str, Any]:
     spec = host.current().spec
     if spec.remote:
         raise UserError(
-            f"The sidecar at {spec.address} was started elsewhere.", "Stop it there, with `python launcher stop`."
+            f"The sidecar at {spec.address} was started elsewhere.", "Stop it there, with `python cli stop`."
         )
-    life = sidecar.current(spec.slot)
+    life = lifecycle.current(spec.slot)
     owner = life.owner if life else None
     if owner and owner.alive and owner != records.this_process():
-        raise UserError(
-            f"The sidecar belongs to process {owner.pid}.", "Stop it there, or with `python launcher stop`."
-        )
+        raise UserError(f"The sidecar belongs to process {owner.pid}.", "Stop it there, or with `python cli stop`.")
     with activity.during("stop"):
-        ended = [sidecar.stop(slot) for slot in (spec.slot.beside, spec.slot)]
+        ended = [lifecycle.stop(slot) for slot in (spec.slot.beside, spec.slot)]
         if not any(ended):
             raise UserError("No sidecar is running.")
     return status()
@@ -110,7 +108,7 @@ def _state(life: Life | None) -> str:
 def _ranks_beside() -> int:
     """How many ranks a VAE has for itself now."""
     spec = host.current().spec
-    life = None if spec.remote else sidecar.current(spec.slot.beside)
+    life = None if spec.remote else lifecycle.current(spec.slot.beside)
     return life.settings.ranks if life and life.is_alive and life.settings else 0
 
 
@@ -138,7 +136,7 @@ def _details(change: object) -> dict[str, Any]:
 
 
 def _ask(message: Request, timeout: float) -> dict[str, Any]:
-    client = sidecar.visit(host.current().spec)
+    client = lifecycle.visit(host.current().spec)
     if client is None:
         raise UserError("No sidecar is running.", "Queue a prompt, or start one.")
     try:

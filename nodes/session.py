@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..launcher import devices, sidecar
+from ..launcher import devices, lifecycle
 from ..launcher.client import Client, Event
-from ..launcher.sidecar import SidecarSpec
+from ..launcher.spec import SidecarSpec
 from ..parallel_backend.errors import Cancelled, UserError
 from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
 from . import host
@@ -74,12 +74,12 @@ def _client(spec: SidecarSpec) -> Client:
         here.say(text)
 
     with activity.during():
-        return sidecar.ensure_sidecar(spec, say, owned=here.owned)
+        return lifecycle.ensure_sidecar(spec, say, owned=here.owned)
 
 
 def inherit() -> None:
     """Keep the ranks of a ComfyUI that has ended: this one's first prompt adopts them, or ends them."""
-    if sidecar.inherit(SidecarSpec().slot):
+    if lifecycle.inherit(SidecarSpec().slot):
         host.logger.info("The ranks of the last ComfyUI are still up: they are kept for the first prompt.")
 
 
@@ -88,7 +88,7 @@ def running() -> SidecarSpec | None:
     spec = host.current().spec
     if spec.remote:
         return spec
-    life = sidecar.current(spec.slot)
+    life = lifecycle.current(spec.slot)
     if life is None or not life.is_alive or life.settings is None:
         return None
     return replace(spec, ranks=life.settings.ranks)
@@ -97,7 +97,7 @@ def running() -> SidecarSpec | None:
 def visit_beside(message: Request, timeout: float | None = None) -> tuple[Welcome, dict[str, Any]] | None:
     """The answer of the second sidecar, and what it is; None when there is none."""
     spec = host.current().spec
-    client = None if spec.remote else sidecar.visit(spec.beside(0))
+    client = None if spec.remote else lifecycle.visit(spec.beside(0))
     if client is None:
         return None
     try:

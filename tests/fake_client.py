@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from paralleldit.launcher import sidecar
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import Cancelled
 from paralleldit.parallel_backend.protocol import messages
 
@@ -38,11 +38,11 @@ DATA = {
 class FakeClient:
     def __init__(self, ranks: int = 2) -> None:
         self.welcome = messages.Welcome(version=messages.PROTOCOL_VERSION, ranks=ranks, device="cpu", pid=1)
-        self.specs: list[sidecar.SidecarSpec] = []
+        self.specs: list[SidecarSpec] = []
         self.sent: list[tuple[Any, dict[str, torch.Tensor]]] = []
         self.fault: Exception | None = None
 
-    def ensure(self, spec: sidecar.SidecarSpec, on_progress: Any, *, owned: bool = True) -> FakeClient:
+    def ensure(self, spec: SidecarSpec, on_progress: Any, *, owned: bool = True) -> FakeClient:
         on_progress("starting")
         self.specs.append(spec)
         self.welcome = self.welcome.model_copy(update={"ranks": spec.ranks})

@@ -27,7 +27,8 @@ def main() -> None:
     package.__path__ = [str(PACK)]
     sys.modules["paralleldit"] = package
     import torch
-    from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar, stop
+    from paralleldit.launcher.lifecycle import ensure_sidecar, stop
+    from paralleldit.launcher.spec import SidecarSpec
     from paralleldit.parallel_backend.protocol import messages
 
     tensor = torch.rand(int(args.megabytes * 2**20) // 4)

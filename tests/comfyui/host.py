@@ -105,9 +105,9 @@ class Host:
         self._process = self._start()
 
     def stop_ranks(self) -> None:
-        """Ends the sidecar from outside, as `launcher stop` does."""
+        """Ends the sidecar from outside, as `cli stop` does."""
         env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(self.runtime)}
-        subprocess.run([sys.executable, str(PACK / "launcher"), "stop"], env=env, capture_output=True, check=False)
+        subprocess.run([sys.executable, str(PACK / "cli"), "stop"], env=env, capture_output=True, check=False)
 
     def ranks(self) -> list[int]:
         """The process ids of the ranks."""

@@ -148,8 +148,8 @@ def main(folder: Path, ranks: list[int]) -> None:
     comfy.options.enable_args_parsing()
     importlib.import_module("utils.install_util")  # ComfyUI's nodes put another `utils` first on the path
     import server
-    from paralleldit.launcher import sidecar
-    from paralleldit.launcher.sidecar import SidecarSpec
+    from paralleldit.launcher import lifecycle
+    from paralleldit.launcher.spec import SidecarSpec
     from paralleldit.nodes import NODE_CLASS_MAPPINGS, host
     from paralleldit.nodes.comfy_host import ComfyHost
     from paralleldit.nodes.layout import LayoutChoice
@@ -176,7 +176,7 @@ def main(folder: Path, ranks: list[int]) -> None:
             errors[f"{name} [{count}]"] = compare(
                 case, native[case.model], model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"], control.get(case.model)
             )
-    sidecar.stop(here.spec.slot)
+    lifecycle.stop(here.spec.slot)
     (folder / "errors.json").write_text(json.dumps(errors))
 
 

@@ -91,12 +91,12 @@ def test_without_comfyui_the_same_workflow_makes_the_same_picture(host, demo, ba
     native = picture(host, host.run(demo))
     path = tmp_path / "demo.json"
     path.write_text(json.dumps(demo))
-    command = [sys.executable, str(PACK / "launcher"), "run", str(path), "--device=cpu", f"--models={base / 'models'}"]
+    command = [sys.executable, str(PACK / "cli"), "run", str(path), "--device=cpu", f"--models={base / 'models'}"]
     env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(tmp_path / "runtime"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, f"--output={tmp_path}"], capture_output=True, text=True, env=env, timeout=180, check=False
     )
-    subprocess.run([sys.executable, str(PACK / "launcher"), "stop"], env=env, check=False, capture_output=True)
+    subprocess.run([sys.executable, str(PACK / "cli"), "stop"], env=env, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "paralleldit_demo_00001_.png") as image:
         assert psnr(native, np.array(image)) > 60

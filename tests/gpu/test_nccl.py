@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar, stop
+from paralleldit.launcher.lifecycle import ensure_sidecar, stop
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import Cancelled
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages

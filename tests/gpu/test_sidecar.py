@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar, stop
+from paralleldit.launcher.lifecycle import ensure_sidecar, stop
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import Cancelled
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
@@ -41,7 +42,7 @@ def start_demo(place: Path, kind: str) -> subprocess.Popen[str]:
     values = [option for value in (*SET, *SMALL) for option in ("--set", value)]
     options = (f"--device={kind}", "--models=models", f"--output={kind}")
     return subprocess.Popen(
-        [sys.executable, PACK / "launcher", "run", WORKFLOW, *options, *values],
+        [sys.executable, PACK / "cli", "run", WORKFLOW, *options, *values],
         cwd=place,
         env=os.environ | {"PARALLELDIT_RUNTIME_DIR": str(place / f"runtime-{kind}"), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -53,7 +54,7 @@ def start_demo(place: Path, kind: str) -> subprocess.Popen[str]:
 def command(place: Path, kind: str, *arguments: str) -> str:
     env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(place / f"runtime-{kind}")}
     return subprocess.run(
-        [sys.executable, PACK / "launcher", *arguments], env=env, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, PACK / "cli", *arguments], env=env, capture_output=True, text=True, timeout=60, check=True
     ).stdout
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from paralleldit.launcher import sidecar
-from paralleldit.launcher.sidecar import SidecarSpec
+from paralleldit.launcher import lifecycle
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.tests.fake_client import FakeClient
 from paralleldit.tests.tiny_flux import write_pipeline
@@ -24,7 +24,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture
 def client(models, tmp_path, monkeypatch) -> Iterator[FakeClient]:
     fake = FakeClient()
-    monkeypatch.setattr(sidecar, "ensure_sidecar", fake.ensure)
+    monkeypatch.setattr(lifecycle, "ensure_sidecar", fake.ensure)
     host.use(host.Host(models=models, spec=SidecarSpec(device="cpu", directory=tmp_path / "runtime")))
     yield fake
     host.use(None)

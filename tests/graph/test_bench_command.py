@@ -1,4 +1,4 @@
-"""`launcher bench`: a workflow's run in one layout after the other, on real ranks."""
+"""`cli bench`: a workflow's run in one layout after the other, on real ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.launcher.bench_command import Measured, table, usual_layouts
+from paralleldit.cli.commands.bench import Measured, table, usual_layouts
 from paralleldit.parallel_backend.layout.fitting import Work, check_layout
 from paralleldit.parallel_backend.layout.layout import Layout
 
@@ -33,7 +33,7 @@ def bench(tmp_path, models):
     env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(tmp_path / "runtime"), "OMP_NUM_THREADS": "1"}
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(PACK / "launcher"), *arguments]
+        command = [sys.executable, str(PACK / "cli"), *arguments]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180, check=False)
 
     def bench(workflow: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS
-from paralleldit.launcher import cli
-from paralleldit.launcher.headless.core_nodes import Folders, core_nodes
-from paralleldit.launcher.headless.runner import begin_workflow, finish_meanwhile, run_workflow
+from paralleldit.cli.commands import main, options
+from paralleldit.cli.headless.core_nodes import Folders, core_nodes
+from paralleldit.cli.headless.runner import begin_workflow, finish_meanwhile, run_workflow
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 from PIL import Image
@@ -268,11 +268,11 @@ def command(demo, folder, models, *more):
     path = folder / "demo.json"
     path.write_text(json.dumps(demo))
     places = [f"--output={folder / 'out'}", f"--models={models}", "--device=cpu"]
-    return cli.main(["run", str(path), *places, *more])
+    return main.main(["run", str(path), *places, *more])
 
 
 def test_the_command_tells_where_the_picture_is_and_how_it_was_made(client, demo, models, tmp_path, capsys):
-    assert command(demo, tmp_path, models, "--set", "6.seed=5") == cli.OK
+    assert command(demo, tmp_path, models, "--set", "6.seed=5") == options.OK
     told = capsys.readouterr().out
     assert str(tmp_path / "out" / "paralleldit_demo_00001_.png") in told
     for line in ("seed              5", "layout            cfg2", "ranks             2 on cpu", "seconds per step"):
@@ -282,16 +282,16 @@ def test_the_command_tells_where_the_picture_is_and_how_it_was_made(client, demo
 def test_the_command_runs_once_for_every_prompt_of_a_file(client, demo, models, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a star\n\ntwo rings\n")
     more = ("--prompts", str(tmp_path / "prompts.txt"), "--into", "Positive.text")
-    assert command(demo, tmp_path, models, *more) == cli.OK
+    assert command(demo, tmp_path, models, *more) == options.OK
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     prompts = {message.prompt for message, _ in client.sent if isinstance(message, messages.EncodeText)}
     assert prompts == {"a star", "two rings", ""}
 
 
 def test_the_workflow_in_a_picture_runs_again(client, demo, models, tmp_path, capsys):
-    assert command(demo, tmp_path, models) == cli.OK
+    assert command(demo, tmp_path, models) == options.OK
     picture = tmp_path / "out" / "paralleldit_demo_00001_.png"
-    assert cli.main(["run", str(picture), f"--output={tmp_path / 'again'}", f"--models={models}"]) == cli.OK
+    assert main.main(["run", str(picture), f"--output={tmp_path / 'again'}", f"--models={models}"]) == options.OK
     assert (tmp_path / "again" / "paralleldit_demo_00001_.png").exists()
 
 
@@ -304,7 +304,7 @@ def test_the_workflow_in_a_picture_runs_again(client, demo, models, tmp_path, ca
     ],
 )
 def test_a_wrong_command_line_says_what_is_wrong(client, demo, models, tmp_path, capsys, more, words):
-    assert command(demo, tmp_path, models, *more) == cli.FAILED
+    assert command(demo, tmp_path, models, *more) == options.FAILED
     assert words in capsys.readouterr().err
 
 
@@ -313,7 +313,7 @@ def test_a_file_that_is_no_workflow_is_named(client, tmp_path, capsys, content):
     path = tmp_path / "broken.json"
     if content is not None:
         path.write_text(content)
-    assert cli.main(["run", str(path)]) == cli.FAILED
+    assert main.main(["run", str(path)]) == options.FAILED
     assert "broken.json" in capsys.readouterr().err
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS
-from paralleldit.launcher.headless.conditioning_nodes import CONDITIONING_NODES
-from paralleldit.launcher.headless.core_nodes import Folders, core_nodes
-from paralleldit.launcher.headless.runner import run_workflow
+from paralleldit.cli.headless.conditioning_nodes import CONDITIONING_NODES
+from paralleldit.cli.headless.core_nodes import Folders, core_nodes
+from paralleldit.cli.headless.runner import run_workflow
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import NAME
 

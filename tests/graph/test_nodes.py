@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from paralleldit.launcher import sidecar
-from paralleldit.launcher.sidecar import SidecarSpec
+from paralleldit.launcher import lifecycle
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.nodes.layout import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
@@ -374,8 +374,8 @@ def test_a_cancel_while_the_sidecar_starts_ends_the_node(client, models):
 def test_a_cached_model_is_used_again_in_a_new_sidecar(client):
     model = load(LayoutChoice(ranks=2))
     sample(model)
-    client.fault = sidecar.SidecarError("Rank 1 died.")
-    with pytest.raises(sidecar.SidecarError, match="Rank 1"):
+    client.fault = lifecycle.SidecarError("Rank 1 died.")
+    with pytest.raises(lifecycle.SidecarError, match="Rank 1"):
         sample(model)
     sample(model)
     requests = [message for message, _ in client.sent]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from paralleldit.launcher import sidecar
+from paralleldit.launcher import lifecycle
 from paralleldit.launcher.client import SidecarError
-from paralleldit.launcher.sidecar import SidecarSpec
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import activity as activities
 from paralleldit.nodes import host, panel, panel_routes, session
 from paralleldit.nodes.activity import Activity, Snapshot
@@ -103,7 +103,7 @@ def stand_in(tmp_path_factory):
     directory = tmp_path_factory.mktemp("panel")
     spec = SidecarSpec(device="cpu", worker="tests.ranks.stand_in", directory=directory, hang_timeout=8.0)
     yield spec
-    sidecar.stop(spec.slot)
+    lifecycle.stop(spec.slot)
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def test_the_panel_starts_watches_and_stops_a_sidecar(spec, activity):
 
 def test_the_ranks_are_asked_only_when_something_has_changed(ready, monkeypatch):
     asked = []
-    visit = sidecar.visit
-    monkeypatch.setattr(sidecar, "visit", lambda spec: asked.append(spec) or visit(spec))
+    visit = lifecycle.visit
+    monkeypatch.setattr(lifecycle, "visit", lambda spec: asked.append(spec) or visit(spec))
     details = [panel.status()["details"] for _ in range(3)]
     assert details[0]["ranks"]
     assert len(asked) <= 1

@@ -25,7 +25,7 @@ def launcher(tmp_path_factory, models):
     env = os.environ | {"PARALLELDIT_RUNTIME_DIR": str(folder / "runtime"), "OMP_NUM_THREADS": "1"}
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(PACK / "launcher"), *arguments]
+        command = [sys.executable, str(PACK / "cli"), *arguments]
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180, check=False)
 
     call.folder = folder

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.launcher import sidecar
+from paralleldit.launcher import lifecycle, spawn
 from paralleldit.launcher.client import SidecarError
-from paralleldit.launcher.sidecar import SidecarSpec, connect, current, ensure_sidecar, inherit
+from paralleldit.launcher.lifecycle import connect, current, ensure_sidecar, inherit
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.protocol import messages, records
 
@@ -52,7 +53,7 @@ def alive(life):
 
 def launcher(directory, *arguments, wait=True):
     process = subprocess.Popen(
-        [sys.executable, PACK / "launcher", *arguments],
+        [sys.executable, PACK / "cli", *arguments],
         env={**os.environ, "PARALLELDIT_RUNTIME_DIR": str(directory)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -68,7 +69,7 @@ def launcher(directory, *arguments, wait=True):
 def spec(tmp_path_factory):
     spec = spec_in(tmp_path_factory.mktemp("sidecar"))
     yield spec
-    sidecar.stop(spec.slot)
+    lifecycle.stop(spec.slot)
     assert alive(current(spec.slot)) == []
 
 
@@ -310,7 +311,7 @@ def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
     (tmp_path / "token").write_text("a secret\n")
     (tmp_path / "guess").write_text("a guess\n")
     run = tmp_path / "run"
-    address, meeting = f"tcp://127.0.0.1:{sidecar._free_port()}", f"127.0.0.1:{sidecar._free_port()}"
+    address, meeting = f"tcp://127.0.0.1:{spawn.free_port()}", f"127.0.0.1:{spawn.free_port()}"
     shape = ["--ranks", "2", "--nnodes", "2", "--rdzv-endpoint", meeting, "--device", "cpu", "--idle-timeout", "4"]
     shape += ["--address", address, "--token-file", str(tmp_path / "token"), "--worker", "tests.ranks.stand_in"]
     assert launcher(run, "status")[0] == 3
@@ -329,4 +330,4 @@ def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
     wait_for(lambda: not any(alive(life) for life in lives), 12)
     assert lives[0].end.message == "No request for 4 s."
     with pytest.raises(SidecarError, match="connection to the sidecar is lost"):
-        ask(sidecar._clients[remote], "echo")
+        ask(lifecycle._clients[remote], "echo")

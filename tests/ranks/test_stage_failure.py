@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.launcher import sidecar
+from paralleldit.launcher import lifecycle
 from paralleldit.launcher.client import SidecarError
-from paralleldit.launcher.sidecar import SidecarSpec, ensure_sidecar
+from paralleldit.launcher.lifecycle import ensure_sidecar
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
@@ -26,7 +27,7 @@ def spec(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sidecar")
     spec = SidecarSpec(directory=directory, ranks=4, device="cpu", worker="tests.ranks.faulty_stage")
     yield spec
-    sidecar.stop(spec.slot)
+    lifecycle.stop(spec.slot)
 
 
 @pytest.fixture(scope="module")

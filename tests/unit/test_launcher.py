@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.launcher import devices, life, runtime_dir, sidecar
-from paralleldit.launcher.sidecar import SidecarSpec
+from paralleldit.launcher import devices, instance, lifecycle, runtime_dir, spec
+from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.failures import STAY_READY, Outcome, describe
 from paralleldit.parallel_backend.protocol import records
@@ -105,16 +105,16 @@ def test_a_second_sidecar_sees_its_own_gpus_only(shown, seen):
 )
 def test_a_spec_that_cannot_work_is_refused_before_anything_starts(tmp_path, more, text):
     with pytest.raises(UserError, match=text):
-        sidecar.ensure_sidecar(SidecarSpec(directory=tmp_path / "run", **more))
+        lifecycle.ensure_sidecar(SidecarSpec(directory=tmp_path / "run", **more))
     assert not (tmp_path / "run" / "node-0" / "current").exists()
 
 
 def test_the_key_tells_sidecars_apart_by_what_shapes_them():
     base = SidecarSpec(ranks=2, device="cpu")
-    key = sidecar._settings(base).key
-    assert sidecar._settings(SidecarSpec(ranks=2, device="cpu", start_timeout=9)).key == key
+    key = spec.settings_of(base).key
+    assert spec.settings_of(SidecarSpec(ranks=2, device="cpu", start_timeout=9)).key == key
     for more in ({"ranks": 4}, {"address": "tcp://127.0.0.1:5"}, {"hang_timeout": 9}, {"python": "/usr/bin/python3"}):
-        assert sidecar._settings(SidecarSpec(**{"ranks": 2, "device": "cpu", **more})).key != key
+        assert spec.settings_of(SidecarSpec(**{"ranks": 2, "device": "cpu", **more})).key != key
 
 
 # -- the runtime directory ---------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_the_rank_that_died_first_is_named(deaths, text):
 )
 def test_a_failed_start_is_explained_from_the_logs(tmp_path, log, text):
     (tmp_path / records.AgentLog).write_text(f"Traceback ...\n{log}\n")
-    assert text in life.Life(tmp_path).why_not_started()[0]
+    assert text in instance.Life(tmp_path).why_not_started()[0]
 
 
 def test_a_process_is_not_taken_for_a_later_one_of_the_same_pid():
@@ -240,7 +240,7 @@ def test_a_process_is_not_taken_for_a_later_one_of_the_same_pid():
 
 def launcher(*arguments, **env):
     return subprocess.run(
-        [sys.executable, PACK / "launcher", *arguments],
+        [sys.executable, PACK / "cli", *arguments],
         env={**os.environ, **env},
         capture_output=True,
         text=True,
@@ -275,6 +275,6 @@ def test_exit_codes_and_errors_of_the_command_line(tmp_path, arguments, code, te
 def test_the_command_line_loads_no_torch():
     code = (
         "import sys, types; p = types.ModuleType('pack'); p.__path__ = [sys.argv[1]]; sys.modules['pack'] = p; "
-        "import pack.launcher.cli; sys.exit('torch' in sys.modules)"
+        "import pack.cli.commands.main; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(PACK)], timeout=60, check=False).returncode == 0

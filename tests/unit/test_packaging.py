@@ -17,7 +17,7 @@ import pytest
 
 PACK = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((PACK / "pyproject.toml").read_text())
-SHIPPED = ("nodes", "launcher", "parallel_backend")
+SHIPPED = ("nodes", "launcher", "cli", "parallel_backend")
 HOSTS = {"torch", "aiohttp", "comfy", "folder_paths", "latent_preview", "server"}
 """What ComfyUI brings: never named in requirements.txt, lest pip replaces it."""
 OPTIONAL = {"flash_attn", "flash_attn_interface", "sageattention"}
@@ -126,8 +126,8 @@ def test_the_package_works_in_a_folder_with_hyphens_and_shadows_nothing_of_its_h
     assert (host / "input" / "paralleldit_edges.png").is_file()
 
 
-def test_the_launcher_of_the_package_works(package):
-    done = python(str(package / "launcher"), "--help", cwd=package.parent)
+def test_the_command_line_of_the_package_works(package):
+    done = python(str(package / "cli"), "--help", cwd=package.parent)
     assert done.returncode == 0, done.stderr
     assert "status" in done.stdout
 

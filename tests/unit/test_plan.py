@@ -1,7 +1,7 @@
-"""`launcher plan` says which layouts fit, without any rank."""
+"""`cli plan` says which layouts fit, without any rank."""
 
 import pytest
-from paralleldit.launcher.cli import main
+from paralleldit.cli.commands.main import main
 
 
 @pytest.mark.parametrize(

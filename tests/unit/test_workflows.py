@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from paralleldit import NODE_CLASS_MAPPINGS
-from paralleldit.launcher.headless.core_nodes import Folders, core_nodes
+from paralleldit.cli.headless.core_nodes import Folders, core_nodes
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]

@@ -14,7 +14,8 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from ...launcher.client import Client
-from ...launcher.sidecar import SidecarSpec, ensure_sidecar, stop
+from ...launcher.lifecycle import ensure_sidecar, stop
+from ...launcher.spec import SidecarSpec
 from ...parallel_backend.layout.layout import Layout
 from ...parallel_backend.protocol.messages import Conditioning, Decode, EncodeText, ModelRef, Sample, TextRef, VaeRef
 from ...parallel_backend.sampling.noise import initial_noise

@@ -1,4 +1,4 @@
-"""`python <pack>/launcher ...`: loads the pack, whatever its folder is called, as a package, then runs the commands."""
+"""`python <pack>/cli ...`: loads the pack, whatever its folder is called, as a package, then runs the commands."""
 
 import importlib
 import importlib.util
@@ -20,6 +20,6 @@ def _load_pack() -> None:
 
 if __name__ == "__main__":
     # Python put this folder first on the path: its modules would shadow top-level ones of the same names.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK / "launcher"]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK / "cli"]
     _load_pack()
-    sys.exit(importlib.import_module(f"{PACKAGE}.launcher.cli").main())
+    sys.exit(importlib.import_module(f"{PACKAGE}.cli.commands.main").main())

@@ -1,4 +1,4 @@
-"""`launcher bench`: the run of a saved workflow in one layout after the other, measured side by side."""
+"""`cli bench`: the run of a saved workflow in one layout after the other, measured side by side."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout.layout import Layout, parse_layout
-from ..parallel_backend.protocol.messages import Memory, Progress, Request, Sample, Unload, Welcome
-from . import sidecar
+from ...launcher import lifecycle
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.layout.layout import Layout, parse_layout
+from ...parallel_backend.protocol.messages import Memory, Progress, Request, Sample, Unload, Welcome
+from .options import add_command, add_sidecar_options, spec_of
+from .workflow_options import add_workflow_options, pair, read_workflow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .client import Client, Event
-    from .sidecar import SidecarSpec
+    from ...launcher.client import Client, Event
+    from ...launcher.spec import SidecarSpec
 
 TEXT = """Measure how long the sampling of a saved API-format workflow takes, in one layout after the other.
 The workflow runs up to its Parallel Sampler, with the models, prompts, size and steps that it names; that
@@ -53,9 +55,6 @@ class Measured:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    from .cli import add_command, add_sidecar_options
-    from .run_command import add_workflow_options
-
     parser = add_command(commands, "bench", main, TEXT)
     add_workflow_options(parser)
     add = parser.add_argument
@@ -73,8 +72,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ..nodes import host, session
-    from .cli import spec_of
+    from ...nodes import host, session
 
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds}, but it is at least 1.")
@@ -99,10 +97,9 @@ def main(args: argparse.Namespace) -> int:
 
 def captured(args: argparse.Namespace, spec: SidecarSpec) -> Captured:
     """The workflow, run as far as to what its sampler asks of the ranks. Raises `UserError` if it asks nothing."""
-    from ..nodes import NODE_CLASS_MAPPINGS, host
-    from .headless.core_nodes import Folders, core_nodes
-    from .headless.runner import begin_workflow
-    from .run_command import pair, read_workflow
+    from ...nodes import NODE_CLASS_MAPPINGS, host
+    from ..headless.core_nodes import Folders, core_nodes
+    from ..headless.runner import begin_workflow
 
     class CapturingHost(host.Host):
         def sending(self, message: Request, tensors: Mapping[str, Tensor], welcome: Welcome) -> None:
@@ -145,9 +142,9 @@ def one_rank(spec: SidecarSpec) -> Iterator[Client]:
     with tempfile.TemporaryDirectory(prefix="paralleldit-") as folder:
         alone = replace(spec, ranks=1, nnodes=1, node_rank=0, rdzv_endpoint="", address="unix", directory=Path(folder))
         try:
-            yield sidecar.ensure_sidecar(alone, _say)
+            yield lifecycle.ensure_sidecar(alone, _say)
         finally:
-            sidecar.stop(alone.slot)
+            lifecycle.stop(alone.slot)
 
 
 def in_turns(client: Client, run: Captured, layouts: Mapping[str, Layout], rounds: int) -> dict[str, Measured]:

@@ -1,13 +1,14 @@
-"""`launcher plan`: which layouts fit a model, a picture and a number of ranks, asked without any rank."""
+"""`cli plan`: which layouts fit a model, a picture and a number of ranks, asked without any rank."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout.fitting import Work, check_layout, layouts_that_fit
-from ..parallel_backend.layout.layout import Layout, parse_layout, patches_of
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.layout.fitting import Work, check_layout, layouts_that_fit
+from ...parallel_backend.layout.layout import Layout, parse_layout, patches_of
+from .options import add_command
 
 TOKEN_PIXELS = 16
 """Pixels per image token, in both directions, in all families here."""
@@ -16,7 +17,8 @@ BLOCKS = {"flux": 57, "sd3": 24, "sd3.5-large": 38, "pixart": 28, "hunyuandit": 
 """How many blocks the published models have."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "plan", plan, "Say which layouts fit a model, a picture and ranks.")
     add = parser.add_argument
     add("--ranks", type=int, required=True, help="how many ranks there are")
     add("--family", choices=BLOCKS, required=True, help="of the model")

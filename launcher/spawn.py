@@ -1,0 +1,131 @@
+"""Starts torchrun, waits until its ranks are ready, and passes on the token."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..parallel_backend.errors import UserError
+from ..parallel_backend.protocol import records
+from . import devices
+from .client import SidecarError
+from .instance import Life
+from .runtime_dir import Slot
+from .spec import SidecarSpec
+
+Say = Callable[[str], None]
+
+PROGRESS_S = 5.0
+
+
+def launch(
+    slot: Slot, spec: SidecarSpec, settings: records.Settings, owner: records.Process | None, on_progress: Say
+) -> Life:
+    life = Life(slot.new_life())
+    endpoint = spec.rdzv_endpoint or f"127.0.0.1:{free_port()}"
+    settings = settings.model_copy(update={"store": endpoint})
+    records.write(life.path / records.SettingsFile, settings)
+    life.own(owner)
+    if settings.address != "unix":
+        _write_token(life.path / records.TokenFile, spec.token_file)
+    on_progress(f"starting {len(settings.local_ranks)} of {settings.ranks} ranks on {settings.device}")
+    agent = _spawn(life, spec, settings)
+    records.write(
+        life.path / records.AgentFile, records.Process(pid=agent.pid, started=records.started(agent.pid) or 0)
+    )
+    try:
+        _wait_ready(life, agent, settings, spec.start_timeout, on_progress)
+    except BaseException:
+        life.kill()
+        agent.wait()
+        raise
+    threading.Thread(target=agent.wait, name="torchrun reaper", daemon=True).start()
+    return life
+
+
+def _spawn(life: Life, spec: SidecarSpec, settings: records.Settings) -> subprocess.Popen[bytes]:
+    single = settings.nnodes == 1
+    command = [
+        *(spec.python, "-m", "parallel_backend.worker.torchrun", str(life.path)),
+        *(f"--nnodes={settings.nnodes}", f"--node-rank={settings.node_rank}"),
+        f"--nproc-per-node={len(settings.local_ranks)}",
+        *(
+            "--rdzv-backend=static",
+            f"--rdzv-endpoint={settings.store}",
+            f"--rdzv-conf=timeout={spec.start_timeout:.0f}",
+        ),
+        *("--max-restarts=0", "--shutdown-timeout=5"),
+        *(["--local-addr=127.0.0.1"] if single else []),
+        *("-m", settings.worker, str(life.path)),
+    ]
+    env = devices.rank_environment(
+        settings.device, len(settings.local_ranks), single_host=single, base=os.environ, gpus=spec.gpus
+    )
+    with open(life.path / records.AgentLog, "wb") as log:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=life.path,
+                env=env,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(f"The sidecar's Python {spec.python} cannot be run: {error.strerror}.") from error
+
+
+def _wait_ready(
+    life: Life, agent: subprocess.Popen[bytes], settings: records.Settings, timeout: float, on_progress: Say
+) -> None:
+    began, local = time.monotonic(), len(settings.local_ranks)
+    said_at, said = began, 0
+    while not life.is_ready:
+        now, up = time.monotonic(), len(life.ranks)
+        if agent.poll() is not None or life.end is not None:
+            message, hint = life.why_not_started()
+            raise SidecarError(f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip())
+        if now - began > timeout:
+            raise SidecarError(
+                f"The sidecar did not start within {timeout:g} s: {up} of the {local} ranks of this host are up.",
+                f"The logs are in {life.path}.",
+            )
+        if up > said or now - said_at > PROGRESS_S:
+            said_at, said = now, up
+            on_progress(f"{up} of {local} ranks are up after {now - began:.0f} s")
+        time.sleep(0.05)
+    on_progress(f"the sidecar is ready after {time.monotonic() - began:.1f} s")
+
+
+def free_port() -> int:
+    """Of those below Linux' outgoing connections (from 32768 on), one of which could take it before a rank listens."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SidecarError("No port of this host is free between 20000 and 32000.", "Name one with --rdzv-endpoint.")
+
+
+def _write_token(path: Path, chosen: Path | None) -> None:
+    token = read_token(chosen) if chosen else secrets.token_urlsafe(32)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        file.write(token)
+
+
+def read_token(path: Path) -> str:
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise UserError(f"The token file {path} cannot be read: {error.strerror}.") from error
+    if not token:
+        raise UserError(f"The token file {path} is empty.")
+    return token
