@@ -18,9 +18,11 @@ except ModuleNotFoundError as error:
 
 _server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 if _server is not None:
-    from .nodes import example_pictures, panel_routes, session
+    from .nodes import example_pictures
+    from .nodes.panel import routes
+    from .nodes.session import session
 
-    panel_routes.register(_server.routes, _server.send_sync)
+    routes.register(_server.routes, _server.send_sync)
     example_pictures.provide(Path(sys.modules["folder_paths"].get_input_directory()))
     session.inherit()
 

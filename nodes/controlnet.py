@@ -2,84 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.controlnet import read_controlnet
-from ..parallel_backend.protocol.messages import Conditioning, Control, ControlNetRef
-from . import paths
-from .span import SPAN, check_span
-from .validation import verdict
+from ..parallel_backend.protocol.messages import Control, ControlNetRef
+from . import model_files
+from .request.controls import CONTROL, PREPARED, WaitingControl, WaitingControls, waiting
+from .widgets import SPAN, check_span, verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KIND = "controlnet"
 WHAT = "The ControlNet"
-CONTROL = "control"
-"""Where ComfyUI's samplers look for a ControlNet in a prompt: so they cannot overlook one of ours."""
-CELL = 8
-"""Pixels of a picture for a cell of its latent, in both directions."""
 NO_MODE = -1
 IDLE = "the ControlNet would never work"
 """In a span without time."""
-PREPARED: dict[int | None, Callable[[Tensor], Tensor]] = {
-    # Its VAE was shown edges of half of 255, not of 1: that is twice this, less 1.
-    1: lambda edges: 63.75 * edges + 0.75,
-    # It was trained on depths, of which other programs draw the near ones bright.
-    2: lambda depth: 1.0 - depth,
-}
-"""What Stability's ControlNets for 3.5 Large make of a picture in 0..1, by the number of its kind in the file."""
-
-
-class WaitingControls(tuple["WaitingControl", ...]):
-    """The ControlNets of a prompt, for Parallel Sampler. ComfyUI's own samplers would ask them for residuals."""
-
-    def get_models(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UserError(
-            "This prompt has a ControlNet of Parallel ControlNet Apply, which only the ranks can evaluate.",
-            "Use Parallel Sampler, or ComfyUI's own Load ControlNet Model and Apply ControlNet.",
-        )
-
-    pre_run = get_control = set_previous_controlnet = inference_memory_requirements = get_models
-
-
-@dataclass(frozen=True)
-class WaitingControl:
-    """A ControlNet and its picture `[B, H, W, 3]` in 0..1, encoded by `vae` when the latent's size is known.
-
-    Without one: the ControlNet takes pixels.
-    """
-
-    message: Control
-    image: Tensor
-    vae: Any
-
-    def picture(self, height: int, width: int) -> Tensor:
-        """What travels of the picture, for a latent of `height` and `width`: its latent of that size, or its pixels."""
-        picture = resized(self.image, CELL * height, CELL * width)
-        if self.vae is None:
-            return picture.movedim(-1, 1).float().contiguous()
-        return self.vae.encode(picture)[:, :, :height, :width].float()
-
-
-@dataclass(frozen=True)
-class PlacedControl:
-    """A ControlNet whose whole picture is laid over the latent, or over an area of `size` (height and width)."""
-
-    control: WaitingControl
-    size: tuple[int, int] | None
-
-    @property
-    def message(self) -> Control:
-        return self.control.message
-
-    def picture(self, like: Tensor) -> Tensor:
-        """What travels of the picture for a run over the latent `like` `[B, C, h, w]`."""
-        height, width = self.size or like.shape[2:]
-        return self.control.picture(height, width)
 
 
 class ParallelDiTControlNetLoader:
@@ -95,7 +35,7 @@ class ParallelDiTControlNetLoader:
         return {
             "required": {
                 "controlnet": (
-                    paths.names(KIND),
+                    model_files.names(KIND),
                     {
                         "tooltip": "A safetensors file in models/controlnet: for Flux.1, Stable Diffusion 3 and 3.5, "
                         "or HunyuanDiT."
@@ -106,10 +46,10 @@ class ParallelDiTControlNetLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, controlnet: str) -> bool | str:
-        return verdict(lambda name: paths.resolve(name, KIND, WHAT), controlnet)
+        return verdict(lambda name: model_files.resolve(name, KIND, WHAT), controlnet)
 
     def load(self, controlnet: str) -> tuple[ControlNetRef]:
-        path = paths.resolve(controlnet, KIND, WHAT)
+        path = model_files.resolve(controlnet, KIND, WHAT)
         read_controlnet(path)
         return (ControlNetRef(path=str(path)),)
 
@@ -197,58 +137,6 @@ class ParallelDiTControlNetApply:
         prepare = PREPARED.get(info.picture_type, lambda picture: picture)
         control = WaitingControl(message, prepare(image[..., :3]), None if info.takes_pixels else vae)
         return _with(positive, control), _with(negative, control)
-
-
-def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """`[B, H, W, 3]` cut in the middle to the proportions asked for, then resized, as ComfyUI does with one."""
-    import torch.nn.functional as F
-
-    own_height, own_width = image.shape[1:3]
-    top = max(0, round((own_height - own_width * height / width) / 2))
-    left = max(0, round((own_width - own_height * width / height) / 2))
-    middle = image[:, top : own_height - top, left : own_width - left].movedim(-1, 1)
-    return F.interpolate(middle, size=(height, width), mode="nearest-exact").movedim(1, -1)
-
-
-def waiting(side: str, entry: Mapping[str, Any]) -> WaitingControls:
-    """The ControlNets of a prompt's entry. Raises `UserError` for those of ComfyUI's own nodes."""
-    control = entry.get(CONTROL)
-    if control is None:
-        return WaitingControls()
-    if not isinstance(control, WaitingControls):
-        raise UserError(
-            f"The {side} prompt has a ControlNet of ComfyUI's own, which Parallel Sampler cannot send to the ranks.",
-            "Use Parallel ControlNet Loader and Parallel ControlNet Apply, or sample with KSampler.",
-        )
-    return control
-
-
-def travelling(
-    sides: Mapping[str, tuple[tuple[Conditioning, ...], list[Any]]],
-) -> tuple[dict[str, tuple[Conditioning, ...]], list[PlacedControl]]:
-    """The sides' entries, which name their controls, and these.
-
-    `sides`: by side the message's entries and the CONDITIONING that they come from.
-    """
-    controls: list[PlacedControl] = []
-    named: dict[str, tuple[Conditioning, ...]] = {}
-    for side, (messages, conditioning) in sides.items():
-        own = []
-        for message, (_, entry) in zip(messages, conditioning, strict=True):
-            size = None if message.area is None else message.area[:2]
-            numbers = tuple(_number(controls, each, size) for each in waiting(side, entry))
-            own.append(message.model_copy(update={"controls": numbers}))
-        named[side] = tuple(own)
-    return named, controls
-
-
-def _number(controls: list[PlacedControl], control: WaitingControl, size: tuple[int, int] | None) -> int:
-    """Its place among `controls`, where it is put if it is not there yet: both prompts mostly have the same."""
-    for index, known in enumerate(controls):
-        if known.control is control and known.size == size:
-            return index
-    controls.append(PlacedControl(control, size))
-    return len(controls) - 1
 
 
 def _with(conditioning: Sequence[Any], control: WaitingControl) -> list[Any]:

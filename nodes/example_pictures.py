@@ -6,7 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from .paths import BUNDLED, PACK
+from .model_files import BUNDLED, PACK
 
 logger = logging.getLogger(__name__)
 PICTURES = PACK / BUNDLED / "input"

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import LoraRef, ModelRef
-from .layout import LayoutChoice
+from ..parallel_backend.protocol.messages import ImagePrompt, LoraRef, ModelRef, WeightChange
+from .layout_choice import LayoutChoice
 
 if TYPE_CHECKING:
-    from .ip_adapter import ShownPicture
+    from torch import Tensor
+
+POSITIVE, NEGATIVE = 0, 1
+"""As ComfyUI numbers the sides of a prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShownPicture:
+    """A picture that a MODEL is shown; `embeddings` `[B, …]`: for the positive prompt and for the negative one."""
+
+    message: ImagePrompt
+    embeddings: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SentChange:
+    """A change as a request names it, and its tensors by role."""
+
+    message: WeightChange
+    tensors: Mapping[str, Tensor]
+
 
 ATTACHMENT = "paralleldit"
 """Under this name a MODEL of ComfyUI carries our handle."""

@@ -1,4 +1,4 @@
-"""What a node needs of the program that runs it. `Host` serves scripts and tests; ComfyUI's is in comfy_host.py."""
+"""What a node needs of the program that runs it. `Host` serves scripts and tests; ComfyUI's is in comfyui/host.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
 
 if TYPE_CHECKING:
-    from .patches import SentChange
+    from .handles import SentChange
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def current() -> Host:
     global _current
     if _current is None:
         if "comfy.model_management" in sys.modules:
-            from .comfy_host import ComfyHost
+            from .comfyui.host import ComfyHost
 
             _current = ComfyHost()
         else:

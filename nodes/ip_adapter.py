@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.ip_adapter import IPAdapterInfo, read_ip_adapter
-from ..parallel_backend.protocol.messages import Conditioning, ImagePrompt, IPAdapterRef
-from . import host, paths
-from .handles import handle_of
-from .span import SPAN, check_span
-from .validation import verdict
+from ..parallel_backend.protocol.messages import ImagePrompt, IPAdapterRef
+from . import host, model_files
+from .handles import ShownPicture, handle_of
+from .widgets import SPAN, check_span, verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,19 +19,9 @@ KIND = "ipadapter"
 WHAT = "The IP-Adapter"
 EMBEDDINGS = {"flux": "image_embeds", "sd3": "penultimate_hidden_states"}
 """By the family that an IP-Adapter is for: what of a CLIP_VISION_OUTPUT it takes."""
-POSITIVE, NEGATIVE = 0, 1
-"""As ComfyUI numbers the sides of a prompt."""
 MOST = 100.0
 IDLE = "the picture would never be looked at"
 """In a span without time."""
-
-
-@dataclass(frozen=True, eq=False)
-class ShownPicture:
-    """A picture that a MODEL is shown; `embeddings` `[B, …]`: for the positive prompt and for the negative one."""
-
-    message: ImagePrompt
-    embeddings: tuple[Tensor, Tensor]
 
 
 class ParallelDiTIPAdapter:
@@ -52,7 +40,7 @@ class ParallelDiTIPAdapter:
             "required": {
                 "model": ("MODEL", {"tooltip": "From Parallel Loader or another of our nodes."}),
                 "ip_adapter": (
-                    paths.names(KIND),
+                    model_files.names(KIND),
                     {
                         "tooltip": "A safetensors file in models/ipadapter: XLabs' for Flux.1, or InstantX' for Stable "
                         "Diffusion 3.5."
@@ -90,7 +78,7 @@ class ParallelDiTIPAdapter:
 
     @classmethod
     def VALIDATE_INPUTS(cls, ip_adapter: str, start_percent: float, end_percent: float) -> bool | str:
-        named = verdict(lambda name: paths.resolve(name, KIND, WHAT), ip_adapter)
+        named = verdict(lambda name: model_files.resolve(name, KIND, WHAT), ip_adapter)
         return named if named is not True else verdict(check_span, start_percent, end_percent, IDLE)
 
     def show(
@@ -105,7 +93,7 @@ class ParallelDiTIPAdapter:
     ) -> tuple[Any]:
         check_span(start_percent, end_percent, IDLE)
         handle = handle_of(model)
-        path = paths.resolve(ip_adapter, KIND, WHAT)
+        path = model_files.resolve(ip_adapter, KIND, WHAT)
         info = read_ip_adapter(path)
         if info.family != handle.family:
             raise UserError(
@@ -118,26 +106,6 @@ class ParallelDiTIPAdapter:
         against = positive.new_zeros(positive.shape) if negative is None else _embedding(info, negative)
         picture = ShownPicture(message, (positive, against))
         return (host.current().with_handle(model, replace(handle, pictures=(*handle.pictures, picture))),)
-
-
-def travelling(
-    entries: tuple[Conditioning, ...], side: str, pictures: Sequence[ShownPicture]
-) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
-    """The message's entries of one `side` (positive or negative) with the model's pictures, and their tensors."""
-    messages = tuple(picture.message for picture in pictures)
-    number = POSITIVE if side == "positive" else NEGATIVE
-    tensors = {
-        f"{side}.{index}.{name}": tensor
-        for index, entry in enumerate(entries)
-        if entry.prompt is None
-        for name, tensor in embeddings(pictures, number).items()
-    }
-    return tuple(entry.model_copy(update={"image_prompts": messages}) for entry in entries), tensors
-
-
-def embeddings(pictures: Sequence[ShownPicture], side: int) -> Mapping[str, Tensor]:
-    """By the names of a condition's tensors, what one side of the prompt is shown."""
-    return {f"image.{number}": picture.embeddings[side] for number, picture in enumerate(pictures)}
 
 
 def _embedding(info: IPAdapterInfo, output: Any) -> Tensor:

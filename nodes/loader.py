@@ -6,17 +6,13 @@ from typing import Any, get_args
 
 from ..parallel_backend.files import detect, open_checkpoint
 from ..parallel_backend.protocol.messages import ModelRef, WeightDtype
-from . import host, paths
+from . import host, model_files
 from .handles import ModelHandle
-from .layout import LayoutChoice
-from .validation import verdict
+from .layout_choice import LayoutChoice
+from .widgets import LAYOUT_INPUT, verdict
 
 KIND = "diffusion_models"
 WHAT = "The diffusion model"
-LAYOUT_INPUT = (
-    "PARALLELDIT_LAYOUT",
-    {"tooltip": "How the ranks share the work. Without it: all GPUs (or 2 ranks on CPU) and the largest exact layout."},
-)
 
 
 class ParallelDiTLoader:
@@ -33,7 +29,7 @@ class ParallelDiTLoader:
         return {
             "required": {
                 "model": (
-                    paths.names(KIND),
+                    model_files.names(KIND),
                     {
                         "tooltip": "A safetensors file in models/diffusion_models or models/unet, or a diffusers "
                         "pipeline folder in models/diffusers."
@@ -49,10 +45,10 @@ class ParallelDiTLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str) -> bool | str:
-        return verdict(lambda name: paths.resolve(name, KIND, WHAT), model)
+        return verdict(lambda name: model_files.resolve(name, KIND, WHAT), model)
 
     def load(self, model: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None) -> tuple[Any]:
-        path = paths.resolve(model, KIND, WHAT)
+        path = model_files.resolve(model, KIND, WHAT)
         detected = detect(open_checkpoint(path))
         ref = ModelRef(path=str(path), weight_dtype=weight_dtype)
         return (host.current().new_model(ModelHandle(ref, layout, detected.family, detected.config)),)

@@ -8,9 +8,9 @@ from typing import Any
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files import open_checkpoint
 from ..parallel_backend.protocol.messages import LoraRef
-from . import host, paths
+from . import host, model_files
 from .handles import handle_of
-from .validation import verdict
+from .widgets import verdict
 
 KIND = "loras"
 WHAT = "The LoRA"
@@ -33,7 +33,7 @@ class ParallelDiTLora:
             "required": {
                 "model": ("MODEL", {"tooltip": "From Parallel Loader or another Parallel LoRA."}),
                 "lora": (
-                    paths.names(KIND),
+                    model_files.names(KIND),
                     {"tooltip": "A safetensors file in models/loras: kohya, diffusers/PEFT, LoHa, LoKr or DoRA."},
                 ),
                 "strength": (
@@ -61,12 +61,12 @@ class ParallelDiTLora:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: str, block_strengths: str = "") -> bool | str:
-        named = verdict(lambda name: paths.resolve(name, KIND, WHAT), lora)
+        named = verdict(lambda name: model_files.resolve(name, KIND, WHAT), lora)
         return named if named is not True else verdict(_factors, block_strengths)
 
     def add(self, model: Any, lora: str, strength: float, block_strengths: str = "") -> tuple[Any]:
         handle = handle_of(model)
-        path = paths.resolve(lora, KIND, WHAT)
+        path = model_files.resolve(lora, KIND, WHAT)
         open_checkpoint(path)
         ref = LoraRef(path=str(path), strength=strength, block_strengths=_factors(block_strengths))
         return (host.current().with_handle(model, replace(handle, loras=(*handle.loras, ref))),)

@@ -9,10 +9,12 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.layout.fitting import Work, check_layout
 from ..parallel_backend.protocol.messages import Adapters, Sample
 from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
-from . import conditioning, controlnet, host, ip_adapter, latent, patches, regions, session
+from . import host
 from .handles import handle_of
-from .layout import LayoutChoice
-from .validation import verdict
+from .layout_choice import LayoutChoice
+from .request import conditioning, controls, image_prompts, latent, regions
+from .session import session, weight_delivery
+from .widgets import verdict
 
 
 class ParallelDiTSampler:
@@ -107,9 +109,9 @@ class ParallelDiTSampler:
         if cfg == 1.0:
             del sides["negative"]
         travelling = {side: conditioning.travelling(side, each, handle.family, shape) for side, each in sides.items()}
-        named, controls = controlnet.travelling({side: (travelling[side][0], sides[side]) for side in sides})
+        named, placed = controls.travelling({side: (travelling[side][0], sides[side]) for side in sides})
         for side, (_, prompt_tensors) in travelling.items():
-            named[side], shown = ip_adapter.travelling(named[side], side, handle.pictures)
+            named[side], shown = image_prompts.travelling(named[side], side, handle.pictures)
             tensors |= prompt_tensors | shown
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= {} if sigmas is None else {"sigmas": sigmas}
@@ -123,12 +125,12 @@ class ParallelDiTSampler:
             batch=batch,
             cfg=cfg,
             has_negative=negative is not None,
-            controls=len(controls),
+            controls=len(placed),
             entries=tuple(chain.from_iterable(named.values())),
         )
         check_layout(layout, work)
-        tensors |= {f"control.{index}": control.picture(tensors["latent"]) for index, control in enumerate(controls)}
-        patches.deliver(client, changes)
+        tensors |= {f"control.{index}": control.picture(tensors["latent"]) for index, control in enumerate(placed)}
+        weight_delivery.deliver(client, changes)
         message = Sample(
             id=0,
             model=handle.ref,
@@ -143,7 +145,7 @@ class ParallelDiTSampler:
             batch_index=latent.batch_index(latent_image),
             cpu_noise_offset=here.cpu_noise_offset,
             preview=here.wants_previews(model),
-            controls=tuple(control.message for control in controls),
+            controls=tuple(control.message for control in placed),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )
         reply = session.ask(client, message, tensors, model)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..parallel_backend.protocol.messages import Status, Welcome
-from . import host, session
+from . import host
+from .session import session
 
 ANYTHING = "MODEL,CONDITIONING,LATENT,IMAGE,VAE,STRING"
 AFTER = (ANYTHING, {"tooltip": "Any output, to run this node after the one that makes it."})

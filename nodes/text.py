@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..parallel_backend.protocol.messages import EncodeText, TextRef
-from . import paths, session
-from .conditioning import entry_of
-from .layout import LayoutChoice
-from .loader import LAYOUT_INPUT
-from .validation import verdict
+from . import model_files
+from .layout_choice import LayoutChoice
+from .request.conditioning import entry_of
+from .session import session
+from .widgets import LAYOUT_INPUT, verdict
 
 WHAT = "The pipeline folder"
 MAX_LENGTH = 4096
@@ -30,7 +30,7 @@ class ParallelDiTTextEncode:
         return {
             "required": {
                 "text_encoders": (
-                    paths.names(None),
+                    model_files.names(None),
                     {"tooltip": "A diffusers pipeline folder in models/diffusers with its tokenizers and encoders."},
                 ),
                 "text": (
@@ -73,7 +73,7 @@ class ParallelDiTTextEncode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, text_encoders: str) -> bool | str:
-        return verdict(lambda name: paths.resolve(name, None, WHAT), text_encoders)
+        return verdict(lambda name: model_files.resolve(name, None, WHAT), text_encoders)
 
     def encode(
         self,
@@ -86,7 +86,7 @@ class ParallelDiTTextEncode:
     ) -> tuple[list[Any]]:
         message = EncodeText(
             id=0,
-            text=TextRef(path=str(paths.resolve(text_encoders, None, WHAT))),
+            text=TextRef(path=str(model_files.resolve(text_encoders, None, WHAT))),
             prompt=text,
             prompt_2=text_2 or None,
             max_length=max_length or None,

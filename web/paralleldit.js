@@ -7,7 +7,7 @@ import { isNews, panelModel, withActivity } from "./panel_model.js";
 import { PanelView } from "./panel_view.js";
 import { translator, translatorFor } from "./texts.js";
 
-const EVENT = "paralleldit"; // of nodes/panel_routes.py
+const EVENT = "paralleldit"; // of nodes/panel/routes.py
 const LOOK_MS = 5000;
 const TOAST_MS = 10_000;
 const IDLE_MS = 400; // a run of many requests is idle for moments only

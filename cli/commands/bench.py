@@ -72,7 +72,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ...nodes import host, session
+    from ...nodes import host
+    from ...nodes.session import session
 
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds}, but it is at least 1.")

@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
 
     comfy.options.enable_args_parsing()
     import comfy.model_detection
-    from paralleldit.nodes.comfy_model import UNET_CONFIGS
+    from paralleldit.nodes.comfyui.remote_model import UNET_CONFIGS
 
     for told in sorted(folder.glob("*.json")):
         handle = json.loads(told.read_text())

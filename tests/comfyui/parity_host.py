@@ -151,8 +151,8 @@ def main(folder: Path, ranks: list[int]) -> None:
     from paralleldit.launcher import lifecycle
     from paralleldit.launcher.spec import SidecarSpec
     from paralleldit.nodes import NODE_CLASS_MAPPINGS, host
-    from paralleldit.nodes.comfy_host import ComfyHost
-    from paralleldit.nodes.layout import LayoutChoice
+    from paralleldit.nodes.comfyui.host import ComfyHost
+    from paralleldit.nodes.layout_choice import LayoutChoice
     from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 
     server.PromptServer.instance = SimpleNamespace(last_node_id=None)
@@ -309,7 +309,7 @@ def native_model(told: Path) -> Any:
     import comfy.model_detection
     import comfy.model_management
     import comfy.model_patcher
-    from paralleldit.nodes.comfy_model import UNET_CONFIGS
+    from paralleldit.nodes.comfyui.remote_model import UNET_CONFIGS
     from safetensors.torch import load_file
 
     handle = json.loads(told.read_text())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.nodes.conditioning import travelling
+from paralleldit.nodes.request.conditioning import travelling
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.attention.usp import AttentionCore
 from paralleldit.parallel_backend.distributed.axis import Axis

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS
-from paralleldit.nodes.layout import LayoutChoice
+from paralleldit.nodes.layout_choice import LayoutChoice
 
 NAME = "diffusers/tiny"
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from paralleldit.nodes import host
-from paralleldit.nodes.controlnet import resized
-from paralleldit.nodes.layout import LayoutChoice
-from paralleldit.nodes.patches import changes_of, deliver
+from paralleldit.nodes.layout_choice import LayoutChoice
+from paralleldit.nodes.request.controls import resized
+from paralleldit.nodes.request.weight_patches import changes_of
+from paralleldit.nodes.session.weight_delivery import deliver
 from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralleldit.nodes.conditioning import TRAVELS, entry_of, travelling
 from paralleldit.nodes.handles import ModelHandle
-from paralleldit.nodes.layout import LayoutChoice
+from paralleldit.nodes.layout_choice import LayoutChoice
+from paralleldit.nodes.request.conditioning import TRAVELS, entry_of, travelling
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import conditioning, load, sample

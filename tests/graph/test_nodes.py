@@ -14,7 +14,7 @@ from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from paralleldit.launcher import lifecycle
 from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
-from paralleldit.nodes.layout import LayoutChoice
+from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
@@ -323,7 +323,7 @@ sent in layout cfg2: cfg all_gather 2.0 MB in 4 messages"""
 
 @pytest.mark.parametrize(("name", "text"), [("Status", STATUS), ("Unload", "Freed 1.00 GB, 2.00 GB (rank by rank).")])
 def test_status_and_unload_ask_the_sidecar_that_runs(client, monkeypatch, name, text):
-    monkeypatch.setattr("paralleldit.nodes.session.running", lambda: SidecarSpec(ranks=4))
+    monkeypatch.setattr("paralleldit.nodes.session.session.running", lambda: SidecarSpec(ranks=4))
     shown = getattr(node(name), node(name).FUNCTION)("passed on")
     assert shown["ui"]["text"] == [text]
     assert client.specs == [SidecarSpec(ranks=4)]

@@ -14,9 +14,12 @@ from aiohttp.test_utils import TestClient, TestServer
 from paralleldit.launcher import lifecycle
 from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.spec import SidecarSpec
-from paralleldit.nodes import activity as activities
-from paralleldit.nodes import host, panel, panel_routes, session
-from paralleldit.nodes.activity import Activity, Snapshot
+from paralleldit.nodes import host
+from paralleldit.nodes.panel import routes as panel_routes
+from paralleldit.nodes.panel import status as panel
+from paralleldit.nodes.session import activity as activities
+from paralleldit.nodes.session import session
+from paralleldit.nodes.session.activity import Activity, Snapshot
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from paralleldit.nodes.handles import ModelHandle
-from paralleldit.nodes.ip_adapter import ShownPicture
-from paralleldit.nodes.layout import LayoutChoice
-from paralleldit.nodes.stepwise import StepwiseModel
+from paralleldit.nodes.comfyui.stepwise import StepwiseModel
+from paralleldit.nodes.handles import ModelHandle, ShownPicture
+from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages

@@ -9,7 +9,7 @@ import torch
 from paralleldit import NODE_CLASS_MAPPINGS
 from paralleldit.launcher import devices
 from paralleldit.nodes import host
-from paralleldit.nodes.layout import LayoutChoice
+from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import NAME, node

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from paralleldit.nodes.conditioning import travelling
-from paralleldit.nodes.regions import placed_sides
+from paralleldit.nodes.request.conditioning import travelling
+from paralleldit.nodes.request.regions import placed_sides
 from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side, sizes_of_controls

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from paralleldit.nodes.layout import GIVEN, LayoutChoice
+from paralleldit.nodes.layout_choice import GIVEN, LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 

@@ -17,12 +17,15 @@ import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
 from torch import Tensor
 
-from ..parallel_backend.errors import Cancelled
-from ..parallel_backend.protocol.messages import Request, Sample, Schedule, VaeWork, Welcome
-from . import comfy_model, session
-from .activity import KNOWN_ERRORS
-from .host import Host, OnProgress, logger
-from .patches import SentChange, changes_of
+from ...parallel_backend.errors import Cancelled
+from ...parallel_backend.protocol.messages import Request, Sample, Schedule, VaeWork, Welcome
+from ..handles import SentChange
+from ..host import Host, OnProgress, logger
+from ..request.weight_patches import changes_of
+from ..session import session
+from ..session.activity import KNOWN_ERRORS
+from . import model_checks, remote_model
+from .ranks_memory import RanksMemory
 
 PREVIEW_FORMAT = "JPEG"
 ALL_MEMORY = 1e30
@@ -37,7 +40,7 @@ class ComfyHost(Host):
         # Before 2026, ComfyUI drew it with the run's own seed.
         drawn = default_noise_sampler(torch.zeros(1), seed=0)(None, None)
         self.cpu_noise_offset = int(not torch.equal(drawn, torch.randn(1, generator=torch.Generator().manual_seed(0))))
-        self._ranks_memory = comfy_model.RanksMemory(self._unload_ranks)
+        self._ranks_memory = RanksMemory(self._unload_ranks)
 
     def _say(self, text: str) -> None:
         logger.info(text)
@@ -104,16 +107,16 @@ class ComfyHost(Host):
         return welcome.device == "cuda" and not self.spec.remote
 
     def new_model(self, handle: Any) -> Any:
-        return comfy_model.new_model(handle)
+        return remote_model.new_model(handle)
 
     def with_handle(self, model: Any, handle: Any) -> Any:
-        return comfy_model.with_handle(model, handle)
+        return remote_model.with_handle(model, handle)
 
     def changes(self, model: Any) -> list[SentChange]:
         return changes_of(model.patches)
 
     def check_model(self, model: Any) -> None:
-        comfy_model.check_patches(model)
+        model_checks.check_patches(model)
 
     def schedule(
         self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float
@@ -127,7 +130,7 @@ class ComfyHost(Host):
             denoise=denoise,
             model_options=model.model_options,
         )
-        return None, run.sigmas.cpu(), comfy_model.patched_shift(model)
+        return None, run.sigmas.cpu(), model_checks.patched_shift(model)
 
 
 def _previewer(model: Any) -> Any:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..launcher.client import Client
-from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import FindChanges, KeepChanges, WeightChange
-from . import session
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.protocol.messages import WeightChange
+from ..handles import SentChange
 
 PREFIX = "diffusion_model."
 ROLES = {
@@ -28,19 +26,9 @@ ROLES = {
 """By the name of ComfyUI's kind of adapter: what its tensors are, in its order; None for what cannot be obeyed."""
 SWAP = "swap_scale_shift"
 """ComfyUI's function for a patch whose halves are the other way around in the diffusers layout."""
-AT_ONCE = 256
-"""Changes in one message."""
 
 _digests = WeakTensorKeyDictionary()
 """Of every tensor that was hashed, as long as it lives: those of a loaded LoRA outlive many runs."""
-
-
-@dataclass(frozen=True)
-class SentChange:
-    """A change as a request names it, and its tensors by role."""
-
-    message: WeightChange
-    tensors: Mapping[str, Tensor]
 
 
 def changes_of(patches: Mapping[str, Sequence[Any]]) -> list[SentChange]:
@@ -53,24 +41,6 @@ def changes_of(patches: Mapping[str, Sequence[Any]]) -> list[SentChange]:
             "Remove the node that sets them, or use another LoRA: LoRA, LoHa, LoKr and DoRA are read.",
         )
     return [each for each in changes if isinstance(each, SentChange)]
-
-
-def deliver(client: Client, changes: Sequence[SentChange]) -> None:
-    """Have the ranks keep the tensors of `changes`, of which only those are sent that they do not have."""
-    if not changes:
-        return
-    by_digest = {change.message.digest: change.tensors for change in changes}
-    found = session.ask(client, FindChanges(id=0, digests=tuple(by_digest)))
-    missing = found.result.data["missing"]
-    assert isinstance(missing, list)
-    for start in range(0, len(missing), AT_ONCE):
-        digests = tuple(missing[start : start + AT_ONCE])
-        tensors = {
-            f"{index}.{role}": tensor
-            for index, digest in enumerate(digests)
-            for role, tensor in by_digest[digest].items()
-        }
-        session.ask(client, KeepChanges(id=0, digests=digests), tensors)
 
 
 def _change(key: str, patch: Any) -> SentChange | str:

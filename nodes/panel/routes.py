@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..parallel_backend.errors import UserError
-from . import panel
-from .activity import KNOWN_ERRORS, activity
-from .layout import MAX_DEGREE
+from ...parallel_backend.errors import UserError
+from ..layout_choice import MAX_DEGREE
+from ..session.activity import KNOWN_ERRORS, activity
+from . import status as panel
 
 EVENT = "paralleldit"
 PREFIX = "/paralleldit"

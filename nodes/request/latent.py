@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parallel_backend.errors import UserError
-from .handles import ModelHandle
+from ...parallel_backend.errors import UserError
+from ..handles import ModelHandle
 
 LATENT_CHANNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     "flux": lambda config: (config.get("out_channels") or config["in_channels"]) // 4,

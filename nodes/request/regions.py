@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parallel_backend.errors import UserError
+from ...parallel_backend.errors import UserError
 
 PLACE = (
     "area",

@@ -6,13 +6,14 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from ..launcher import lifecycle
-from ..launcher.instance import Life
-from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol import records
-from ..parallel_backend.protocol.messages import Request, Status, Unload
-from . import host, session
-from .activity import KNOWN_ERRORS, activity
+from ...launcher import lifecycle
+from ...launcher.instance import Life
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.protocol import records
+from ...parallel_backend.protocol.messages import Request, Status, Unload
+from .. import host
+from ..session import session
+from ..session.activity import KNOWN_ERRORS, activity
 
 ANSWER_S = 10.0
 """How long the ranks may take to tell their state: they answer at once, unless they have just begun to work."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..launcher import devices, lifecycle
-from ..launcher.client import Client, Event
-from ..launcher.spec import SidecarSpec
-from ..parallel_backend.errors import Cancelled, UserError
-from ..parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
-from . import host
+from ...launcher import devices, lifecycle
+from ...launcher.client import Client, Event
+from ...launcher.spec import SidecarSpec
+from ...parallel_backend.errors import Cancelled, UserError
+from ...parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
+from .. import host
 from .activity import activity
 
 

@@ -8,7 +8,7 @@ ComfyUI's samplers ask of it is asked of the ranks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -20,17 +20,13 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
 
-from ..parallel_backend.errors import UserError
-from .handles import ATTACHMENT, OWN_LOADER, ModelHandle, handle_of
-from .ip_adapter import POSITIVE
-from .patches import changes_of
+from ...parallel_backend.errors import UserError
+from ..handles import ATTACHMENT, POSITIVE, ModelHandle, handle_of
+from ..request.weight_patches import changes_of
+from .model_checks import check_options, check_stepwise
 from .stepwise import StepwiseModel
 
 META = torch.device("meta")
-HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
-PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
-NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
-"""What a network of ComfyUI obeys of `transformer_options`: functions and settings for layers that are not here."""
 
 
 class Operations(comfy.ops.disable_weight_init):
@@ -97,35 +93,6 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         )
 
 
-class RanksMemory(RemotePatcher):
-    """Stands for all that the ranks hold, among the models that ComfyUI has loaded and may unload."""
-
-    def __init__(self, unload: Callable[[], None]) -> None:
-        super().__init__(
-            torch.nn.Module(),
-            comfy.model_management.get_torch_device(),
-            comfy.model_management.unet_offload_device(),
-        )
-        self._unload = unload
-
-    @property
-    def entry(self) -> Any:
-        """Its entry in ComfyUI's list of loaded models, at whose end it is put where it is missing."""
-        loaded = comfy.model_management.current_loaded_models
-        mine = comfy.model_management.LoadedModel(self)
-        if mine not in loaded:
-            mine.model_load()
-            loaded.append(mine)
-        return loaded[loaded.index(mine)]
-
-    def detach(self, unpatch_all: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """ComfyUI unloads it: a user has asked for that, or another model needs the room."""
-        model = super().detach(unpatch_all, *args, **kwargs)
-        if unpatch_all:
-            self._unload()
-        return model
-
-
 def new_model(handle: ModelHandle) -> RemotePatcher:
     """The MODEL that carries `handle`."""
     config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle.family](handle.config))
@@ -151,71 +118,6 @@ def with_handle(patcher: RemotePatcher, handle: ModelHandle) -> RemotePatcher:
     return clone
 
 
-def check_stepwise(patcher: Any) -> None:
-    """Raises `UserError` naming what other nodes have put on the model and its layers in the ranks cannot obey."""
-    found = [
-        *(name for name in patcher.object_patches if name.startswith("diffusion_model.")),
-        *_set_names(getattr(patcher, "weight_wrapper_patches", {}), "weight_wrapper_patches"),
-        *_set_names(patcher.injections, "injections"),
-    ]
-    if found:
-        raise UserError(
-            f"The model carries {', '.join(found)}, which cannot be sent to the ranks.",
-            f"Remove the nodes after Parallel Loader that set this, or {OWN_LOADER}",
-        )
-
-
-def check_patches(patcher: Any) -> None:
-    """Raises `UserError` naming what other nodes have put on the model and a run in the ranks cannot obey."""
-    options = patcher.model_options
-    found = [
-        *(name for name in patcher.object_patches if name != "model_sampling"),
-        *(name for name, value in options.items() if value and name not in HANDLED_OPTIONS),
-        *_set_names(options["transformer_options"], "transformer_options"),
-        *(name for table in PATCHER_TABLES for name in _set_names(getattr(patcher, table, {}), table)),
-    ]
-    if found:
-        raise UserError(
-            f"The model carries {', '.join(found)}, which Parallel Sampler cannot send to the ranks.",
-            "Remove the nodes between Parallel Loader and Parallel Sampler that set this.",
-        )
-
-
-def patched_shift(patcher: Any) -> float | None:
-    """The flow shift that a node such as ModelSamplingFlux has set; None where the model keeps its own."""
-    patched = patcher.object_patches.get("model_sampling")
-    if patched is None:
-        return None
-    # A sampler of ComfyUI leaves the patched one in the model that all MODELs share, and keeps the model's own aside.
-    own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
-    if _kind(patched) != _kind(own):
-        raise UserError(
-            f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
-            "Remove the node that replaced it, or use the one of the model's own kind.",
-        )
-    if not hasattr(patched, "shift"):
-        raise UserError(
-            f"The model's sampling was replaced by another {_kind(patched)}, which cannot travel to the ranks.",
-            "Remove the node that replaced it.",
-        )
-    return float(patched.shift)
-
-
-def _kind(model_sampling: Any) -> str:
-    """Prediction type and clock, by the names of ComfyUI's classes for them."""
-    names = " + ".join(base.__name__ for base in type(model_sampling).__bases__)
-    return f"{names} (multiplier {model_sampling.multiplier:g})" if hasattr(model_sampling, "multiplier") else names
-
-
-def _set_names(table: dict[Any, Any], path: str) -> list[str]:
-    """The places of all that a table of the host, possibly of empty tables, holds."""
-    names = []
-    for name, value in table.items():
-        place = f"{path}.{name}"
-        names += _set_names(value, place) if isinstance(value, dict) else [place] * bool(value)
-    return names
-
-
 def _ask_ranks(network: Any, stepwise: StepwiseModel) -> None:
     """Let the `network` answer with a prediction of the ranks."""
     # Networks that take wrappers around them call `_forward` inside.
@@ -227,23 +129,13 @@ def _ask_ranks(network: Any, stepwise: StepwiseModel) -> None:
         inputs = signature.bind(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         options = inputs.pop("transformer_options", {})
-        _check_options(options)
+        check_options(options)
         latent, timestep = inputs.pop(latent_name), inputs.pop(timestep_name)
         sigmas = options.get("sigmas")
         sigma = 0.0 if sigmas is None else float(sigmas[0])
         return stepwise.predict(latent, timestep, inputs, options.get("cond_or_uncond", (POSITIVE,)), sigma)
 
     setattr(network, name, MethodType(forward, network))
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raises `UserError` naming what changes layers of the network."""
-    found = [name for key in NETWORK_OPTIONS for name in _set_names({key: options.get(key)}, "transformer_options")]
-    if found:
-        raise UserError(
-            f"The model carries {', '.join(found)}: changes to layers, which are in the ranks.",
-            f"Remove the node that sets this, or {OWN_LOADER}",
-        )
 
 
 def _no_memory(*args: Any, **kwargs: Any) -> int:

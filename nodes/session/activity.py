@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
-from ..launcher.client import Event, SidecarError
-from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.errors import ProtocolError
-from ..parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result, Sample
+from ...launcher.client import Event, SidecarError
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.protocol.errors import ProtocolError
+from ...parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result, Sample
 
 KNOWN_ERRORS = (UserError, SidecarError, ProtocolError)
 

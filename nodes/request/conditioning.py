@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import Conditioning
-from .handles import OWN_LOADER
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.protocol.messages import Conditioning
+from ..handles import OWN_LOADER
 from .regions import area_within
 
 DEFAULT_GUIDANCE = 3.5

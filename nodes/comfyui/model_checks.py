@@ -1,0 +1,89 @@
+"""Which patches and options of a MODEL the ranks can obey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...parallel_backend.errors import UserError
+from ..handles import OWN_LOADER
+
+HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
+PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
+NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
+"""What a network of ComfyUI obeys of `transformer_options`: functions and settings for layers that are not here."""
+
+
+def check_stepwise(patcher: Any) -> None:
+    """Raises `UserError` naming what other nodes have put on the model and its layers in the ranks cannot obey."""
+    found = [
+        *(name for name in patcher.object_patches if name.startswith("diffusion_model.")),
+        *_set_names(getattr(patcher, "weight_wrapper_patches", {}), "weight_wrapper_patches"),
+        *_set_names(patcher.injections, "injections"),
+    ]
+    if found:
+        raise UserError(
+            f"The model carries {', '.join(found)}, which cannot be sent to the ranks.",
+            f"Remove the nodes after Parallel Loader that set this, or {OWN_LOADER}",
+        )
+
+
+def check_patches(patcher: Any) -> None:
+    """Raises `UserError` naming what other nodes have put on the model and a run in the ranks cannot obey."""
+    options = patcher.model_options
+    found = [
+        *(name for name in patcher.object_patches if name != "model_sampling"),
+        *(name for name, value in options.items() if value and name not in HANDLED_OPTIONS),
+        *_set_names(options["transformer_options"], "transformer_options"),
+        *(name for table in PATCHER_TABLES for name in _set_names(getattr(patcher, table, {}), table)),
+    ]
+    if found:
+        raise UserError(
+            f"The model carries {', '.join(found)}, which Parallel Sampler cannot send to the ranks.",
+            "Remove the nodes between Parallel Loader and Parallel Sampler that set this.",
+        )
+
+
+def patched_shift(patcher: Any) -> float | None:
+    """The flow shift that a node such as ModelSamplingFlux has set; None where the model keeps its own."""
+    patched = patcher.object_patches.get("model_sampling")
+    if patched is None:
+        return None
+    # A sampler of ComfyUI leaves the patched one in the model that all MODELs share, and keeps the model's own aside.
+    own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
+    if _kind(patched) != _kind(own):
+        raise UserError(
+            f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
+            "Remove the node that replaced it, or use the one of the model's own kind.",
+        )
+    if not hasattr(patched, "shift"):
+        raise UserError(
+            f"The model's sampling was replaced by another {_kind(patched)}, which cannot travel to the ranks.",
+            "Remove the node that replaced it.",
+        )
+    return float(patched.shift)
+
+
+def _kind(model_sampling: Any) -> str:
+    """Prediction type and clock, by the names of ComfyUI's classes for them."""
+    names = " + ".join(base.__name__ for base in type(model_sampling).__bases__)
+    return f"{names} (multiplier {model_sampling.multiplier:g})" if hasattr(model_sampling, "multiplier") else names
+
+
+def _set_names(table: dict[Any, Any], path: str) -> list[str]:
+    """The places of all that a table of the host, possibly of empty tables, holds."""
+    names = []
+    for name, value in table.items():
+        place = f"{path}.{name}"
+        names += _set_names(value, place) if isinstance(value, dict) else [place] * bool(value)
+    return names
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` naming what changes layers of the network."""
+    found = [name for key in NETWORK_OPTIONS for name in _set_names({key: options.get(key)}, "transformer_options")]
+    if found:
+        raise UserError(
+            f"The model carries {', '.join(found)}: changes to layers, which are in the ranks.",
+            f"Remove the node that sets this, or {OWN_LOADER}",
+        )

@@ -1,0 +1,1 @@
+"""The panel of the sidebar: what it shows, what its buttons do, and its routes."""

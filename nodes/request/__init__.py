@@ -1,0 +1,1 @@
+"""What the graph holds, as the messages and tensors of a request."""

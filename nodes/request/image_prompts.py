@@ -1,0 +1,32 @@
+"""IP-Adapter pictures of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ...parallel_backend.protocol.messages import Conditioning
+from ..handles import NEGATIVE, POSITIVE, ShownPicture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def travelling(
+    entries: tuple[Conditioning, ...], side: str, pictures: Sequence[ShownPicture]
+) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
+    """The message's entries of one `side` (positive or negative) with the model's pictures, and their tensors."""
+    messages = tuple(picture.message for picture in pictures)
+    number = POSITIVE if side == "positive" else NEGATIVE
+    tensors = {
+        f"{side}.{index}.{name}": tensor
+        for index, entry in enumerate(entries)
+        if entry.prompt is None
+        for name, tensor in embeddings(pictures, number).items()
+    }
+    return tuple(entry.model_copy(update={"image_prompts": messages}) for entry in entries), tensors
+
+
+def embeddings(pictures: Sequence[ShownPicture], side: int) -> Mapping[str, Tensor]:
+    """By the names of a condition's tensors, what one side of the prompt is shown."""
+    return {f"image.{number}": picture.embeddings[side] for number, picture in enumerate(pictures)}

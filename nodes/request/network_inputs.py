@@ -1,0 +1,127 @@
+"""Arguments of a stock network call as tensors of a request, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...parallel_backend.errors import UserError
+from ...parallel_backend.protocol.messages import Prompt, ResidualList
+from ..handles import OWN_LOADER
+from .conditioning import REFERENCE_PLACES
+
+CLIP_AND_T5 = {"context": "tokens", "y": "pooled"}
+T5 = {"context": "tokens"}
+TAKES: dict[str, Mapping[str, str]] = {
+    "flux": CLIP_AND_T5,
+    "sd3": CLIP_AND_T5,
+    "pixart-alpha": T5,
+    "pixart-sigma": T5,
+    "hunyuandit": {
+        "context": "tokens",
+        "text_embedding_mask": "mask",
+        "encoder_hidden_states_t5": "tokens_2",
+        "text_embedding_mask_t5": "mask_2",
+    },
+}
+"""Per family: from the inputs of ComfyUI's network to the names of a condition's tensors."""
+
+CONTROLLED = ("flux", "sd3", "hunyuandit")
+"""Families whose networks add the residuals of ControlNets."""
+
+CANNOT_TRAVEL = {
+    "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
+    "style": ("a style", "Remove the node that sets it"),
+}
+"""Inputs of ComfyUI's networks that would change the picture, and what to do instead."""
+
+
+def refuse_inputs(inputs: Mapping[str, Any]) -> None:
+    """Raise `UserError` naming what a node gives the model and the ranks do not take."""
+    for name, (what, advice) in CANNOT_TRAVEL.items():
+        if inputs.get(name) is not None:
+            raise UserError(
+                f"The model is given {what}, which cannot be sent to the ranks.",
+                f"{advice}, or {OWN_LOADER}",
+            )
+    places = inputs.get("ref_latents_method")
+    if places is not None and places not in REFERENCE_PLACES:
+        raise UserError(
+            f"The model is given reference_latents_method={places}, which the ranks do not know.",
+            f"Use one of {', '.join(REFERENCE_PLACES)}, or {OWN_LOADER}",
+        )
+
+
+def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[int | None, ...]], dict[str, Tensor]]:
+    """What ComfyUI's ControlNets add in this step: the numbers of its lists, and the tensors, each of them once.
+
+    Raises `UserError` for a model that takes none.
+    """
+    if not control:
+        return {}, {}
+    if family not in CONTROLLED:
+        raise UserError(
+            f"The model is given the residuals of a ControlNet, which a {family} model does not take.",
+            f"Remove the Apply ControlNet node, or {OWN_LOADER}",
+        )
+    numbers: dict[int, int] = {}
+    kept: dict[str, Tensor] = {}
+    lists: dict[ResidualList, tuple[int | None, ...]] = {}
+    names: tuple[ResidualList, ...] = ("input", "output")
+    for name in names:
+        for tensor in control.get(name) or ():
+            if tensor is not None and id(tensor) not in numbers:
+                numbers[id(tensor)] = len(numbers)
+                kept[f"residual.{numbers[id(tensor)]}"] = tensor
+        lists[name] = tuple(None if tensor is None else numbers[id(tensor)] for tensor in control.get(name) or ())
+    return {name: own for name, own in lists.items() if own}, kept
+
+
+def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Prompt:
+    """What the networks are told beside tensors: distilled guidance, the picture's size, references."""
+    guidance, size, target_size = _shared(inputs.get("guidance"), rows), None, None
+    if inputs.get("c_size") is not None:
+        height, width = size = _shared(inputs["c_size"], rows, 2)
+        ratio = _shared(inputs.get("c_ar"), rows)
+        if ratio is not None and abs(ratio - height / width) > 1e-4 * ratio:
+            raise UserError(
+                f"The conditioning says aspect_ratio={ratio:g} of a picture of {width} x {height}.",
+                "Remove the node that sets it: the picture's own is taken.",
+            )
+    if inputs.get("image_meta_size") is not None:
+        height, width, target_height, target_width, top, left = _shared(inputs["image_meta_size"], rows, 6)
+        size, target_size = (height, width), (target_height, target_width)
+        if top or left:
+            raise UserError(
+                f"The model is told of a crop at {left}, {top}, which cannot be sent to the ranks.",
+                "Remove the node that sets it.",
+            )
+    return Prompt(
+        guidance=guidance,
+        size=size,
+        target_size=target_size,
+        references=len(inputs.get("ref_latents") or ()),
+        reference_places=inputs.get("ref_latents_method") or REFERENCE_PLACES[0],
+    )
+
+
+def _shared(values: Tensor | None, rows: slice, numbers: int = 0) -> Any:
+    """The number, or the whole `numbers`, that these rows of a tensor have in common."""
+    if values is None:
+        return None
+    of_rows = values.reshape(values.shape[0], -1)[rows]
+    if not is_repeated(of_rows[:1], of_rows):
+        raise UserError(
+            "The pictures of one batch are told of different sizes or guidance, which the ranks take only once.",
+            "Sample the pictures one after the other.",
+        )
+    return tuple(round(value) for value in of_rows[0].tolist()) if numbers else float(of_rows[0, 0])
+
+
+def is_repeated(row: Tensor, rows: Tensor) -> bool:
+    """Whether `rows` are `row` (or rows), over and over."""
+    fits = row.shape[1:] == rows.shape[1:] and row.shape[0] in (1, rows.shape[0]) and row.dtype == rows.dtype
+    return fits and torch.equal(row.expand_as(rows), rows)

@@ -1,0 +1,1 @@
+"""The way to the sidecar, and what runs in it."""
