@@ -110,7 +110,7 @@ class ControlNetInfo:
             raise UserError(
                 f"{self.checkpoint.source}: {error.message}", "Is it a complete ControlNet, with its own config.json?"
             ) from error
-        if any(piece.scale for own in pieces.values() for piece in own):
+        if any(piece.companions for own in pieces.values() for piece in own):
             raise UserError(f"{self.checkpoint.source} holds scaled fp8 weights.", "Use the file in 16 bits.")
         return pieces
 

@@ -7,29 +7,28 @@ mapping, so fused matrices (qkv, qkv+mlp) are split without a copy; several piec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import UserError
 from ..families.spec import Rule, Shapes, joined
 
 BLOCK_INDEX = re.compile(r"(\w+)\.(\d{1,9})\.")
-WEIGHT_SCALES = (
-    "scale_weight",
-    "weight_scale",
-)  # scaled fp8: the factor of a matrix, in ComfyUI's files since 2026 last
-SCALES = (*WEIGHT_SCALES, "scale_input", "input_scale")  # that of its input is for fp8 matrix units only
+COMPANIONS = {"weight_scale": ("scale_weight", "weight_scale")}
+"""What files have beside a matrix that is stored scaled, and how they call it. ComfyUI's newer files have the last."""
+COMPANION_NAMES = {name for names in COMPANIONS.values() for name in names}
+INPUT_SCALES = {"scale_input", "input_scale"}  # for fp8 matrix units only
 SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `[start, stop)` of the file's tensor `key`; `scale` is the key of its scaled-fp8 factor, if it has one."""
+    """Rows `[start, stop)` of the file's tensor `key`; `companions`: the keys of what is beside it, by what it is."""
 
     key: str
     start: int
     stop: int
-    scale: str | None
+    companions: Mapping[str, str]
 
 
 def identity_map(shapes: Shapes, expected: Shapes) -> dict[str, list[Piece]]:
@@ -66,7 +65,8 @@ def ruled_map(rules: Iterable[Rule], shapes: Shapes, expected: Shapes) -> dict[s
 
 
 def _weights(shapes: Shapes) -> list[str]:
-    return [key for key in shapes if key != SCALED_FP8 and key.rsplit(".", 1)[-1] not in SCALES]
+    others = COMPANION_NAMES | INPUT_SCALES
+    return [key for key in shapes if key != SCALED_FP8 and key.rsplit(".", 1)[-1] not in others]
 
 
 def _checked(
@@ -82,14 +82,13 @@ def _checked(
         needed = (sum(expected[target][0] for target in targets), *expected[targets[0]][1:])
         if shapes[key] != needed:
             wrong.append(f"{key} is {list(shapes[key])}, expected {list(needed)}")
-        module = key.removesuffix(".weight") if key.endswith(".weight") else None
-        scale = next((name for each in WEIGHT_SCALES if (name := f"{module}.{each}") in shapes), None)
+        companions = _companions(key, shapes)
         start = 0
         for target in targets:
             stop = start + expected[target][0]
             middle = (start + stop) // 2
             cuts = [(middle, stop), (start, middle)] if swap_halves else [(start, stop)]
-            pieces[target] = [Piece(key, *cut, scale) for cut in cuts]
+            pieces[target] = [Piece(key, *cut, companions) for cut in cuts]
             start = stop
     faults = [
         f"{len(items)} {what}: {'; '.join(items[:3])}{' …' if len(items) > 3 else ''}"
@@ -103,3 +102,12 @@ def _checked(
     if faults:
         raise UserError(f"The weights do not fit the model: {', and '.join(faults)}.", "Is it a complete model file?")
     return pieces
+
+
+def _companions(key: str, shapes: Shapes) -> dict[str, str]:
+    """From what is beside the matrix `key` to its key."""
+    if not key.endswith(".weight"):
+        return {}
+    module = key.removesuffix(".weight")
+    named = {role: [f"{module}.{name}" for name in names] for role, names in COMPANIONS.items()}
+    return {role: name for role, names in named.items() for name in names if name in shapes}

@@ -21,19 +21,16 @@ from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.detect import Detected, detect
 from ..layout.model_part import WHOLE, Part
 from ..layout.stages import block_of, block_parameters, stage_parameters
-from .reader import FP8, Entry, Reader
+from .formats import BY_DTYPE, BY_NAME, StorageFormat
+from .reader import Entry, Reader
 from .shards import BlockShards, load_shards
+from .stored_linear import store_linears
 from .tensor_cuts import TensorCuts
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-}
-READABLE = (*WEIGHT_DTYPES.values(), torch.float8_e5m2)
+WEIGHT_DTYPES = ("bf16", "fp16", "fp32", "fp8_e4m3fn")
+"""The formats that a user may ask for."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,9 @@ def load_transformer(
         pieces = found.pieces(expected)
     except UserError as error:
         raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
-    storage = _storage_dtype(checkpoint, found, weight_dtype)
-    compute = _compute_dtype(storage, device)
+    store_linears(module)
+    storage = _storage_format(checkpoint, found, weight_dtype)
+    compute = _compute_format(storage, device)
     reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", found.row.never_fp8, device)
     if part.tensor.count > 1 and not found.row.cuts:
         raise UserError(
@@ -114,7 +112,16 @@ def load_transformer(
     size += shards.bytes if shards else 0
     logger.info(
         "%s (%s, %s layout) from %s: weights %s, computing in %s, %.2f GB, %.2f GB of them shared file pages",
-        *(found.class_name, found.family, found.layout, checkpoint.source, storage, compute, size / 1e9, shared / 1e9),
+        *(
+            found.class_name,
+            found.family,
+            found.layout,
+            checkpoint.source,
+            storage.name,
+            compute.name,
+            size / 1e9,
+            shared / 1e9,
+        ),
     )
     return LoadedTransformer(
         module,
@@ -122,8 +129,8 @@ def load_transformer(
         found.config,
         checkpoint.source,
         checkpoint.digest,
-        storage,
-        compute,
+        storage.dtype,
+        compute.dtype,
         size,
         shared,
         cuts,
@@ -174,28 +181,29 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
                 setattr(owner, name, buffer.to(device))
 
 
-def _storage_dtype(checkpoint: Checkpoint, found: Detected, weight_dtype: str) -> torch.dtype:
-    """The dtype asked for; for "auto" the one of most of the file's weights."""
+def _storage_format(checkpoint: Checkpoint, found: Detected, weight_dtype: str) -> StorageFormat:
+    """The format asked for; for "auto" the one of most of the file's weights."""
     sizes: Counter[torch.dtype] = Counter()
     for key, shape in found.shapes.items():
         sizes[checkpoint.tensors[found.prefix + key].dtype] += math.prod(shape)
-    unreadable = [str(dtype) for dtype in sizes if dtype not in READABLE and sizes[dtype]]
+    unreadable = [str(dtype) for dtype in sizes if dtype not in BY_DTYPE and sizes[dtype]]
     if unreadable:
         raise UserError(
             f"{checkpoint.source} holds weights of {', '.join(unreadable)}; "
-            f"readable are {', '.join(str(dtype) for dtype in READABLE)}.",
+            f"readable are {', '.join(str(dtype) for dtype in BY_DTYPE)}.",
             "Use a version of the model that is not quantized that way.",
         )
     if weight_dtype == "auto":
-        return sizes.most_common(1)[0][0]
+        return BY_DTYPE[sizes.most_common(1)[0][0]]
     if weight_dtype not in WEIGHT_DTYPES:
         raise UserError(f"Unknown weight_dtype {weight_dtype!r}; known are auto, {', '.join(WEIGHT_DTYPES)}.")
-    return WEIGHT_DTYPES[weight_dtype]
+    return BY_NAME[weight_dtype]
 
 
-def _compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
-    if storage not in FP8:
+def _compute_format(storage: StorageFormat, device: torch.device) -> StorageFormat:
+    """The plain format to compute in."""
+    if storage.is_plain:
         return storage
     if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return BY_NAME["fp32"]
+    return BY_NAME["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]

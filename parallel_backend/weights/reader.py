@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameters of a module, in the dtypes that they are kept in."""
+"""From the tensors of a checkpoint to the parameters of a module, in the formats that they are kept in."""
 
 from __future__ import annotations
 
@@ -11,71 +11,73 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files.checkpoint import Checkpoint
 from ..files.key_map import Piece
-from .stored_linear import CastLinear
+from .formats import BY_DTYPE, StorageFormat
+from .stored_linear import StoredLinear
 from .tensor_cuts import Slices
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Entry:
     """A parameter or buffer `name` as it is to be in memory: `slices` of the file's `pieces`, or all of them.
 
-    `scale`: the factor of an fp8 matrix that stays one (`casts`), or that is multiplied in.
+    `source`: how the file stores it; `format`: how memory does. `is_kept`: memory has the file's own numbers, with
+    their `companions`; otherwise they are decoded.
     """
 
     name: str
     pieces: list[Piece]
     slices: Slices | None
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    scale: Tensor | None
-    casts: bool
+    source: StorageFormat
+    format: StorageFormat
+    companions: dict[str, Tensor]
+    is_kept: bool
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.format.bytes(self.shape)
 
     def assign(self, module: nn.Module, tensor: Tensor) -> None:
         """Give `module` its parameter or buffer. A linear layer's numbers of features stay those of the whole layer."""
         path, _, leaf = self.name.rpartition(".")
         owner = module.get_submodule(path)
-        if self.casts:
-            assert isinstance(owner, nn.Linear)
-            owner = CastLinear.from_linear(owner, self.scale)
-            module.set_submodule(path, owner)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
+        if isinstance(owner, StoredLinear) and leaf == "weight":
+            owner.store(tensor, self.format, self.companions if self.is_kept else {})
+        else:
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`narrow`: with fp8 storage, wider matrices of the file become fp8 too; otherwise they keep their precision."""
+    """`storage`: the format for the matrices of linear layers; `compute`: the plain one that the others become.
+
+    `narrow`: plain matrices of the file become one of a `storage` that is not plain, too; otherwise they keep their
+    precision. `plain`: how the names of modules begin whose matrices are always plain.
+    """
 
     checkpoint: Checkpoint
     prefix: str
-    storage: torch.dtype
-    compute: torch.dtype
+    storage: StorageFormat
+    compute: StorageFormat
     narrow: bool
-    never_fp8: tuple[str, ...]
+    plain: tuple[str, ...]
     device: torch.device
 
     def entry(self, module: nn.Module, name: str, pieces: list[Piece], slices: Slices | None) -> Entry:
         """What `module`'s parameter or buffer `name` becomes. Raises UserError for an fp8 factor that cannot be one."""
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        found = self.checkpoint.tensors[self.prefix + pieces[0].key].dtype
-        scale = self._scale(pieces[0].scale) if pieces[0].scale else None
-        stays_fp8 = (
-            self.storage in FP8
-            and (found in FP8 or (self.narrow and scale is None))
-            and not name.startswith(self.never_fp8)
-        )
-        casts = stays_fp8 and isinstance(owner, nn.Linear) and leaf == "weight"
-        dtype = (found if found in FP8 else self.storage) if casts else self.compute
+        source = BY_DTYPE[self.checkpoint.tensors[self.prefix + pieces[0].key].dtype]
         shape = list(getattr(owner, leaf).shape)
         if slices:
             shape[slices.dim] = slices.extent
-        return Entry(name, pieces, slices, tuple(shape), dtype, scale, casts)
+        format = self.compute
+        if isinstance(owner, StoredLinear) and leaf == "weight" and not name.startswith(self.plain):
+            format = self._format_of_matrix(source, bool(pieces[0].companions))
+        is_kept = source is format and not (format.is_plain and pieces[0].companions)
+        dtype = self.compute.dtype if is_kept else torch.float32
+        companions = {role: self._number(key).to(dtype) for role, key in pieces[0].companions.items()}
+        return Entry(name, pieces, slices, tuple(shape), source, format, companions, is_kept)
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor of `entry`, on the device. On the CPU a view of the file where that has it as it is to be.
@@ -86,29 +88,38 @@ class Reader:
         return self._convert(raw if entry.slices is None or entry.slices.dim == 0 else raw.contiguous(), entry)
 
     def read_flat(self, entry: Entry, start: int, stop: int) -> Tensor:
-        """The elements `[start, stop)` of the tensor of `entry`, row by row, on the device."""
+        """The numbers `[start, stop)` of the tensor of `entry`, row by row, on the device."""
         return self._convert(self._raw(entry).reshape(-1)[start:stop], entry)
 
-    def _convert(self, raw: Tensor, entry: Entry) -> Tensor:
-        raw = raw.to(self.device)
-        if entry.scale is not None and not entry.casts:
-            raw = raw.float() * entry.scale
-        return _cast(raw, entry.dtype, entry.name)
+    def _format_of_matrix(self, source: StorageFormat, has_companions: bool) -> StorageFormat:
+        if self.storage.is_plain:
+            return self.compute
+        if not source.is_plain:
+            return source
+        return self.storage if self.narrow and not has_companions else self.compute
+
+    def _convert(self, stored: Tensor, entry: Entry) -> Tensor:
+        stored = stored.to(self.device)
+        if entry.is_kept:
+            return stored
+        if not entry.source.is_plain or entry.companions:
+            stored = entry.source.dequantise(stored, entry.companions, torch.float32)
+        return _cast(stored, entry.format.dtype, entry.name)
 
     def _raw(self, entry: Entry) -> Tensor:
         parts = [self.checkpoint.tensor(self.prefix + piece.key)[piece.start : piece.stop] for piece in entry.pieces]
         whole = parts[0]
         if len(parts) > 1:
             whole = torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-        return whole if entry.slices is None else entry.slices.of(whole)
+        return entry.source.read(whole, entry.slices)
 
-    def _scale(self, key: str) -> Tensor:
-        scale = self.checkpoint.tensor(self.prefix + key)
-        if scale.numel() != 1 or not math.isfinite(scale.float().item()):
+    def _number(self, key: str) -> Tensor:
+        number = self.checkpoint.tensor(self.prefix + key)
+        if number.numel() != 1 or not math.isfinite(number.float().item()):
             raise UserError(
-                f"{self.checkpoint.source}: {key} must be one finite number, is {list(scale.shape)} of {scale.dtype}."
+                f"{self.checkpoint.source}: {key} must be one finite number, is {list(number.shape)} of {number.dtype}."
             )
-        return scale.float().reshape(()).to(self.device, copy=True)
+        return number.float().reshape(()).to(self.device, copy=True)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -54,11 +54,11 @@ def load_shards(
         for entry, start in zip(entries, starts, strict=False):
             first, last = max(begin, start), min(end, start + entry.bytes)
             if first < last:
-                width = entry.dtype.itemsize
+                width = entry.format.dtype.itemsize
                 flat = reader.read_flat(entry, (first - start) // width, (last - start) // width)
                 own[first - begin : last - begin] = flat.view(torch.uint8)
             place = buffers[number % len(buffers)][start : start + entry.bytes]
-            entry.assign(module, place.view(entry.dtype).view(entry.shape))
+            entry.assign(module, place.view(entry.format.dtype).view(entry.format.stored_shape(entry.shape)))
     return BlockShards(tuple(shares), buffers)
 
 

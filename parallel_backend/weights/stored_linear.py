@@ -1,33 +1,61 @@
-"""A linear layer whose weight stays fp8 in memory."""
+"""The linear layer of loaded models, whatever format its weight is stored in, and the seat of what adapts it."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-from torch import nn
-from torch.nn import functional
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .formats import BY_DTYPE, Companions, StorageFormat
 
 
-class CastLinear(nn.Linear):
-    """Casts its fp8 weight to the input's dtype at each call, times `weight_scale` (a scalar) where there is one.
+class Adapter(Protocol):
+    """Computes in the place of a layer, which it is given, until it is taken off."""
 
-    As ComfyUI does without fp8 matrix units, with one difference: ComfyUI scales either the weight or the input,
-    whichever is smaller; here it is always the weight, so that the tokens on a rank never change the rounding.
+    def __call__(self, layer: StoredLinear, x: Tensor) -> Tensor: ...
+
+
+class StoredLinear(nn.Linear):
+    """Keeps its weight as `format` stores it, and computes in its input's dtype.
+
+    Its buffers are the companions of the weight. `in_features` and `out_features` are those of the whole layer, also
+    where a rank holds a part. `adapter` is what LoRAs put on; hooks come behind it, and so the ranks of a cut layer
+    add up its adapted outputs. It is no module and no hook: `torch.compile` looks at an attribute anew at every call,
+    and at hooks never again.
     """
 
-    weight_scale: torch.Tensor | None
+    def __init__(self, linear: nn.Linear) -> None:
+        """Takes over the parameters of `linear`, one of a plain format."""
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.format = BY_DTYPE[linear.weight.dtype]
+        self.adapter: Adapter | None = None
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, weight_scale: torch.Tensor | None) -> CastLinear:
-        """Takes over the parameters of `linear`."""
-        cast = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        cast.weight, cast.bias = linear.weight, linear.bias
-        cast.register_buffer("weight_scale", weight_scale)
-        return cast
+    def store(self, weight: Tensor, format: StorageFormat, companions: Companions) -> None:
+        """Compute with this weight, as `format` stores it, from now on."""
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.format = format
+        for name, tensor in companions.items():
+            self.register_buffer(name, tensor)
 
-    def weight_as(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix that it multiplies inputs of `dtype` with."""
-        weight = self.weight.to(dtype)
-        return weight if self.weight_scale is None else weight * self.weight_scale.to(dtype)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """`[out, in]`: what it multiplies inputs of `dtype` with."""
+        if self.format.is_plain:
+            return self.weight
+        return self.format.dequantise(self.weight, self._buffers, dtype)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.linear(input, self.weight_as(input.dtype), self.bias)
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output `[..., out]` without its adapter."""
+        return F.linear(x, self.matrix(x.dtype), self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input) if self.adapter is None else self.adapter(self, input)
+
+
+def store_linears(module: nn.Module) -> None:
+    """Make every linear layer within `module` a `StoredLinear`."""
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            module.set_submodule(name, StoredLinear(layer))

@@ -13,8 +13,9 @@ from paralleldit.parallel_backend.files import fingerprint, open_checkpoint
 from paralleldit.parallel_backend.files.key_map import ruled_map
 from paralleldit.parallel_backend.layout.model_part import Part
 from paralleldit.parallel_backend.layout.stages import BLOCK_LISTS, Stage
+from paralleldit.parallel_backend.weights.formats import BY_DTYPE
 from paralleldit.parallel_backend.weights.load import load_transformer
-from paralleldit.parallel_backend.weights.stored_linear import CastLinear
+from paralleldit.parallel_backend.weights.stored_linear import StoredLinear
 from paralleldit.tests.unit.flux_original_layout import HEAD_DIM, HIDDEN, original_layout, tiny_flux
 from safetensors.torch import save_file
 from torch import nn
@@ -253,12 +254,13 @@ def test_the_mapping_has_no_private_page_after_a_forward_pass(tmp_path: Path) ->
     assert fields["Anonymous"].split()[0] == "0"
 
 
-def test_cast_linear_is_a_linear_of_the_cast_weight() -> None:
+def test_a_stored_linear_is_a_linear_of_the_decoded_weight() -> None:
     linear = nn.Linear(32, 16, dtype=torch.bfloat16).requires_grad_(False)
-    linear.weight = nn.Parameter(linear.weight.to(FP8), requires_grad=False)
-    cast = CastLinear.from_linear(linear, torch.tensor(0.5))
+    layer, fp8 = StoredLinear(linear), linear.weight.to(FP8)
     x = torch.randn(3, 32, dtype=torch.bfloat16)
-    assert torch.equal(cast(x), nn.functional.linear(x, linear.weight.bfloat16() * 0.5, linear.bias))
+    assert torch.equal(layer(x), linear(x))
+    layer.store(fp8, BY_DTYPE[FP8], {"weight_scale": torch.tensor(0.5)})
+    assert torch.equal(layer(x), nn.functional.linear(x, fp8.bfloat16() * 0.5, linear.bias))
 
 
 def test_weights_are_the_files_pages_but_for_the_swapped_rows(tmp_path: Path) -> None:

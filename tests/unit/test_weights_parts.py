@@ -115,7 +115,7 @@ def test_shares_of_a_block_put_together_are_the_block(files, monkeypatch, dtype,
     read = []
 
     def spied(self, entry, start, stop):
-        read[-1] += (stop - start) * entry.dtype.itemsize
+        read[-1] += (stop - start) * entry.format.dtype.itemsize
         return read_flat(self, entry, start, stop)
 
     read_flat = Reader.read_flat

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from ...errors import UserError
 from ...layout.stages import block_of
 from ...strategies.tensor import TensorParallel
 from ...weights.load import LoadedTransformer
-from ...weights.stored_linear import CastLinear
+from ...weights.stored_linear import StoredLinear
 from .change import Change
 from .delta import EVERY, Delta, LowRank, Magnitude
 
@@ -61,71 +60,43 @@ class OwnChange:
         return scale.unsqueeze(1 if magnitude.of_rows else 0)
 
 
-class SidePath(nn.Linear):
-    """What a linear layer becomes while plain LoRAs are on it: they are computed beside it.
+@dataclass(frozen=True)
+class SidePath:
+    """Plain LoRAs of a layer: their outputs are added to its own. `down` `[r, in]`, `up` `[out, r]`, `bias` `[out]`.
 
-    Their matrices are buffers of the layer, which `torch.compile` takes as inputs as it does the weight: one graph is
-    for all layers alike, and for all LoRAs of the same ranks.
+    `torch.compile` takes their tensors as inputs, as it does the weight: one graph is for all layers alike, and for all
+    LoRAs of the same ranks.
     """
 
-    lora_down: Tensor
-    lora_up: Tensor
-    lora_bias: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + F.linear(F.linear(input, self.lora_down), self.lora_up, self.lora_bias)
-
-
-class CastSidePath(SidePath, CastLinear):
-    """The same of a layer whose weight is fp8."""
-
-
-@dataclass(frozen=True)
-class LaidBeside:
-    """A layer that is a `SidePath` for now."""
-
-    layer: nn.Linear
-    kind: type[nn.Linear]
-
-    @classmethod
-    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None, dtype: torch.dtype) -> LaidBeside:
-        lows = [(change.delta, change.strength) for change in changes if isinstance(change.delta, LowRank)]
-        down = torch.cat([low.down.to(dtype) for low, _ in lows])
-        up = torch.cat([(strength * low.scale * low.up.float()).to(dtype) for low, strength in lows], dim=1)
-        laid = cls(layer, type(layer))
-        for name, tensor in (("lora_down", down), ("lora_up", up), ("lora_bias", bias)):
-            layer.register_buffer(name, tensor, persistent=False)
-        cast(Any, layer).__class__ = CastSidePath if isinstance(layer, CastLinear) else SidePath
-        return laid
-
-    def take_off(self) -> None:
-        self.layer.__class__ = self.kind
-        del self.layer.lora_down, self.layer.lora_up, self.layer.lora_bias
-
-
-@dataclass(frozen=True)
-class ChangedWeight:
-    """In the place of a linear layer's forward: its matrix, changed for this call alone."""
-
-    layer: nn.Linear
-    changes: tuple[OwnChange, ...]
+    down: Tensor
+    up: Tensor
     bias: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Linear, changes: Sequence[OwnChange], bias: Tensor | None) -> ChangedWeight:
-        changed = cls(layer, tuple(changes), bias)
-        layer.forward = cast(Any, changed)
-        return changed
+    def of(cls, changes: Sequence[OwnChange], bias: Tensor | None, dtype: torch.dtype) -> SidePath:
+        lows = [(change.delta, change.strength) for change in changes if isinstance(change.delta, LowRank)]
+        down = torch.cat([low.down.to(dtype) for low, _ in lows])
+        up = torch.cat([(strength * low.scale * low.up.float()).to(dtype) for low, strength in lows], dim=1)
+        return cls(down, up, bias)
 
-    def take_off(self) -> None:
-        del self.layer.forward
+    def __call__(self, layer: StoredLinear, x: Tensor) -> Tensor:
+        output, narrow = layer.product(x), F.linear(x, self.down)
+        output.flatten(0, -2).addmm_(narrow.flatten(0, -2), self.up.t())
+        return output if self.bias is None else output.add_(self.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        weight = (layer.weight_as(x.dtype) if isinstance(layer, CastLinear) else layer.weight).float()
+
+@dataclass(frozen=True)
+class ChangedMatrix:
+    """Any changes of a layer: it has another matrix for the time of a call, and another bias. `bias` is added."""
+
+    changes: tuple[OwnChange, ...]
+    bias: Tensor | None
+
+    def __call__(self, layer: StoredLinear, x: Tensor) -> Tensor:
+        matrix = layer.matrix(x.dtype).float()
         for change in self.changes:
-            weight = change.added_to(weight)
-        return F.linear(x, weight.to(x.dtype), layer.bias if self.bias is None else layer.bias + self.bias)
+            matrix = change.added_to(matrix)
+        return F.linear(x, matrix.to(x.dtype), layer.bias if self.bias is None else layer.bias + self.bias)
 
 
 class AdaptedLayers:
@@ -136,7 +107,7 @@ class AdaptedLayers:
         self._tensor = tensor
         self.key: object = None
         """Tells the changes that are on from others."""
-        self._layers: list[LaidBeside | ChangedWeight] = []
+        self._layers: list[StoredLinear] = []
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def put(self, changes: Sequence[Change], key: object) -> None:
@@ -152,7 +123,7 @@ class AdaptedLayers:
         for name, own in by_parameter.items():
             path, _, leaf = name.rpartition(".")
             is_called = not name.startswith(self._loaded.lent)
-            if is_called and isinstance(self._loaded.module.get_submodule(path), nn.Linear):
+            if is_called and isinstance(self._loaded.module.get_submodule(path), StoredLinear):
                 linear.setdefault(path, {})[leaf] = own
             else:
                 others[name] = self._changed(name, own)
@@ -165,12 +136,12 @@ class AdaptedLayers:
     @property
     def change_weights(self) -> bool:
         """Whether some give a layer another matrix at each call, as plain LoRAs do not."""
-        return any(isinstance(each, ChangedWeight) for each in self._layers)
+        return any(isinstance(layer.adapter, ChangedMatrix) for layer in self._layers)
 
     def take_off(self) -> None:
         """All changes: the model is what it was, bit for bit."""
-        for each in self._layers:
-            each.take_off()
+        for layer in self._layers:
+            layer.adapter = None
         for owner, leaf, parameter in self._replaced:
             setattr(owner, leaf, parameter)
         self._layers, self._replaced = [], []
@@ -211,15 +182,15 @@ class AdaptedLayers:
 
     def _put_beside(self, name: str, weights: list[OwnChange], biases: list[OwnChange]) -> None:
         layer, dtype = self._loaded.module.get_submodule(name), self._loaded.compute_dtype
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, StoredLinear)
         bias = None
         for change in biases:
             added = change.strength * change.delta.dense().squeeze(1)
             bias = added if bias is None else bias + added
         bias = None if bias is None else bias.to(dtype)
         is_plain = weights and all(isinstance(each.delta, LowRank) and each.magnitude is None for each in weights)
-        laid = LaidBeside.of(layer, weights, bias, dtype) if is_plain else ChangedWeight.of(layer, weights, bias)
-        self._layers.append(laid)
+        layer.adapter = SidePath.of(weights, bias, dtype) if is_plain else ChangedMatrix(tuple(weights), bias)
+        self._layers.append(layer)
 
     def _changed(self, name: str, changes: Sequence[OwnChange]) -> nn.Parameter:
         """What is no linear layer of its own is small, and is copied: patch embeddings, norms, tables."""
