@@ -1,14 +1,14 @@
 """The support matrix: which cells the tables of tests claim, which docs/MATRIX.md shows, and how it is written.
 
 A cell is a layout with a family. Its figure is the largest relative error that the tests of it have noted. The README
-has a summary: how many layouts each family has been tested in, and the largest error of them.
+has a summary: the largest error of each family with each method, and how many layouts the family was tested in.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from paralleldit.parallel_backend.layout.layout import Layout
@@ -21,7 +21,18 @@ MODULES = ("test_exact_layouts", "test_pipefusion", "test_pipefusion_families", 
 EXACT, LATE, BF16 = "exact", "late", "bf16"
 TABLES = (EXACT, LATE, BF16)
 SUMMARY = "summary"
-TABLE_WORDS = {EXACT: "exact, or nothing old", LATE: "approximate", BF16: "exact, in bf16"}
+METHODS = {
+    "Ulysses": "ulysses",
+    "Ring": "ring",
+    "CFG": "cfg",
+    "Data": "data",
+    "Tensor": "tensor",
+    "Sharded or offloaded weights": ", weights ",
+    "PipeFusion": "pipefusion",
+    "DistriFusion": "distrifusion",
+}
+"""The columns of the summary: a layout uses a method when its name in the tables has this part."""
+UNTESTED = "–"
 COLUMNS = {
     "flux": "Flux.1",
     "sd3": "Stable Diffusion 3",
@@ -99,16 +110,22 @@ def written(page: str, noted: dict[Cell, float]) -> str:
 
 
 def summarized(readme: str, page: str) -> str:
-    """The README with the summary of the page's tables: layouts tested, and the largest error of all of them."""
+    """The README with the summary of the page's tables: for each family and method the largest error in fp32 of all
+    layouts that use the method, the largest error in bf16, and the number of layouts in fp32."""
+    head = ["Family", *METHODS, "In bf16", "Layouts"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     figures = shown(page)
-    lines = ["| Layouts | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for table in TABLES:
-        cells = []
-        for family in COLUMNS:
-            errors = [float(error) for (name, _, of), error in figures.items() if (name, of) == (table, family)]
-            cells.append(f"{len(errors)}: {max(errors):.1e}" if errors else "none")
-        lines.append(f"| {TABLE_WORDS[table]} | " + " | ".join(cells) + " |")
+    for family, title in COLUMNS.items():
+        errors = [(table, row, float(error)) for (table, row, of), error in figures.items() if of == family]
+        fp32 = [(row, error) for table, row, error in errors if table != BF16]
+        cells = [_largest(error for row, error in fp32 if part in row) for part in METHODS.values()]
+        cells.append(_largest(error for table, _, error in errors if table == BF16))
+        lines.append(f"| {' | '.join([title, *cells, str(len(fp32))])} |")
     return _replaced(readme, SUMMARY, lines)
+
+
+def _largest(errors: Iterable[float]) -> str:
+    return f"{found:.1e}" if (found := max(errors, default=None)) is not None else UNTESTED
 
 
 def _replaced(text: str, table: str, lines: list[str]) -> str:

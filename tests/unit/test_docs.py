@@ -1,0 +1,165 @@
+"""Every link, path and command in the documents leads somewhere, and the README stays short."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from paralleldit.launcher.cli import main
+
+PACK = Path(__file__).resolve().parents[2]
+README = PACK / "README.md"
+DOCS = sorted((PACK / "docs").glob("*.md"))
+PAGES = [README, PACK / "CHANGELOG.md", *DOCS, PACK / "demo_model" / "README.md", PACK / "tools/demo_model/README.md"]
+LONGEST = 250
+"""Lines of the README. What goes deeper has its page in docs."""
+
+FOLDERS = "cli|demo_model|docs|launcher|locales|nodes|parallel_backend|tests|tools|web|workflows"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE_LINES = re.compile(r"^```[\s\S]*?^```$|^ {4}.*$", re.MULTILINE)
+CODE_SPAN = re.compile(r"`([^`]+)`")
+PATH = re.compile(rf"(?<![\w/.~-])(?:{FOLDERS})/[\w./*-]*")
+PYTHON = re.compile(r"\bpython (-m )?([\w./]+)([^#|;]*)")
+MAKE = re.compile(r"^make ([a-z]+)")
+VARIABLE = re.compile(r"(?<!\S)[A-Z_]+=\S+ ")
+"""A shell variable that is set for a command."""
+OPTION = re.compile(r"(?<=\s)--[a-z][a-z-]+")
+OTHERS_MODULES = ("pip", "pytest")
+"""What `python -m` runs that is not the pack's. Their arguments are checked as paths."""
+
+
+def code(text: str) -> Iterator[str]:
+    """Each line of the code blocks, and each code span, of a page."""
+    for block in CODE_LINES.findall(text):
+        yield from (line.strip() for line in block.splitlines())
+    yield from (" ".join(span.split()) for span in CODE_SPAN.findall(CODE_LINES.sub("", text)))
+
+
+def faults(page: Path, text: str) -> Iterator[str]:
+    yield from faults_of_links(page, text)
+    for line in code(text):
+        yield from (f"no file {path}" for path in PATH.findall(line) if not exists(path))
+        if (target := MAKE.match(line)) and target[1] not in targets():
+            yield f"no target {target[1]} in the Makefile"
+        for is_module, name, rest in PYTHON.findall(VARIABLE.sub("", line)):
+            yield from faults_of_command(bool(is_module), name, rest)
+
+
+def faults_of_links(page: Path, text: str) -> Iterator[str]:
+    for link in LINK.findall(CODE_LINES.sub("", text)):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists():
+            yield f"no file behind the link {link}"
+        elif anchor and anchor not in anchors(target.read_text() if name else text):
+            yield f"no heading behind the link {link}"
+
+
+def anchors(text: str) -> set[str]:
+    """The names of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", CODE_LINES.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def exists(path: str) -> bool:
+    """Whether the pack has it. What hidden folders hold is made by the tools."""
+    return "/." in path or bool(list(PACK.glob(path.rstrip("/."))))
+
+
+@cache
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (PACK / "Makefile").read_text(), re.MULTILINE))
+
+
+def faults_of_command(is_module: bool, name: str, rest: str) -> Iterator[str]:
+    if is_module and name.partition(".")[0] in OTHERS_MODULES:
+        return
+    path = PACK / (name.replace(".", "/") + ".py" if is_module else name)
+    if not is_module and name == "cli":
+        command = rest.split()[0] if rest.strip() else ""
+        known = cli_help(command) if command else ""
+        if command and not known:
+            yield f"no command {command} of cli"
+            return
+    elif path.is_file():
+        known = path.read_text()
+    elif (path / "__main__.py").is_file():
+        known = "\n".join(source.read_text() for source in path.glob("*.py"))
+    else:
+        yield f"nothing to run at {name}"
+        return
+    yield from (f"no option {option} of {name}" for option in OPTION.findall(rest) if option not in known)
+
+
+@cache
+def cli_help(command: str) -> str:
+    """What `python cli COMMAND --help` prints; nothing where there is no such command."""
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([command, "--help"])
+    return printed.getvalue() if end.value.code == 0 else ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PACK).as_posix())
+def test_links_paths_and_commands_lead_somewhere(page):
+    assert list(faults(page, page.read_text())) == []
+
+
+def test_the_readme_is_short():
+    lines = len(README.read_text().splitlines())
+    assert lines <= LONGEST, f"the README has {lines} lines: move what goes deeper to a page in docs"
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {(PACK / link.partition("#")[0]).resolve() for link in LINK.findall(README.read_text())}
+    assert [page.name for page in DOCS if page not in linked] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[a](docs/none.md)", "no file behind the link docs/none.md"),
+        ("![a](docs/none.png)", "no file behind the link docs/none.png"),
+        ("[a](#none)", "no heading behind the link #none"),
+        ("[a](docs/MEASURED.md#none)", "no heading behind the link docs/MEASURED.md#none"),
+        ("`nodes/none.py`", "no file nodes/none.py"),
+        ("`tests/none/*.mjs`", "no file tests/none/*.mjs"),
+        ("`make none`", "no target none in the Makefile"),
+        ("    make none    # comment", "no target none in the Makefile"),
+        ("`python cli none`", "no command none of cli"),
+        ("    python cli plan --none 3", "no option --none of cli"),
+        ("`python tools/none.py`", "nothing to run at tools/none.py"),
+        ("`.venv/bin/python tools/bench.py --none`", "no option --none of tools/bench.py"),
+        ("`python tools/quality --none`", "no option --none of tools/quality"),
+        ("```\npython -m tools.none\n```", "nothing to run at tools.none"),
+        ("`X=1 python -m pytest tests/none -s`", "no file tests/none"),
+        ("`python\nnone run`", "nothing to run at none"),
+    ],
+)
+def test_a_fault_is_found(text, fault):
+    assert fault in list(faults(README, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# A heading, with `code`: and more\n[a](#a-heading-with-code-and-more)",
+        "[a](https://example.org/none) [b](docs/MEASURED.md#memory)",
+        "`make test`, `python cli plan --ranks 8 --family flux`, `python tools/bench.py --rounds 6`",
+        "We make nothing at nodes/none.py",
+        "    .venv/bin/python -m pytest tests/unit -k name",
+    ],
+)
+def test_what_exists_is_no_fault(text):
+    assert list(faults(README, text)) == []
