@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from paralleldit.launcher.cli import main
+from paralleldit.cli.commands.main import main
 
 PACK = Path(__file__).resolve().parents[2]
 README = PACK / "README.md"
