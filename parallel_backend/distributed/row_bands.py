@@ -21,6 +21,19 @@ from .axis import Axis, Exchange
 Halo = tuple[Tensor | None, Tensor | None]
 """The rows above and below a band; None at an end of the picture, or where none are needed."""
 
+NOT_SHARED = frozenset(
+    (
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+        F.max_pool2d,
+        F.avg_pool2d,
+        F.avg_pool3d,
+        F.adaptive_avg_pool2d,
+        F.instance_norm,
+    )
+)
+"""Functions that mix rows, and that bands have no exchange for."""
+
 
 def band_rows(rows: int, ranks: int, multiple: int) -> list[int]:
     """How many of a picture's `rows` each rank holds: a multiple of `multiple`, but for what is left over at the end.
@@ -54,7 +67,8 @@ class Bands(TorchFunctionMode):
     downsampling, a part (`rows_at_stride`): at least as many as a convolution takes of a neighbour's. A rank of which
     `rows` says that it has none computes with any rows, of its own making, and gives the others nothing of them.
 
-    Raises `ValueError` for what bands cannot do exactly: strides across the edge of a band, other ways of upsampling.
+    Raises `ValueError` for what bands cannot do exactly: strides across the edge of a band, other ways of upsampling,
+    transposed convolutions, pooling (`NOT_SHARED`).
     """
 
     def __init__(self, axis: Axis, rows: Sequence[int], *, joint: bool = False) -> None:
@@ -82,6 +96,10 @@ class Bands(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in NOT_SHARED:
+            raise ValueError(
+                f"{func.__name__} mixes rows of a picture, and ranks with a band of rows have no form of it"
+            )
         function: Callable[..., Any] = self._functions.get(func) or func
         return function(*args, **(kwargs or {}))
 

@@ -72,3 +72,20 @@ def test_a_stride_across_the_edge_of_a_band_is_refused():
     band, weight = torch.randn(1, 2, 3, 4), torch.randn(2, 2, 3, 3)
     with bands(0), pytest.raises(ValueError, match="stride 2 over a band of 3 rows"):
         F.conv2d(band, weight, stride=(2, 2), padding=(1, 1))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: F.conv_transpose2d(x, x[:2, :, :3, :3], padding=1),
+        lambda x: F.avg_pool2d(x, 3, stride=1, padding=1),
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 2),
+        lambda x: F.instance_norm(x),
+        lambda x: F.conv_transpose3d(x[:, :, None], x[:2, :, None, :3, :3]),
+    ],
+)
+def test_what_mixes_rows_in_other_ways_is_refused(mix):
+    band = torch.randn(2, 2, 4, 4)
+    with bands(0), pytest.raises(ValueError, match="mixes rows"):
+        mix(band)
