@@ -1,7 +1,8 @@
-"""Every link, path and command in the documents leads somewhere, and the README stays short."""
+"""Every link, path, command and message in the documents exists, and the README stays short."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -19,6 +20,7 @@ PAGES = [README, PACK / "CHANGELOG.md", *DOCS, PACK / "demo_model" / "README.md"
 LONGEST = 250
 """Lines of the README. What goes deeper has its page in docs."""
 
+CODE = ("cli", "launcher", "nodes", "parallel_backend")
 FOLDERS = "cli|demo_model|docs|launcher|locales|nodes|parallel_backend|tests|tools|web|workflows"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_LINES = re.compile(r"^```[\s\S]*?^```$|^ {4}.*$", re.MULTILINE)
@@ -111,9 +113,43 @@ def cli_help(command: str) -> str:
     return printed.getvalue() if end.value.code == 0 else ""
 
 
+def quoted(page: str) -> list[str]:
+    """The messages that the first column of the page's table quotes."""
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    return [message for cell in cells for message in re.findall(r'"([^"]+)"', cell)]
+
+
+@cache
+def messages() -> list[str]:
+    """Every text in the pack's code, with … for what is put into it."""
+    sources = [PACK / "__init__.py", *(path for folder in CODE for path in (PACK / folder).rglob("*.py"))]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    found = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    joined = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    return found + [
+        "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts) for parts in joined
+    ]
+
+
+def is_said(message: str) -> bool:
+    """Whether a text in the code has all parts of `message` between its dots."""
+    parts = [part.strip() for part in message.split("…") if part.strip()]
+    return any(all(part in text for part in parts) for text in messages())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PACK).as_posix())
 def test_links_paths_and_commands_lead_somewhere(page):
     assert list(faults(page, page.read_text())) == []
+
+
+@pytest.mark.parametrize("message", quoted((PACK / "docs" / "troubleshooting.md").read_text()))
+def test_a_message_that_is_explained_is_in_the_code(message):
+    assert is_said(message)
+
+
+def test_a_message_that_nothing_says_is_found():
+    assert is_said("Rank … (process …) was killed by …")
+    assert not is_said("Rank … (process …) was killed by nobody …")
 
 
 def test_the_readme_is_short():
