@@ -16,6 +16,16 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+if "comfy.model_management" in sys.modules:
+    from .nodes import host
+
+    def _comfy_host() -> host.Host:
+        from .nodes.comfyui.host import ComfyHost
+
+        return ComfyHost()
+
+    host.install(_comfy_host)
+
 _server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 if _server is not None:
     from .nodes import example_pictures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -101,22 +100,24 @@ class Host:
 
 
 _current: Host | None = None
+_make: Callable[[], Host] = Host
+
+
+def install(make: Callable[[], Host]) -> None:
+    """Have the host of this process made by `make` when it is first asked for. The pack's __init__ does in ComfyUI."""
+    global _make
+    _make = make
 
 
 def current() -> Host:
-    """The host in use: the one given to `use`, else ComfyUI when this process is ComfyUI, else a plain `Host`."""
+    """The host in use: the one given to `use`, else that of this process."""
     global _current
     if _current is None:
-        if "comfy.model_management" in sys.modules:
-            from .comfyui.host import ComfyHost
-
-            _current = ComfyHost()
-        else:
-            _current = Host()
+        _current = _make()
     return _current
 
 
 def use(host: Host | None) -> None:
-    """Make `host` the current one; None looks again at the next use."""
+    """Make `host` the current one; None: that of this process, made anew."""
     global _current
     _current = host

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -225,13 +224,12 @@ def seconds_per_step(
         tensors[f"{name}.0.pooled"] = torch.randn(1, POOLED_WIDTH)
     told: dict[int, float] = {}
 
-    def send(event: object, tensors: object = None) -> None:
+    def send(event: object, tensors: object) -> None:
         if isinstance(event, Progress):
             told[event.step] = time.perf_counter()
 
-    work = SimpleNamespace(request=request, cancelled=False, progress=None, send=send)
     dist.barrier()
-    sample(request, tensors, family, mesh, Run(control, work))
+    sample(request, tensors, family, mesh, Run(control, request.id, send))
     span = torch.zeros(1)
     if dist.get_rank() == 0:
         span += (told[STEPS] - told[2]) / (STEPS - 2)

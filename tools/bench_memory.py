@@ -94,10 +94,9 @@ def measure(rank: int, layout: Layout, folder: str, arguments: argparse.Namespac
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.ranks)
     mesh, control = Mesh(layout.degrees), Control()
     request, tensors = request_of(layout, arguments.side)
-    work = SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda event, tensors=None: None)
     with torch.inference_mode(), peak_memory() as peak:
         transformer = Transformer(Path(folder), torch.device("cpu"), "fp32", Part.of(layout, mesh))
-        sample(request, tensors, transformer.on(mesh), mesh, Run(control, work))
+        sample(request, tensors, transformer.on(mesh), mesh, Run(control, request.id, lambda *_: None))
     answers.put((transformer.bytes, peak.bytes))
     dist.barrier()
     dist.destroy_process_group()

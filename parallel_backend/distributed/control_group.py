@@ -10,10 +10,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from ..protocol import messages
-from ..protocol.frames import parse
-from ..protocol.tensors import unpack
-from ..worker.server import Work
 from .groups import leave_groups
 
 PATIENCE = timedelta(days=365)
@@ -38,19 +34,11 @@ class Control:
         """Begin to wait until every rank has come here."""
         return cast(dist.Work, dist.barrier(group=self._group, async_op=True))
 
-    def share(self, work: Work | None) -> Work:
-        """Rank 0's work on every rank."""
-        header = work.request.model_dump_json().encode() if work else b""
-        sizes = torch.tensor([len(header), len(work.body) if work else 0])
+    def share(self, *parts: bytearray) -> list[bytearray]:
+        """Rank 0's bytes on every rank. The others give as many parts, whatever is in them."""
+        sizes = torch.tensor([len(part) for part in parts])
         self._broadcast(sizes)
-        header_size, body_size = sizes.tolist()
-        header = self._share_bytes(bytearray(header), header_size)
-        body = self._share_bytes(work.body if work else bytearray(), body_size)
-        if work:
-            return work
-        request = parse(messages.FROM_CLIENT, bytes(header))
-        assert not isinstance(request, messages.Cancel)
-        return Work(request, body, unpack(body))
+        return [self._share_bytes(part, size) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag on every rank."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from .. import families
 from ..adapters.lora.layers import AdaptedLayers
 from ..adapters.lora.module_names import Names
 from ..distributed.mesh import Mesh
@@ -35,7 +37,9 @@ def build_family(loaded: LoadedTransformer, path: Path) -> Family:
         config = json.loads(vae_config.read_text())
         scale = {"latent_scale": config["scaling_factor"], "latent_shift": config.get("shift_factor") or 0.0}
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
-    family = FAMILIES[loaded.family](loaded.module, loaded.compute_dtype, device, **scale)
+    module, view = FAMILIES[loaded.family].split(":")
+    make = getattr(import_module(f"{families.__name__}.{module}"), view)
+    family: Family = make(loaded.module, loaded.compute_dtype, device, **scale)
     family.block_parameters = loaded.block_parameters
     return family
 

@@ -14,8 +14,7 @@ from ..attention.usp import make_attention
 from ..distributed.mesh import Mesh
 from ..errors import UserError
 from ..families.family import Family
-from ..layout.fitting import Work, check_layout
-from ..layout.layout import Layout
+from ..layout.fitting import Work, check_exact, check_layout
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
 from ..strategies.sequence import SequenceParallel
@@ -86,15 +85,3 @@ def predict(
             "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
         )
     return prediction.cpu()
-
-
-def check_exact(layout: Layout) -> None:
-    """Raise `UserError` for a layout that needs to know of the steps before, which nothing is kept of here."""
-    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
-    if approximate:
-        name = approximate[0]
-        raise UserError(
-            f"{name}_degree={layout.degree(name)} goes on from the step before, but ComfyUI's own samplers ask for one "
-            "step at a time.",
-            f"Use Parallel Sampler, or a layout with {name}_degree=1.",
-        )

@@ -1,13 +1,12 @@
-"""The families that the engine samples, by the name that detection gives them."""
+"""The families that the engine samples: their views, by the names that detection gives them."""
 
 from __future__ import annotations
 
-from .family import Family
-from .flux import Flux
-from .hunyuandit import HunyuanDiT
-from .pixart import PixArtAlpha, PixArtSigma
-from .sd3 import SD3
-
-FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Flux, SD3, PixArtAlpha, PixArtSigma, HunyuanDiT)
+FAMILIES = {
+    "flux": "flux:Flux",
+    "sd3": "sd3:SD3",
+    "pixart-alpha": "pixart:PixArtAlpha",
+    "pixart-sigma": "pixart:PixArtSigma",
+    "hunyuandit": "hunyuandit:HunyuanDiT",
 }
+"""Module of this folder and class: imported where a model of the family is loaded, and nowhere else."""

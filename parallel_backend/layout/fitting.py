@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log2
+from typing import Protocol
 
 from ..errors import UserError
-from ..protocol.messages import Conditioning
 from .capabilities import Capabilities
 from .layout import AXES, Layout
 
@@ -16,6 +16,22 @@ Misfit = tuple[str, str]
 
 SHOWN = 3
 """How many layouts an error names that would fit."""
+
+
+class PromptFacts(Protocol):
+    """Where, when and beside what a prompt counts, as `protocol.messages.Conditioning` says."""
+
+    @property
+    def area(self) -> tuple[int, int, int, int] | None: ...
+
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def end(self) -> float: ...
+
+    @property
+    def references(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Work:
     sampler: str | None = None
     elementwise: tuple[str, ...] = ()
     controls: int = 0
-    entries: tuple[Conditioning, ...] = ()
+    entries: tuple[PromptFacts, ...] = ()
     can: Capabilities | None = None
 
 
@@ -48,6 +64,18 @@ def check_layout(layout: Layout, work: Work) -> None:
     reason, remedy = misfit
     near = [str(other) for other in nearest_layouts(layout, work)]
     raise UserError(reason, f"{remedy} Nearest that fits: {'; '.join(near)}." if near else remedy)
+
+
+def check_exact(layout: Layout) -> None:
+    """Raise `UserError` for a layout that needs to know of the steps before, which nothing is kept of here."""
+    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
+    if approximate:
+        name = approximate[0]
+        raise UserError(
+            f"{name}_degree={layout.degree(name)} goes on from the step before, but ComfyUI's own samplers ask for one "
+            "step at a time.",
+            f"Use Parallel Sampler, or a layout with {name}_degree=1.",
+        )
 
 
 def misfit_of(layout: Layout, work: Work) -> Misfit | None:

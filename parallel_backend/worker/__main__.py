@@ -123,14 +123,13 @@ class Rank:
 
     def _serve_one(self) -> bool:
         """One request through all ranks; False when it was the last one."""
-        from ..run_context import Run
         from .verdict import judge
 
-        work = self.control.share(self.server.next() if self.server else None)
+        work = self._next()
         self.sequence += 1
         if self.watch:
             self.watch.sequence = self.sequence
-        data, tensors, outcome = self._attempt(work, Run(self.within, work))
+        data, tensors, outcome = self._attempt(work, self._run_of(work))
         outcomes = self._agree(outcome)
         verdict = judge(work.request.id, outcomes, can_regroup=self.can_regroup)
         is_last = isinstance(work.request, messages.Shutdown)
@@ -152,6 +151,26 @@ class Rank:
         if is_last and self.server:
             self.server.close()
         return not is_last
+
+    def _next(self) -> Work:
+        """Rank 0's next request, on every rank."""
+        from ..protocol.frames import parse
+        from ..protocol.tensors import unpack
+        from .server import Work
+
+        work = self.server.next() if self.server else None
+        header = bytearray(work.request.model_dump_json().encode()) if work else bytearray()
+        header, body = self.control.share(header, work.body if work else bytearray())
+        if work:
+            return work
+        request = parse(messages.FROM_CLIENT, bytes(header))
+        assert not isinstance(request, messages.Cancel)
+        return Work(request, body, unpack(body))
+
+    def _run_of(self, work: Work) -> Run:
+        from ..run_context import Run
+
+        return Run(self.within, work.request.id, work.send, lambda: work.cancelled)
 
     def _attempt(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
         from ..failures import Outcome, describe
@@ -222,7 +241,6 @@ class Rank:
         import torch.distributed as dist
 
         from ..distributed.control_group import Control
-        from ..run_context import Run
 
         if not has_left:
             self._leave()
@@ -240,7 +258,7 @@ class Rank:
             timeout=timedelta(seconds=self.settings.compute_timeout),
         )
         self.control, self.within = Control(), Control()
-        self.engine.rejoin(Run(self.within, work))
+        self.engine.rejoin(self._run_of(work))
         log.info("the ranks have formed their groups anew")
 
     def _open(self) -> None:

@@ -41,6 +41,8 @@ class Work:
     progress: messages.Progress | None = None
 
     def send(self, message: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        if isinstance(message, messages.Progress):
+            self.progress = message
         if self.connection is not None:
             self.connection.send(message, tensors)
 

@@ -47,7 +47,7 @@ def sampled(world, model, layout, path=None, device=CPU):
     """What `request_of` asks for; by a part of the model that lies at `path`, on `device`."""
     tiny, mesh = TINY_MODELS[model], Mesh(layout)
     request, tensors = request_of(model, layout)
-    run = Run(Control(), SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None))
+    run = Run(Control(), request.id, lambda *_: None)
     if path is None:
         family = tiny.make_family(HEADS)
     else:

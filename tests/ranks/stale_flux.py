@@ -1,7 +1,5 @@
 """Runs of a tiny Flux, for tests of approximate methods, and a serial model of stale keys and values written out."""
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
@@ -53,15 +51,11 @@ def request_of(layout, steps, size, sampler, *, preview=False):
 def run_of(request, *, cancel_at=None):
     """A run of the real control group, and the events that rank 0 sends. It is cancelled at a step's progress."""
     events = []
-    work = SimpleNamespace(request=request, cancelled=False, progress=None)
 
-    def send(event, tensors=None):
-        events.append((event, tensors or {}))
-        if isinstance(event, messages.Progress) and event.step == cancel_at:
-            work.cancelled = True
+    def is_cancelled():
+        return any(isinstance(event, messages.Progress) and event.step == cancel_at for event, _ in events)
 
-    work.send = send
-    return Run(Control(), work), events
+    return Run(Control(), request.id, lambda *event: events.append(event), is_cancelled), events
 
 
 def sampled(world, layout, steps, size, sampler):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,9 +109,8 @@ def traffic_per_step(world, layout: Layout, model: str, path: Path):
             schedule=Schedule(scheduler="simple", steps=steps),
             seed=42,
         )
-        work = SimpleNamespace(request=request, cancelled=False, progress=None, send=lambda *_: None)
         mesh.ledger.reset()
-        sample(request, tensors, transformer.on(mesh), mesh, Run(Control(), work))
+        sample(request, tensors, transformer.on(mesh), mesh, Run(Control(), request.id, lambda *_: None))
         sent.append({axis: (mesh.ledger.bytes_on(axis), mesh.ledger.messages_on(axis)) for axis in AXES})
     fewer, more = sent
     steps = STEPS[1] - STEPS[0]
