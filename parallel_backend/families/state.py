@@ -15,7 +15,7 @@ class TokenState:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
     `image` `[B, Si, h]`, `text` `[B, St, h]`, `modulation` `[B, h]`; for the families that turn their queries and keys,
-    `rotary` `[St + Si, D / 2, 2]` (attention.rotary); `skips`: image tokens that a later block takes in, by the number
+    `rotary` `[St + Si, D / 2, 2]` (tokens.rotary); `skips`: image tokens that a later block takes in, by the number
     of the block that gave them; `prompts`: the pictures that its blocks are shown.
     """
 

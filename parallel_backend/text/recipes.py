@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """What a prompt becomes: `tokens` `[1, St, C]` and what else its models take (families.base.Condition)."""
+    """What a prompt becomes: `tokens` `[1, St, C]` and what else its models take (families.condition.Condition)."""
 
     tokens: Tensor
     pooled: Tensor | None = None

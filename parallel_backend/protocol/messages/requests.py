@@ -76,7 +76,7 @@ Cells = Annotated[int, Field(ge=0, le=1 << 17)]
 
 
 class Conditioning(Prompt):
-    """One entry of a side: a prompt, and where, when and how much it counts among the others (strategies/entries.py).
+    """One entry of a side: a prompt, and where, when and how much it counts among others (strategies.weighted_prompts).
 
     `prompt`: the earlier entry of this side whose tensors it shares; without one it has its own. `area`: height, width,
     top and left, in cells of the latent. It counts from `start` to `end` of the run. Tensor `<side>.<index>.region`
