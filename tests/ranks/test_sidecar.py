@@ -161,7 +161,7 @@ def test_another_process_adopts_the_running_sidecar(client, spec):
     code = f"""
 import sys; sys.path.insert(0, {str(PACK / "tests")!r})
 import conftest
-from paralleldit.launcher.sidecar import *
+from paralleldit.launcher.lifecycle import *
 from pathlib import Path, PosixPath
 print(ensure_sidecar({spec!r}, owned=False).welcome.pid)
 """
@@ -243,7 +243,7 @@ def test_after_the_owner_was_killed_another_inherits_or_nothing_is_left(tmp_path
     code = f"""
 import sys; sys.path.insert(0, {str(PACK / "tests")!r})
 import conftest
-from paralleldit.launcher.sidecar import *
+from paralleldit.launcher.lifecycle import *
 from pathlib import Path, PosixPath
 import os, signal
 ensure_sidecar({spec!r})

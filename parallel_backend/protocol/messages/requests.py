@@ -99,7 +99,7 @@ class FindChanges(Request):
 
 
 class KeepChanges(Request):
-    """Tensors `<index>.<role>` of the change `digests[index]`; the roles are those of `adapters.deltas.ROLES`."""
+    """Tensors `<index>.<role>` of the change `digests[index]`; the roles are those of `adapters.lora.delta.ROLES`."""
 
     type: Literal["keep_changes"] = "keep_changes"
     digests: tuple[Digest, ...]
