@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,25 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 
+_NOT_COMPILED: set[Callable[..., Any]] = set()
+
 
 def not_compiled(function: Called) -> Called:
-    """Keep `function` out of compiled blocks: what the ledger counts would make each call another one to compile."""
-    return cast(Called, torch.compiler.disable(function))
+    """Mark `function` as one to keep out of compiled blocks, see `keep_talk_out_of_compiled_blocks`."""
+    _NOT_COMPILED.add(function)
+    return function
+
+
+@cache
+def keep_talk_out_of_compiled_blocks() -> None:
+    """To be called before the first block is compiled. What the ledger counts would make each call another to compile.
+
+    Not done where the functions are defined: torch's compiler takes seconds to import, and most ranks never use it.
+    """
+    for owner in (Exchange, Axis):
+        for name, function in tuple(vars(owner).items()):
+            if callable(function) and function in _NOT_COMPILED:
+                setattr(owner, name, torch.compiler.disable(function))
 
 
 class Exchange:

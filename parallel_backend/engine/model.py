@@ -13,6 +13,7 @@ import torch
 from .. import families
 from ..adapters.lora.layers import AdaptedLayers
 from ..adapters.lora.module_names import Names
+from ..distributed.axis import keep_talk_out_of_compiled_blocks
 from ..distributed.mesh import Mesh
 from ..families.blocks import Block, compiled
 from ..families.family import Family
@@ -79,6 +80,7 @@ class Transformer:
                 "compiled by itself.",
             )
             return
+        keep_talk_out_of_compiled_blocks()
         self._compiled = self._compiled or self._gathered(compiled(self._plain))
         self.family.blocks = self._compiled
 
