@@ -19,7 +19,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from paralleldit.parallel_backend.families.condition import Condition
-from paralleldit.parallel_backend.families.family import Family
+from paralleldit.parallel_backend.families.family import TokenFamily
 from paralleldit.parallel_backend.families.flux import Flux
 from paralleldit.parallel_backend.families.hunyuandit import HunyuanDiT
 from paralleldit.parallel_backend.families.pixart import PixArtAlpha, PixArtSigma
@@ -42,7 +42,7 @@ class TinyModel:
     own around it.
     """
 
-    family: type[Family]
+    family: type[TokenFamily]
     build: Callable[[int, int], Any]
     condition: Callable[[Draw, int, int], Condition]
     sigma: float
@@ -54,7 +54,7 @@ class TinyModel:
             return self.build(heads, depth).eval()
 
     @lru_cache(maxsize=16)  # noqa: B019 there are eight of this class, for as long as the process lives
-    def make_family(self, heads: int, dtype: torch.dtype = torch.float32, depth: int = 2) -> Family:
+    def make_family(self, heads: int, dtype: torch.dtype = torch.float32, depth: int = 2) -> TokenFamily:
         """The same one at every call, as an engine keeps its models from one run to the next."""
         transformer = self.make(heads, depth)
         return self.family(transformer if dtype == torch.float32 else transformer.to(dtype), dtype, CPU)
@@ -76,7 +76,7 @@ def _flux(guidance: bool) -> TinyModel:
         )
 
     def condition(draw: Draw, batch: int, text: int) -> Condition:
-        return Condition(tokens=draw(batch, text, 24), pooled=draw(batch, 12), guidance=GUIDANCE)
+        return Condition({"tokens": draw(batch, text, 24), "pooled": draw(batch, 12)}, guidance=GUIDANCE)
 
     def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
         batch, channels, height, width = latent.shape
@@ -86,11 +86,11 @@ def _flux(guidance: bool) -> TinyModel:
         ids = torch.stack([torch.zeros(rows, columns), *axes], dim=-1)
         output = model(
             hidden_states=tokens.reshape(batch, rows * columns, channels * 4),
-            encoder_hidden_states=condition.tokens.expand(batch, -1, -1),
-            pooled_projections=condition.pooled.expand(batch, -1),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            pooled_projections=condition["pooled"].expand(batch, -1),
             timestep=torch.full((batch,), sigma),
             img_ids=ids.reshape(-1, 3),
-            txt_ids=torch.zeros(condition.tokens.shape[1], 3),
+            txt_ids=torch.zeros(condition["tokens"].shape[1], 3),
             guidance=torch.full((batch,), GUIDANCE) if guidance else None,
         ).sample
         velocity = output.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
@@ -116,14 +116,14 @@ def _sd3(dual: bool, qk_norm: str | None) -> TinyModel:
         )
 
     def condition(draw: Draw, batch: int, text: int) -> Condition:
-        return Condition(tokens=draw(batch, text, 24), pooled=draw(batch, 12))
+        return Condition({"tokens": draw(batch, text, 24), "pooled": draw(batch, 12)})
 
     def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
         batch, _, height, width = latent.shape
         velocity = model(
             hidden_states=whole_patches(latent),
-            encoder_hidden_states=condition.tokens.expand(batch, -1, -1),
-            pooled_projections=condition.pooled.expand(batch, -1),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            pooled_projections=condition["pooled"].expand(batch, -1),
             timestep=torch.full((batch,), sigma * 1000),
         ).sample
         return latent - sigma * velocity[..., :height, :width]
@@ -131,7 +131,7 @@ def _sd3(dual: bool, qk_norm: str | None) -> TinyModel:
     return TinyModel(SD3, build, condition, sigma, denoise)
 
 
-def _pixart(family: type[Family], told_size: bool) -> TinyModel:
+def _pixart(family: type[TokenFamily], told_size: bool) -> TinyModel:
     clean_share = _clean_share("linear", 0.0001, 0.02)
 
     def build(heads: int, depth: int) -> PixArtTransformer2DModel:
@@ -152,7 +152,8 @@ def _pixart(family: type[Family], told_size: bool) -> TinyModel:
     def condition(draw: Draw, batch: int, text: int) -> Condition:
         size = (96, 64) if batch == 1 else None
         mask = None if told_size and batch == 1 else _mask(batch, text)
-        return Condition(tokens=draw(batch, text, 20), mask=mask, size=size)
+        tokens = {"tokens": draw(batch, text, 20)}
+        return Condition(tokens if mask is None else {**tokens, "mask": mask}, size=size)
 
     def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
         batch, _, height, width = latent.shape
@@ -164,8 +165,8 @@ def _pixart(family: type[Family], told_size: bool) -> TinyModel:
             told["aspect_ratio"] = torch.tensor([[pixels[0] / pixels[1]]] * batch)
         noise = model(
             noisy,
-            encoder_hidden_states=condition.tokens.expand(batch, -1, -1),
-            encoder_attention_mask=None if condition.mask is None else condition.mask.expand(batch, -1),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            encoder_attention_mask=None if condition.get("mask") is None else condition["mask"].expand(batch, -1),
             timestep=torch.full((batch,), TIMESTEP),
             added_cond_kwargs=told,
         ).sample[:, :4, :height, :width]
@@ -196,10 +197,12 @@ def _hunyuandit(told_size: bool) -> TinyModel:
 
     def condition(draw: Draw, batch: int, text: int) -> Condition:
         return Condition(
-            tokens=draw(batch, 5, 24),
-            mask=_mask(batch, 5),
-            tokens_2=draw(batch, 7, 40),
-            mask_2=_mask(batch, 7),
+            {
+                "tokens": draw(batch, 5, 24),
+                "mask": _mask(batch, 5),
+                "tokens_2": draw(batch, 7, 40),
+                "mask_2": _mask(batch, 7),
+            },
             size=(96, 64) if batch == 1 else None,
             target_size=(48, 32) if batch == 1 else None,
         )
@@ -217,10 +220,10 @@ def _hunyuandit(told_size: bool) -> TinyModel:
         velocity = model(
             noisy,
             torch.full((batch,), float(TIMESTEP)),
-            encoder_hidden_states=condition.tokens.expand(batch, -1, -1),
-            text_embedding_mask=condition.mask.expand(batch, -1),
-            encoder_hidden_states_t5=condition.tokens_2.expand(batch, -1, -1).contiguous(),
-            text_embedding_mask_t5=condition.mask_2.expand(batch, -1),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            text_embedding_mask=condition["mask"].expand(batch, -1),
+            encoder_hidden_states_t5=condition["tokens_2"].expand(batch, -1, -1).contiguous(),
+            text_embedding_mask_t5=condition["mask_2"].expand(batch, -1),
             image_meta_size=torch.tensor([told] * batch).float(),
             style=torch.zeros(batch, dtype=torch.int64),
             image_rotary_emb=_rotary(crop, grid),
@@ -254,13 +257,12 @@ def _mask(batch: int, text: int) -> Tensor:
 
 def tensors_of(side: str, condition: Condition) -> dict[str, Tensor]:
     """The condition's tensors as a request carries them."""
-    return {f"{side}.0.{name}": value for name, value in vars(condition).items() if isinstance(value, Tensor)}
+    return {f"{side}.0.{name}": value for name, value in condition.tensors.items()}
 
 
 def on_device(condition: Condition, device: torch.device) -> Condition:
     """The condition with its tensors on `device`."""
-    tensors = {name: value.to(device) for name, value in vars(condition).items() if isinstance(value, Tensor)}
-    return replace(condition, **tensors)
+    return replace(condition, tensors={name: value.to(device) for name, value in condition.tensors.items()})
 
 
 def entry_of(condition: Condition) -> Conditioning:

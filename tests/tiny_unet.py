@@ -59,5 +59,9 @@ def network(levels: int = 3) -> Any:
 def condition(batch: int, seed: int = 5, size: tuple[int, int] = (104, 72)) -> Condition:
     draw = torch.Generator().manual_seed(seed)
     return Condition(
-        tokens=torch.randn(batch, 7, TEXT, generator=draw), pooled=torch.randn(batch, POOLED, generator=draw), size=size
+        {
+            "tokens": torch.randn(batch, 7, TEXT, generator=draw),
+            "pooled": torch.randn(batch, POOLED, generator=draw),
+        },
+        size=size,
     )

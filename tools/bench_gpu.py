@@ -138,7 +138,7 @@ class Variants:
     def _ours(self, family: Flux, kernel: str) -> Step:
         ulysses, ring, sequence = (Axis(name, [0], None, Ledger()) for name in ("ulysses", "ring", "sequence"))
         strategy = SequenceParallel(family, sequence, AttentionCore(ulysses, ring, KERNELS[kernel]))
-        condition = Condition(self._text, self._pooled, guidance=3.5)
+        condition = Condition({"tokens": self._text, "pooled": self._pooled}, guidance=3.5)
         return lambda: strategy.predict(self._latent, self._sigma, condition)
 
     def _plain(self, backend: str, *, compiled: bool = False) -> Step:
@@ -151,7 +151,7 @@ class Variants:
         ids = torch.zeros(side * side, 3, device=self._device)
         ids[:, 1], ids[:, 2] = rows.repeat_interleave(side), rows.repeat(side)
         given = {
-            "hidden_states": family.tokenize(self._latent).bfloat16(),
+            "hidden_states": family.tokenise({"image": self._latent})["image"].bfloat16(),
             "encoder_hidden_states": self._text,
             "pooled_projections": self._pooled,
             "timestep": self._sigma.bfloat16(),

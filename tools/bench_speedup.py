@@ -116,14 +116,14 @@ class Models:
         text = torch.randn(1, TEXT_TOKENS, 256, generator=generator)
         pooled = torch.randn(1, 64, generator=generator)
         sigma = torch.tensor([0.7])
-        condition = Condition(text, pooled, guidance=3.5)
+        condition = Condition({"tokens": text, "pooled": pooled}, guidance=3.5)
         ids = torch.zeros(side * side, 3)
         ids[:, 1] = torch.arange(side).repeat_interleave(side)
         ids[:, 2] = torch.arange(side).repeat(side)
 
         def plain(model: FluxTransformer2DModel) -> torch.Tensor:
             output = model(
-                hidden_states=self.family.tokenize(latent),
+                hidden_states=self.family.tokenise({"image": latent})["image"],
                 encoder_hidden_states=text,
                 pooled_projections=pooled,
                 timestep=sigma,

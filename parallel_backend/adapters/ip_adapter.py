@@ -17,10 +17,10 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import ImageProjection, IPAdapterTimeImageProjection
 from torch import Tensor, nn
 
-from ..attention.site import Attention
+from ..attention.site import Attention, KeySet, SiteId
 from ..distributed.axis import Axis
 from ..errors import UserError
-from ..families.family import Family
+from ..families.family import TokenFamily
 from ..families.spec import count_blocks
 from ..files.ip_adapter import PROJECTION, SITES, IPAdapterInfo, read_ip_adapter
 from ..layout.stages import Stage
@@ -72,8 +72,10 @@ class IPAdapter(ABC):
         """`picture` `[B, …]`, as an image encoder gives it, at the times `timestep` `[B]`."""
 
     @abstractmethod
-    def attended(self, site: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis) -> Tensor:
-        """As `ShownPrompt.added`, at weight 1; `tensor`: the ranks of which each has some of the heads."""
+    def attended(
+        self, site: SiteId, number: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis
+    ) -> Tensor:
+        """As `TimedImagePrompt.added`, at weight 1; `tensor`: the ranks of which each has some of the heads."""
 
     def check_picture(self, picture: Tensor, batch: int) -> None:
         """Raise `UserError` for a picture of another image encoder, or for as many as there are not in the batch."""
@@ -104,9 +106,11 @@ class FluxIPAdapter(IPAdapter):
     def see(self, picture: Tensor, timestep: Tensor) -> Seen:
         return Seen(self.projection(picture))
 
-    def attended(self, site: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis) -> Tensor:
+    def attended(
+        self, site: SiteId, number: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis
+    ) -> Tensor:
         (query,) = own
-        key, value = (self.sites[site][name](seen.tokens).unflatten(-1, (-1, query.shape[-1])) for name in CUT)
+        key, value = (self.sites[number][name](seen.tokens).unflatten(-1, (-1, query.shape[-1])) for name in CUT)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         # A rank without image tokens or heads has nothing to compute, and kernels crash on empty input.
         found = F.scaled_dot_product_attention(query, key, value) if query.numel() else torch.empty_like(query)
@@ -151,13 +155,15 @@ class SD3IPAdapter(IPAdapter):
     def see(self, picture: Tensor, timestep: Tensor) -> Seen:
         return Seen(*self.projection(picture, timestep))
 
-    def attended(self, site: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis) -> Tensor:
-        layer, (value, key, query) = self.sites[site], own
+    def attended(
+        self, site: SiteId, number: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis
+    ) -> Tensor:
+        layer, (value, key, query) = self.sites[number], own
         normed = layer.norm_ip(seen.tokens, temb=seen.time)
         picture_key, picture_value = (getattr(layer, name)(normed).unflatten(-1, (-1, query.shape[-1])) for name in CUT)
-        sent = [attention.send(each, "image") for each in (value, layer.norm_k(key), layer.norm_q(query))]
-        beside = layer.norm_ip_k(picture_key), picture_value
-        return attention(sent[2], sent[1], sent[0], beside).flatten(2).to(query.dtype)
+        sent = [attention.send(each, ("image",)) for each in (value, layer.norm_k(key), layer.norm_q(query))]
+        extra_kv = layer.norm_ip_k(picture_key), picture_value
+        return attention(site, sent[2], KeySet(sent[1], sent[0]), extra_kv=extra_kv).flatten(2).to(query.dtype)
 
 
 IP_ADAPTERS: dict[str, type[IPAdapter]] = {"flux": FluxIPAdapter, "sd3": SD3IPAdapter}
@@ -184,26 +190,28 @@ class ImagePrompt:
     def is_active(self, timestep: float) -> bool:
         return self.weight != 0.0 and self.end <= timestep <= self.start
 
-    def at(self, timestep: Tensor) -> Shown:
+    def at(self, timestep: Tensor, place: int) -> Shown:
         picture = self.picture.expand(len(timestep), *self.picture.shape[1:])
         weight = self.weight if self.is_active(float(timestep[0])) else 0.0
-        return Shown(self.adapter, self.adapter.see(picture, timestep), weight, self.tensor)
+        return Shown(self.adapter, self.adapter.see(picture, timestep), weight, self.tensor, place)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture at one moment of a run."""
+    """A picture at one moment of a run. `place`: which of its condition's pictures it is."""
 
     adapter: IPAdapter
     seen: Seen
     weight: float
     tensor: Axis
+    place: int
 
-    def added(self, site: int, own: Sequence[Tensor], attention: Attention) -> Tensor:
-        return self.weight * self.adapter.attended(site, self.seen, own, attention, self.tensor)
+    def added(self, site: SiteId, number: int, own: Sequence[Tensor], attention: Attention) -> Tensor:
+        place = (*site, "picture", self.place)
+        return self.weight * self.adapter.attended(place, number, self.seen, own, attention, self.tensor)
 
 
-def check_family(info: IPAdapterInfo, family: Family) -> None:
+def check_family(info: IPAdapterInfo, family: TokenFamily) -> None:
     """Raise `UserError` for a model that the IP-Adapter was not made for."""
     theirs = (family.name, family.hidden_size, len(family.prompt_sites))
     if (info.family, info.width, info.sites) != theirs:
@@ -215,7 +223,7 @@ def check_family(info: IPAdapterInfo, family: Family) -> None:
         )
 
 
-def open_ip_adapter(path: Path, family: Family, cuts: TensorCuts, stage: Stage) -> IPAdapter:
+def open_ip_adapter(path: Path, family: TokenFamily, cuts: TensorCuts, stage: Stage) -> IPAdapter:
     """What a rank needs that has the blocks of `stage`, and of their heads what `cuts` say. Raises `UserError`."""
     info = read_ip_adapter(path)
     check_family(info, family)
@@ -252,7 +260,9 @@ def _check_shapes(info: IPAdapterInfo, modules: Mapping[str, nn.Module]) -> None
         )
 
 
-def _with_weights(info: IPAdapterInfo, module: nn.Module, prefix: str, family: Family, cuts: TensorCuts) -> nn.Module:
+def _with_weights(
+    info: IPAdapterInfo, module: nn.Module, prefix: str, family: TokenFamily, cuts: TensorCuts
+) -> nn.Module:
     for name in module.state_dict():
         tensor = info.checkpoint.tensor(info.keys[prefix + name])
         layer, _, leaf = name.rpartition(".")

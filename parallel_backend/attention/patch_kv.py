@@ -2,102 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..tokens.plan import PatchPlan, Tokens
-from .site import KeysValues, Sent
+from ..tokens.plan import Patches, TokenPlan
+from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 from .usp import AttentionCore
+
+Place = tuple[int, SiteId, int]
+"""The number of a condition, a site, and the number of one of the site's key sets."""
 
 
 class PatchAttention:
     """The attention of one stage's blocks. Each site keeps the keys and values of all tokens, the newest it has seen.
 
-    They are kept as they are after the Ulysses all-to-all: this rank's heads of the tokens of its ring chunk. A ring
-    passes them on whole, so that each patch costs the hops that a whole picture costs without PipeFusion.
+    They are kept as they are after the Ulysses all-to-all: this rank's heads of the tokens of its ring chunk, rank by
+    rank, stream by stream, patch by patch. A ring passes them on whole, so that each patch costs the hops that a whole
+    picture costs without PipeFusion.
     """
 
     keeps = True
 
-    def __init__(self, core: AttentionCore, plans: Sequence[PatchPlan]) -> None:
+    def __init__(self, core: AttentionCore, plans: Sequence[TokenPlan]) -> None:
         """`plans`: one for each condition that is evaluated here."""
         self._core = core
         self._plans = plans
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._condition = self._site = 0
-        self._patches: Sequence[int] = ()
-        self._seen: Sequence[int] = ()
+        self._kept: dict[Place, Tensor] = {}
+        self._sums: dict[tuple[int, SiteId], dict[int, Tensor]] = {}
+        self._condition = 0
+        self._patches: Patches = ()
+        self._seen: Patches = ()
 
-    def begin(self, condition: int, patches: Sequence[int], *, seen: int) -> None:
+    def begin(self, condition: int, patches: Patches, *, seen: int) -> None:
         """What comes next through the blocks: the tokens of `patches`, under the condition of that number.
 
         `seen`: how many patches, from the first on, have keys and values by then.
         """
-        self._condition, self._patches, self._site = condition, patches, 0
-        self._seen = range(seen)
-        plan = self._plans[condition]
-        self.set_lengths(plan.text_lengths(patches), plan.image_lengths(patches))
+        self._condition, self._patches, self._seen = condition, patches, range(seen)
+        self.set_lengths(self._plans[condition].lengths(patches))
 
-    def plan(self, condition: int) -> PatchPlan:
+    def plan(self, condition: int) -> TokenPlan:
         """Of the condition of that number."""
         return self._plans[condition]
 
     def forget(self) -> None:
         """Free what is kept."""
         self._kept.clear()
+        self._sums.clear()
 
-    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
-        self._core.set_lengths(text, image)
+    def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        self._core.set_lengths(lengths)
 
-    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
-        return self._core.send(x, tokens)
+    def send(self, x: Tensor, streams: Streams, serves: Sequence[int] | None = None) -> Sent:
+        return self._core.send(x, streams, serves)
 
-    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
+    def __call__(self, site: SiteId, q: Sent, *sets: KeySet, extra_kv: KeysValues | None = None) -> Tensor:
         """Attention of this rank's queries over the newest keys and values of all tokens, `[B, S, H, D]`."""
-        core, plan = self._core, self._plans[self._condition]
-        values = v.wait()
-        keys_values = (k.wait(), values)
-        totals = plan.lengths(range(len(plan.image_sizes)), q.tokens)
-        seen = plan.lengths(self._seen, q.tokens)
-        kept = self._kept_by_site(keys_values[0], self._chunks(totals)[core.ring.rank])
-        self._keep(kept, keys_values, q.tokens, totals)
-        begun = self._begun(kept, seen, totals)
-        return core.gather(core.attend(q.wait(), begun, self._chunks(seen), beside), q)
+        core, own = self._core, []
+        for number, each in enumerate(sets):
+            values = each.value.wait()
+            keys_values = (each.key.wait(), values)
+            streams = each.key.streams
+            place = (self._condition, site, number)
+            if place not in self._kept:
+                length = self._chunks(streams, self._plan.patches)[core.ring.rank]
+                like = keys_values[0]
+                self._kept[place] = like.new_zeros((2, *like.shape[:2], length, like.shape[3]))
+            kept = self._kept[place]
+            self._keep(kept, keys_values, streams)
+            own.append(core.own_keys(each, self._begun(kept, streams), self._chunks(streams, self._seen)))
+        return core.gather(core.attend(q.wait(), own, extra_kv), q)
 
-    def _chunks(self, lengths: Sequence[int]) -> list[int]:
-        """The lengths of the chunks that the ranks of the ring hold, from those of all ranks."""
-        ulysses = self._core.ulysses.size
-        return [sum(lengths[ring * ulysses : (ring + 1) * ulysses]) for ring in range(self._core.ring.size)]
+    def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._core.local(q, k, v)
 
-    def _begun(self, kept: Tensor, seen: Sequence[int], totals: Sequence[int]) -> Tensor:
-        """What has been filled of `kept`: of each rank's tokens, the first ones."""
-        if seen == totals:
-            return kept
-        own = slice(
-            self._core.ring.rank * self._core.ulysses.size, (self._core.ring.rank + 1) * self._core.ulysses.size
-        )
-        parts = zip(kept.split(totals[own], dim=3), seen[own], strict=True)
-        return torch.cat([part[:, :, :, :length] for part, length in parts], dim=3)
+    def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
+        """The sum over the newest of all patches."""
+        sizes, rank = self._plan.sizes[stream], self._rank
+        parts, start = [], 0
+        for patch in self._patches:
+            stop = start + sizes[patch][rank]
+            parts.append(of(slice(start, stop)))
+            start = stop
+        kept = self._sums.setdefault((self._condition, site), {})
+        kept.update(zip(self._patches, self._core.reduce(torch.stack(parts)), strict=True))
+        return torch.stack([kept[patch] for patch in self._seen]).sum(dim=0)
 
-    def _kept_by_site(self, like: Tensor, length: int) -> Tensor:
-        """The `[2, B, h, S_chunk, D]` of the site whose turn it is: every block calls its sites in the same order."""
-        place = (self._condition, self._site)
-        self._site += 1
-        if place not in self._kept:
-            self._kept[place] = like.new_zeros((2, *like.shape[:2], length, like.shape[3]))
-        return self._kept[place]
+    @property
+    def _plan(self) -> TokenPlan:
+        return self._plans[self._condition]
 
-    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor], tokens: Tokens, totals: list[int]) -> None:
-        """Put the keys and values of the patches at hand, rank after rank of the chunk, where they belong."""
-        first = self._core.ring.rank * self._core.ulysses.size
-        plan = self._plans[self._condition]
-        lengths = plan.lengths(self._patches, tokens)
-        source = target = 0
+    @property
+    def _rank(self) -> int:
+        return self._core.ring.rank * self._core.ulysses.size + self._core.ulysses.rank
+
+    def _chunks(self, streams: Streams, patches: Patches) -> list[int]:
+        """The lengths of the chunks that the ranks of the ring hold of `patches`."""
+        ulysses, plan = self._core.ulysses.size, self._plan
+        return [
+            sum(plan.size(name, rank, patches) for name in streams for rank in range(first, first + ulysses))
+            for first in range(0, self._core.ring.size * ulysses, ulysses)
+        ]
+
+    def _runs(self, streams: Streams, patches: Patches) -> Iterator[tuple[int, int]]:
+        """Of each rank of the chunk and each stream: where its tokens of `patches` begin in what is kept, and their
+        number."""
+        plan, first = self._plan, self._core.ring.rank * self._core.ulysses.size
+        start = 0
         for rank in range(first, first + self._core.ulysses.size):
-            start = target + plan.offset(rank, self._patches[0], tokens)
+            for name in streams:
+                before = plan.size(name, rank, range(patches[0]))
+                yield start + before, plan.size(name, rank, patches)
+                start += plan.size(name, rank, plan.patches)
+
+    def _begun(self, kept: Tensor, streams: Streams) -> Tensor:
+        """What has been filled of `kept`: the patches that were seen."""
+        if len(self._seen) == len(self._plan.patches):
+            return kept
+        runs = self._runs(streams, self._seen)
+        return torch.cat([kept[:, :, :, start : start + count] for start, count in runs], dim=3)
+
+    def _keep(self, kept: Tensor, keys_values: Sequence[Tensor], streams: Streams) -> None:
+        """Put the keys and values of the patches at hand where they belong."""
+        source = 0
+        for start, count in self._runs(streams, self._patches):
             for whole, fresh in zip(kept, keys_values, strict=True):
-                whole[:, :, start : start + lengths[rank]] = fresh[:, :, source : source + lengths[rank]]
-            source += lengths[rank]
-            target += totals[rank]
+                whole[:, :, start : start + count] = fresh[:, :, source : source + count]
+            source += count

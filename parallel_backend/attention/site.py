@@ -1,27 +1,50 @@
-"""What the attention sites of a model see of attention, whichever ranks it spans."""
+"""What the sites of a model see of attention, whichever ranks it spans.
+
+A site is a place in a block where the tokens of one rank need those of another. Its id says which: what a strategy
+keeps for it (keys and values, sums) is found by the id, whatever other sites have been called before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from ..distributed.axis import Exchange
-from ..tokens.plan import Tokens
+
+SiteId = tuple[int | str, ...]
+"""The number of a block, then what tells the sites of a block apart."""
+
+Streams = tuple[str, ...]
+"""The names of the streams that a site's tokens belong to, in the order in which they are concatenated."""
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, `[B, S, H, D]` each."""
+
+Sum = Callable[[slice], Tensor]
+"""Of some of this rank's tokens of a stream: their contribution to a sum over all tokens."""
 
 
 class Sent:
     """A projection of this rank's tokens, on its way to the ranks that attend with it."""
 
     def __init__(
-        self, x: Tensor, tokens: Tokens, exchange: Exchange | None = None, length: int = 0, own_heads: int = 0
+        self,
+        x: Tensor,
+        streams: Streams,
+        exchange: Exchange | None = None,
+        length: int = 0,
+        own_heads: int = 0,
+        serves: Sequence[int] | None = None,
     ) -> None:
-        """`exchange`: brings `own_heads` heads of `length` tokens, of all ranks of the Ulysses axis."""
-        self.tokens: Tokens = tokens
+        """`exchange`: brings `own_heads` heads of `length` tokens, of all ranks of the Ulysses axis.
+
+        `serves`: for each query head of this rank the one of these heads that it attends to; None: each to its own.
+        """
+        self.streams = streams
+        self.serves = serves
         self.batch, _, self.heads, self.dim = x.shape
         self._x, self._exchange, self._length, self._own_heads = x, exchange, length, own_heads
 
@@ -33,23 +56,52 @@ class Sent:
         return received.permute(2, 1, 0, 3)
 
 
+@dataclass(frozen=True)
+class KeySet:
+    """Keys and values that queries attend to. A site's softmax is over all of its sets together.
+
+    `log_weight`: what is added to the scores of the set. `places`: where the tokens of queries and keys are frames of
+    so many places, a query attends to the keys of its own place alone.
+    """
+
+    key: Sent
+    value: Sent
+    log_weight: float = 0.0
+    places: int | None = None
+
+
 class Attention(Protocol):
-    """What every attention site of a model calls: `send` with each projection as soon as it is there, then itself.
+    """What every site of a model calls: `send` with each projection as soon as it is there, then itself.
 
     The site computes what it can between the two: the exchange goes on behind it. Where attention `keeps` keys and
-    values for the next evaluation, every site is called in every evaluation, in the same order.
+    values for the next evaluation, they are those of the site of that id.
     """
 
     keeps: bool
 
-    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
-        """Say how many tokens each sequence-parallel rank holds, in the order ring-major, Ulysses-minor."""
+    def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        """Say how many tokens of each stream every sequence-parallel rank holds: ring-major, Ulysses-minor."""
         ...
 
-    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
-        """Start to send this rank's `tokens`, `[B, S, H, D]`: of "all", the text comes first."""
+    def send(self, x: Tensor, streams: Streams, serves: Sequence[int] | None = None) -> Sent:
+        """Start to send this rank's tokens of `streams`, `[B, S, H, D]`.
+
+        `serves`: where keys and values have fewer heads than queries (grouped-query attention, arXiv 2305.13245), for
+        each of this rank's query heads, in rising order, the one of these heads that it attends to.
+        """
         ...
 
-    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
-        """`beside`: keys and values of all heads that every rank has, to be attended to once as well."""
+    def __call__(self, site: SiteId, q: Sent, *sets: KeySet, extra_kv: KeysValues | None = None) -> Tensor:
+        """Attention of this rank's queries over all ranks' keys and values of `sets`: `[B, S, H, D]`.
+
+        `extra_kv`: keys and values that every rank has, a head for each query head, to be attended to once as well.
+        """
+        ...
+
+    def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within this rank alone, `[B, S, H, D]`: where what a query attends to is on its own rank."""
+        ...
+
+    def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
+        """The sum over all tokens of `stream`, equal on every rank. `of` is asked for parts of this rank's tokens."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.axis import Axis, Exchange
-from ..tokens.plan import Tokens, lengths_by_tokens
-from .site import KeysValues, Sent
+from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 from .usp import AttentionCore
+
+Place = tuple[int, SiteId, int]
+"""A condition, a site, and the number of one of the site's key sets."""
 
 
 @dataclass
-class Kept:
+class KeptKeys:
     """What one site keeps for one condition: keys and values `[2, B, h, S, D]` of all tokens, and what is under way.
 
     `coming` brings keys and values of the ranks `sources`, one after the other.
@@ -27,10 +29,18 @@ class Kept:
     sources: Sequence[int] = ()
 
 
+@dataclass
+class KeptSum:
+    """What one site keeps for one condition: the part `[N, …]` of each of the N ranks, and what is under way."""
+
+    parts: Tensor
+    coming: Exchange | None = None
+
+
 class StaleAttention:
     """Own keys and values are fresh; those of the other ranks of `axis` are from the evaluation before.
 
-    They are on their way from this site until the same site of the next evaluation, behind everything between. Tokens
+    They are on their way from a site until the same site of the next evaluation, behind everything between. Tokens
     are shared out over `axis` first, then over the ring and Ulysses ranks of `core`.
     """
 
@@ -41,9 +51,10 @@ class StaleAttention:
         self._core = core
         self._axis = axis
         self._in_turn = in_turn
-        self._kept: dict[tuple[int, int], Kept] = {}
-        self._lengths: dict[Tokens, list[int]] = {}
-        self._condition = self._site = self._evaluation = 0
+        self._kept: dict[Place, KeptKeys] = {}
+        self._sums: dict[tuple[int, SiteId], KeptSum] = {}
+        self._lengths: Mapping[str, Sequence[int]] = {}
+        self._condition = self._evaluation = 0
         self._is_synchronous = True
 
     def begin(self, condition: int, evaluation: int, *, synchronous: bool) -> None:
@@ -51,12 +62,12 @@ class StaleAttention:
 
         `synchronous`: wait for the keys and values of this very evaluation, as the first one must. Exact.
         """
-        self._condition, self._evaluation, self._site = condition, evaluation, 0
+        self._condition, self._evaluation = condition, evaluation
         self._is_synchronous = synchronous
 
     def finish(self) -> None:
         """Wait for what is under way, and free what is kept."""
-        for kept in self._kept.values():
+        for kept in (*self._kept.values(), *self._sums.values()):
             if kept.coming:
                 kept.coming.wait()
         self.forget()
@@ -64,48 +75,72 @@ class StaleAttention:
     def forget(self) -> None:
         """Free what is kept."""
         self._kept.clear()
+        self._sums.clear()
 
-    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
+    def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
         """As `Attention.set_lengths`, over the ranks of `axis` too: they change slowest."""
-        self._lengths = lengths_by_tokens(text, image)
-        inner = len(text) // self._axis.size
+        self._lengths = lengths
+        inner = self._core.ulysses.size * self._core.ring.size
         own = slice(self._axis.rank * inner, (self._axis.rank + 1) * inner)
-        self._core.set_lengths(text[own], image[own])
+        self._core.set_lengths({name: each[own] for name, each in lengths.items()})
 
-    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
-        return self._core.send(x, tokens)
+    def send(self, x: Tensor, streams: Streams, serves: Sequence[int] | None = None) -> Sent:
+        return self._core.send(x, streams, serves)
 
-    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
+    def __call__(self, site: SiteId, q: Sent, *sets: KeySet, extra_kv: KeysValues | None = None) -> Tensor:
         """Attention of this rank's queries over the newest keys and values at hand of all tokens, `[B, S, H, D]`."""
         core = self._core
-        values = v.wait()
-        own = torch.stack((k.wait(), values))
-        parts = [self._parts(q.tokens, ring) for ring in range(core.ring.size)]
-        chunks = [sum(part) for part in parts]
-        kept = self._at_site(own, chunks[core.ring.rank])
-        places = kept.whole.split(parts[core.ring.rank], dim=3)
-        places[self._axis.rank].copy_(own)
-        self._take_in(kept, places)
-        self._start(kept, own, places)
-        if self._is_synchronous:
+        own_sets = []
+        for number, each in enumerate(sets):
+            values = each.value.wait()
+            own = torch.stack((each.key.wait(), values))
+            parts = [self._parts(each.key.streams, ring) for ring in range(core.ring.size)]
+            chunks = [sum(part) for part in parts]
+            place = (self._condition, site, number)
+            if place not in self._kept:
+                length = chunks[core.ring.rank]
+                self._kept[place] = KeptKeys(own.new_empty((*own.shape[:3], length, own.shape[4])))
+            kept = self._kept[place]
+            places = kept.whole.split(parts[core.ring.rank], dim=3)
+            places[self._axis.rank].copy_(own)
             self._take_in(kept, places)
-        return core.gather(core.attend(q.wait(), kept.whole, chunks, beside), q)
+            self._start(kept, own, places)
+            if self._is_synchronous:
+                self._take_in(kept, places)
+            own_sets.append(core.own_keys(each, kept.whole, chunks))
+        return core.gather(core.attend(q.wait(), own_sets, extra_kv), q)
 
-    def _parts(self, tokens: Tokens, ring: int) -> list[int]:
+    def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._core.local(q, k, v)
+
+    def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
+        """The sum over this rank's tokens as they are, and over others' as they were in the evaluation before."""
+        own = self._core.total(site, stream, of)
+        place = (self._condition, site)
+        if place not in self._sums:
+            self._sums[place] = KeptSum(own.new_zeros((self._axis.size, *own.shape)))
+        kept = self._sums[place]
+        self._take_in_sum(kept)
+        kept.parts[self._axis.rank] = own
+        gathered = own.new_empty(self._axis.size * own.numel())
+        kept.coming = self._axis.start_all_gather(own.flatten(), gathered)
+        if self._is_synchronous:
+            self._take_in_sum(kept)
+        return kept.parts.sum(dim=0)
+
+    def _take_in_sum(self, kept: KeptSum) -> None:
+        if kept.coming is not None:
+            kept.parts.copy_(kept.coming.wait().view(kept.parts.shape))
+        kept.coming = None
+
+    def _parts(self, streams: Streams, ring: int) -> list[int]:
         """Of the tokens of the ring rank `ring`, those that each rank of `axis` computes."""
-        lengths, ulysses, rings = self._lengths[tokens], self._core.ulysses.size, self._core.ring.size
+        lengths = [sum(each) for each in zip(*(self._lengths[name] for name in streams), strict=True)]
+        ulysses, rings = self._core.ulysses.size, self._core.ring.size
         chunks = [sum(lengths[start : start + ulysses]) for start in range(0, len(lengths), ulysses)]
         return chunks[ring::rings]
 
-    def _at_site(self, own: Tensor, length: int) -> Kept:
-        """What is kept at the site whose turn it is: every block calls its sites in the same order."""
-        place = (self._condition, self._site)
-        self._site += 1
-        if place not in self._kept:
-            self._kept[place] = Kept(own.new_empty((*own.shape[:3], length, own.shape[4])))
-        return self._kept[place]
-
-    def _start(self, kept: Kept, own: Tensor, places: Sequence[Tensor]) -> None:
+    def _start(self, kept: KeptKeys, own: Tensor, places: Sequence[Tensor]) -> None:
         """Send own keys and values, and receive those of others."""
         flat = own.view(-1)
         if self._in_turn and not self._is_synchronous:
@@ -120,7 +155,7 @@ class StaleAttention:
             gathered = own.new_empty(self._axis.size * widest)
             kept.coming, kept.sources = self._axis.start_all_gather(flat, gathered), range(self._axis.size)
 
-    def _take_in(self, kept: Kept, places: Sequence[Tensor]) -> None:
+    def _take_in(self, kept: KeptKeys, places: Sequence[Tensor]) -> None:
         """Put the other ranks' keys and values that were under way where they belong."""
         if kept.coming is None:
             return

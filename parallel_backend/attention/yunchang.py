@@ -5,7 +5,7 @@ Its other kernels hand the ring a log-sum-exp of zero, which gives wrong numbers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -16,8 +16,7 @@ from torch import Tensor
 from ..distributed.axis import Axis
 from ..distributed.groups import new_group
 from ..errors import UserError
-from ..tokens.plan import Tokens, lengths_by_tokens
-from .site import KeysValues, Sent
+from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 
 
 class YunchangAttention:
@@ -41,35 +40,50 @@ class YunchangAttention:
         # The library's own set-up assumes that the sequence-parallel ranks start at rank 0.
         vars(PROCESS_GROUP).update(ULYSSES_PG=_group(ulysses), RING_PG=_group(ring))
         self._attention = LongContextAttention(attn_type=AttnType.FA)
-        self._ulysses_degree = ulysses.size
-        self._lengths: dict[Tokens, list[int]] = {}
+        self._ulysses, self._ring = ulysses, ring
+        self._lengths: Mapping[str, Sequence[int]] = {}
 
-    def set_lengths(self, text: Sequence[int], image: Sequence[int]) -> None:
-        self._lengths = lengths_by_tokens(text, image)
+    def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        self._lengths = lengths
 
-    def send(self, x: Tensor, tokens: Tokens = "all") -> Sent:
+    def send(self, x: Tensor, streams: Streams, serves: Sequence[int] | None = None) -> Sent:
         """Nothing is sent yet: the library does all of it at once."""
-        lengths = self._lengths[tokens]
+        lengths = [sum(each) for each in zip(*(self._lengths[name] for name in streams), strict=True)]
         if len(set(lengths)) > 1:
             raise UserError(
                 f"attention=yunchang needs the same number of tokens on every rank; here they hold {lengths}.",
                 "Choose attention=auto, which takes uneven shares.",
             )
-        return Sent(x, tokens)
-
-    def __call__(self, q: Sent, k: Sent, v: Sent, beside: KeysValues | None = None) -> Tensor:
-        """Attention of this rank's queries over all ranks' keys and values, `[B, S, H, D]`."""
-        if beside is not None:
+        if serves is not None:
             raise UserError(
-                "attention=yunchang takes no keys beside the tokens', as an IP-Adapter for this model has them.",
+                "attention=yunchang needs a key head for each query head; this model has fewer.",
                 "Choose attention=auto.",
             )
-        if q.heads % self._ulysses_degree:
+        return Sent(x, streams)
+
+    def __call__(self, site: SiteId, q: Sent, *sets: KeySet, extra_kv: KeysValues | None = None) -> Tensor:
+        """Attention of this rank's queries over all ranks' keys and values, `[B, S, H, D]`."""
+        keys, *others = sets
+        if extra_kv is not None or others or keys.log_weight or keys.places is not None:
             raise UserError(
-                f"attention=yunchang needs heads that ulysses_degree divides: {q.heads} by {self._ulysses_degree}.",
+                "attention=yunchang attends to one set of keys, all of them alike; this model, or an IP-Adapter for "
+                "it, has more.",
+                "Choose attention=auto.",
+            )
+        if q.heads % self._ulysses.size:
+            raise UserError(
+                f"attention=yunchang needs heads that ulysses_degree divides: {q.heads} by {self._ulysses.size}.",
                 "Choose attention=auto, which takes uneven heads.",
             )
-        return self._attention(*(sent.wait().transpose(1, 2).contiguous() for sent in (q, k, v)))
+        return self._attention(*(sent.wait().transpose(1, 2).contiguous() for sent in (q, keys.key, keys.value)))
+
+    def local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+        return flash_attn_func(q, k, v)
+
+    def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
+        return self._ring.all_reduce(self._ulysses.all_reduce(of(slice(None)).contiguous()))
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:

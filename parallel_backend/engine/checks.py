@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..distributed.axis import Axis
 from ..errors import UserError
-from ..families.family import Family
+from ..families.family import TokenFamily
+from ..families.spec import LatentSpec
 from ..layout.layout import Layout
 from ..protocol.messages import Sample
 from ..sampling.driver import not_finite
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 
 def check_rows(latent: Tensor, timestep: Tensor, count: int) -> None:
-    """Raise `UserError` unless the rows are as many for each of `count` conditions, with a finite time for each."""
+    """Raise `UserError` unless the rows are as many for each of `count` conditions, with finite times for each."""
     rows = latent.shape[0]
-    if rows % count or timestep.shape != (rows,) or not torch.isfinite(timestep).all():
+    fits = timestep.ndim in (1, 2) and timestep.shape[0] == rows and timestep.numel()
+    if rows % count or not fits or not torch.isfinite(timestep).all():
         raise UserError(
             f"The latent has {rows} rows for {count} conditions, and times of the shape {list(timestep.shape)}.",
             "Look at the node that samples: it asks for a prediction that does not fit together.",
@@ -65,11 +67,31 @@ def needed(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name]
 
 
-def check_latent(latent: Tensor, family: Family, channels: int) -> None:
-    """Raise `UserError` for a latent that is empty, too large, of other than `channels`, or not finite."""
-    if latent.ndim != 4 or not latent.numel():
+def latents_of(tensors: Mapping[str, Tensor], family: TokenFamily, channels: int | None = None) -> dict[str, Tensor]:
+    """The latents of a request by name, fp32: a single one is called `latent` there, several `latent.<name>`.
+
+    `channels`: of the first one, where they are not its family's. Raises `UserError` for those that cannot be sampled.
+    """
+    single = len(family.latents) == 1
+    found = {}
+    for spec in family.latents:
+        latent = needed("latent" if single else f"latent.{spec.name}", tensors).float()
+        check_latent(latent, family, spec, channels if channels and spec is family.latent else spec.channels)
+        found[spec.name] = latent
+    if len({len(latent) for latent in found.values()}) > 1:
         raise UserError(
-            f"The latent has the shape {list(latent.shape)}; a picture's latent is [batch, channels, height, width].",
+            f"The latents are of different batches: { {name: len(each) for name, each in found.items()} }.",
+            "Use latents that belong together.",
+        )
+    return found
+
+
+def check_latent(latent: Tensor, family: TokenFamily, spec: LatentSpec, channels: int) -> None:
+    """Raise `UserError` for a latent that is empty, too large, of other than `channels`, or not finite."""
+    if latent.ndim != 2 + spec.dims or not latent.numel():
+        kind, dims = ("picture", "height, width") if spec.dims == 2 else ("video", "frames, height, width")
+        raise UserError(
+            f"The latent has the shape {list(latent.shape)}; a {kind}'s latent is [batch, channels, {dims}].",
             "Give a batch, a width and a height of at least 1.",
         )
     if latent.shape[1] != channels:
@@ -77,12 +99,13 @@ def check_latent(latent: Tensor, family: Family, channels: int) -> None:
             f"The latent has {latent.shape[1]} channels; this {family.name} model takes {channels}.",
             "Use the VAE (or the empty latent node) that belongs to the model.",
         )
-    side = -(-max(latent.shape[2:]) // family.patch_size)
+    patch = spec.patch[1]
+    side = -(-max(latent.shape[-2:]) // patch)
     if family.max_side is not None and side > family.max_side:
         raise UserError(
-            f"The latent is {latent.shape[3]} wide and {latent.shape[2]} high, which makes {side} rows or columns of "
+            f"The latent is {latent.shape[-1]} wide and {latent.shape[-2]} high, which makes {side} rows or columns of "
             f"tokens; this {family.name} model has positions for {family.max_side}.",
-            f"Make the latent at most {family.max_side * family.patch_size} wide and high.",
+            f"Make the latent at most {family.max_side * patch} wide and high.",
         )
     if not torch.isfinite(latent).all():
         raise UserError(

@@ -16,23 +16,22 @@ from ..adapters.ip_adapter import ImagePrompt, IPAdapter, check_family
 from ..distributed.axis import Axis
 from ..errors import UserError
 from ..families.condition import CONDITION_TENSORS, Condition
-from ..families.family import Family
+from ..families.family import TokenFamily
 from ..protocol import messages
 from ..protocol.messages import Conditioning, Prompt
 from ..sampling.model_sampling import ModelSampling
 from ..strategies.weighted_prompts import Area, Entry
-from ..tokens.grid import CELL
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What entries are made of: a request's tensors and controls, for a latent of `shape` `[B, C, H, W]`.
+    """What entries are made of: a request's tensors and controls, for a first latent of `shape` `[B, C, ..., H, W]`.
 
     `adapters`: the IP-Adapters of image prompts, by path; `tensor`: the ranks that share the model's heads.
     """
 
     tensors: Mapping[str, Tensor]
-    family: Family
+    family: TokenFamily
     model_sampling: ModelSampling
     shape: torch.Size
     controls: Sequence[Control] = ()
@@ -49,11 +48,16 @@ def entries_of_side(entries: Sequence[Conditioning], side: str, inputs: Inputs) 
 
 
 def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Entry:
-    family, (batch, _, height, width) = inputs.family, inputs.shape
+    family, batch, (height, width) = inputs.family, inputs.shape[0], inputs.shape[-2:]
     owner = index if entry.prompt is None else entry.prompt
     if owner > index:
         raise UserError(f"The {side} entry {index} names the prompt of entry {owner}, which does not come before it.")
     area = _area_of(entry, side, height, width)
+    if area is not None and len(family.latents) > 1:
+        raise UserError(
+            f"A {side} prompt is for an area; a {family.name} model of {len(family.latents)} latents takes none.",
+            "Remove the area.",
+        )
     condition = prompt_of(entry, f"{side}.{owner}.", side, inputs.tensors, family, inputs.shape)
     pictures = pictures_of(entry, f"{side}.{owner}.", inputs.tensors, family)
     asked = list(zip(entry.image_prompts, pictures, strict=True))
@@ -88,7 +92,7 @@ def _area_of(entry: Conditioning, side: str, height: int, width: int) -> Area | 
 def _weight_of(
     entry: Conditioning, region: Tensor | None, area: Area | None, side: str, shape: Sequence[int]
 ) -> Tensor:
-    batch, _, height, width = shape
+    batch, (height, width) = shape[0], shape[-2:]
     if region is None:
         return entry.strength * (torch.ones(1, 1, 1, 1) if area is None else area.faded(height, width))
     if list(region.shape) not in ([1, height, width], [batch, height, width]):
@@ -104,20 +108,21 @@ def _weight_of(
 
 
 def prompt_of(
-    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]
+    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: TokenFamily, shape: Sequence[int]
 ) -> Condition:
     """One prompt with those of its tensors whose names begin with `prefix`; errors say that it is of `side`.
 
-    Where no size of the picture is told, the model is told that of the latent of `shape` `[B, C, H, W]`.
+    Where no size of the picture is given, the model is given that of the latent of `shape` `[B, C, ..., H, W]`.
     """
     given: dict[str, Any] = {
         name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors
     }
     check_condition_tensors(given, side, shape[0])
+    _, *cell = family.latent.stride
     condition = Condition(
-        **given,
+        given,
         guidance=prompt.guidance,
-        size=prompt.size or (shape[2] * CELL, shape[3] * CELL),
+        size=prompt.size or (shape[-2] * cell[0], shape[-1] * cell[1]),
         target_size=prompt.target_size,
         references=_references_of(prompt, prefix, side, tensors, family, shape[0]),
         reference_places=prompt.reference_places,
@@ -127,7 +132,7 @@ def prompt_of(
 
 
 def _references_of(
-    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, batch: int
+    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: TokenFamily, batch: int
 ) -> tuple[Tensor, ...]:
     if prompt.references and not family.takes_references:
         raise UserError(
@@ -159,7 +164,7 @@ def sizes_of_controls(entries: Sequence[Conditioning], count: int, shape: Sequen
 
     Raises `UserError` for entries that do not agree on it, or name a control that there is not.
     """
-    height, width = shape[2:]
+    height, width = shape[-2:]
     sizes: dict[int, tuple[int, int]] = {}
     for entry in entries:
         size = (height, width) if entry.area is None else entry.area[:2]
@@ -178,7 +183,7 @@ def control_of(
     control: messages.Control,
     picture: Tensor | None,
     net: ControlNet,
-    family: Family,
+    family: TokenFamily,
     model_sampling: ModelSampling,
     size: tuple[int, int, int],
 ) -> Control:
@@ -188,9 +193,10 @@ def control_of(
     """
     net.work_with(family, control.mode)
     batch, height, width = size
-    wanted = [family.latent_channels, height, width]
+    wanted = [family.latent.channels, height, width]
     if net.info.takes_pixels:
-        wanted = [3, height * CELL, width * CELL]
+        _, *cell = family.latent.stride
+        wanted = [3, height * cell[0], width * cell[1]]
     if picture is None or picture.ndim != 4 or picture.shape[0] not in (1, batch) or list(picture.shape[1:]) != wanted:
         found = "is missing" if picture is None else f"has the shape {list(picture.shape)}"
         what = "control picture" if net.info.takes_pixels else "latent of the control picture"
@@ -208,7 +214,7 @@ def control_of(
     )
 
 
-def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], family: Family) -> list[Tensor]:
+def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], family: TokenFamily) -> list[Tensor]:
     """The pictures of a prompt's image prompts, on the family's device. Raises `UserError` when one is missing."""
     names = [f"{prefix}image.{number}" for number in range(len(prompt.image_prompts))]
     if missing := [name for name in names if name not in tensors]:
@@ -219,7 +225,7 @@ def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], fami
 def image_prompts_of(
     asked: Sequence[tuple[messages.ImagePrompt, Tensor]],
     adapters: Mapping[str, IPAdapter],
-    family: Family,
+    family: TokenFamily,
     tensor: Axis | None,
     batch: int,
     model_sampling: ModelSampling | None = None,

@@ -28,7 +28,7 @@ from .run_conditions import ToldConditions
 
 if TYPE_CHECKING:
     from ..adapters.ip_adapter import IPAdapter
-    from ..families.family import Family
+    from ..families.family import TokenFamily
     from ..run_context import Run
     from .model import Transformer
 
@@ -127,11 +127,11 @@ class Engine:
         adapters = self._ip_adapters(prompts, transformer, family, stage, run)
         mesh.ledger.reset()
         started = time.monotonic()
-        latent = sample(request, tensors, family, mesh, run, nets, adapters)
+        latents = sample(request, tensors, family, mesh, run, nets, adapters)
         seconds = time.monotonic() - started
         memory = self.models.memory()
         run.memory(memory["used"], memory["free"])
-        return {"layout": str(request.layout), "seconds": seconds, "traffic": mesh.ledger.summary()}, {"latent": latent}
+        return {"layout": str(request.layout), "seconds": seconds, "traffic": mesh.ledger.summary()}, latents
 
     def _predict(self, request: messages.Predict, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .predict import predict
@@ -146,9 +146,9 @@ class Engine:
         prompts += [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
         adapters = self._ip_adapters(prompts, transformer, family, Stage(), run)
         mesh.ledger.reset()
-        return {}, {"prediction": predict(request, tensors, self._told, family, mesh, run, adapters)}
+        return {}, predict(request, tensors, self._told, family, mesh, run, adapters)
 
-    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, Family]:
+    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, TokenFamily]:
         """The mesh and the model of a request's layout, with the changes that it asks for."""
         mesh = self._mesh(request.layout)
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
@@ -162,7 +162,7 @@ class Engine:
         self,
         prompts: Sequence[messages.ImagePrompt],
         transformer: Transformer,
-        family: Family,
+        family: TokenFamily,
         stage: Stage,
         run: Run,
     ) -> dict[str, IPAdapter]:

@@ -16,7 +16,7 @@ from ..adapters.lora.module_names import Names
 from ..distributed.axis import keep_talk_out_of_compiled_blocks
 from ..distributed.mesh import Mesh
 from ..families.blocks import Block, compiled
-from ..families.family import Family
+from ..families.family import TokenFamily
 from ..families.registry import FAMILIES
 from ..layout.model_part import WHOLE, Part
 from ..strategies.sharded_weights import ShardedWeights
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..run_context import Run
 
 
-def build_family(loaded: LoadedTransformer, path: Path) -> Family:
+def build_family(loaded: LoadedTransformer, path: Path) -> TokenFamily:
     """The block view of a loaded transformer.
 
     A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
@@ -40,7 +40,7 @@ def build_family(loaded: LoadedTransformer, path: Path) -> Family:
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
     module, view = FAMILIES[loaded.family].split(":")
     make = getattr(import_module(f"{families.__name__}.{module}"), view)
-    family: Family = make(loaded.module, loaded.compute_dtype, device, **scale)
+    family: TokenFamily = make(loaded.module, loaded.compute_dtype, device, **scale)
     family.block_parameters = loaded.block_parameters
     return family
 
@@ -63,7 +63,7 @@ class Transformer:
         self._blocks = self._gathered(self._plain)
         self._compiled: Sequence[Block] | None = None
 
-    def on(self, mesh: Mesh) -> Family:
+    def on(self, mesh: Mesh) -> TokenFamily:
         """The family, its parts meeting those of the ranks of `mesh`. All of them begin a run with this call."""
         self._tensor.axis = mesh.tensor
         self.family.blocks = self._blocks

@@ -13,12 +13,12 @@ from ..adapters.controlnet.residuals import given_residuals
 from ..attention.usp import make_attention
 from ..distributed.mesh import Mesh
 from ..errors import UserError
-from ..families.family import Family
+from ..families.family import TokenFamily
 from ..layout.fitting import Work, check_exact, check_layout
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
 from ..strategies.sequence import SequenceParallel
-from .checks import check_latent, check_rows, needed
+from .checks import check_rows, latents_of, needed
 from .conditioning import image_prompts_of, pictures_of, prompt_of
 from .run_conditions import Told, ToldConditions
 
@@ -31,27 +31,31 @@ def predict(
     request: Predict,
     tensors: dict[str, Tensor],
     told: ToldConditions,
-    family: Family,
+    family: TokenFamily,
     mesh: Mesh,
     run: Run,
     adapters: Mapping[str, IPAdapter],
-) -> Tensor:
-    """The prediction for every row of the latent, fp32 on the CPU, the same on every rank. Exact.
+) -> dict[str, Tensor]:
+    """The prediction for every row of each latent, fp32 on the CPU, the same on every rank. Exact.
 
     `adapters`: the conditions' IP-Adapters by path.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` between two conditions.
     """
-    latent, timestep = (needed(name, tensors).float().to(family.device) for name in ("latent", "timestep"))
-    check_latent(latent, family, family.input_channels)
+    latents = latents_of(tensors, family, family.input_channels)
+    packing, shape = family.packing(latents), latents[family.latent.name].shape
+    latent, timestep = (each.to(family.device) for each in (packing.pack(latents), needed("timestep", tensors).float()))
+    following = tensors["next_timestep"].float().to(family.device) if "next_timestep" in tensors else None
     count = len(request.conditions)
     batch = latent.shape[0] // count
-    check_rows(latent, timestep, count)
+    for each in (timestep, following):
+        if each is not None:
+            check_rows(latent, each, count)
     check_exact(request.layout)
     check_layout(request.layout, Work(batch=batch))
     for key, entry in request.told.items():
-        condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *latent.shape[1:])))
+        condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
         told[key] = Told(condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family))
     conditions = []
     for each in (told[key] for key in request.conditions):
@@ -59,9 +63,9 @@ def predict(
         prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
         # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
         conditions.append(replace(each.condition, image_prompts=prompts) if prompts else each.condition)
-    given = given_residuals(request.residuals, tensors, family, latent.shape) if request.residuals else None
+    given = given_residuals(request.residuals, tensors, family, shape) if request.residuals else None
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
-    strategy = SequenceParallel(family, mesh.sequence, attention)
+    strategy = SequenceParallel(family, mesh.sequence, attention, packing)
 
     sizes = split_sizes(batch, mesh.data.size)
     start = sum(sizes[: mesh.data.rank])
@@ -75,7 +79,8 @@ def predict(
         condition = conditions[index].part(own, batch)
         if given:
             condition = replace(condition, controls=(given.rows(rows),))
-        output = strategy.predict(latent[rows], timestep[rows], condition).float()
+        next_own = None if following is None else following[rows]
+        output = strategy.predict(latent[rows], timestep[rows], condition, next_own).float()
         together = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
         predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in together[: count - first]]
     prediction = torch.cat(predictions)
@@ -84,4 +89,7 @@ def predict(
             "The model's prediction is not finite: it holds NaN or infinite values.",
             "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
         )
-    return prediction.cpu()
+    parts = packing.unpack(prediction.cpu())
+    if len(parts) == 1:
+        return {"prediction": prediction.cpu()}
+    return {f"prediction.{name}": part for name, part in parts.items()}

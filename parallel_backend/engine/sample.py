@@ -13,7 +13,7 @@ from ..adapters.ip_adapter import IPAdapter
 from ..attention.usp import AttentionCore, make_attention
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
-from ..families.family import Family
+from ..families.family import TokenFamily
 from ..layout.fitting import Work, check_layout
 from ..layout.layout import patches_of
 from ..layout.split import split_sizes
@@ -21,13 +21,16 @@ from ..layout.stages import Stage
 from ..protocol.messages import Sample
 from ..sampling.driver import SamplingJob, StepContext, check_result, latent_mask
 from ..sampling.driver import run as run_sampler
-from ..sampling.noise import initial_noise
+from ..sampling.model_sampling import ModelSampling
+from ..sampling.noise import initial_noises
 from ..sampling.samplers import SAMPLERS, find_sampler
 from ..sampling.solver import Denoise
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
 from ..strategies.select import strategy_of
-from .checks import check_latent, fail_together, needed, noise_of, sigmas_of, warn_of_warmup
+from ..strategies.weighted_prompts import Entry
+from ..tokens.grid import Packing
+from .checks import fail_together, latents_of, noise_of, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
 
 if TYPE_CHECKING:
@@ -37,79 +40,39 @@ if TYPE_CHECKING:
 def sample(
     request: Sample,
     tensors: dict[str, Tensor],
-    family: Family,
+    family: TokenFamily,
     mesh: Mesh,
     run: Run,
     nets: Mapping[str, ControlNet] | None = None,
     adapters: Mapping[str, IPAdapter] | None = None,
-) -> Tensor:
-    """The sampled latent `[B, C, H, W]`, unscaled, fp32 on the CPU, the same on every rank.
+) -> dict[str, Tensor]:
+    """The sampled latents, under their names in the request, unscaled, fp32 on the CPU, the same on every rank.
 
     `nets`: the request's ControlNets by path; `adapters`: its IP-Adapters.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` within a step of a cancel.
     """
-    latent = needed("latent", tensors).float()
-    check_latent(latent, family, family.latent_channels)
-    batch = latent.shape[0]
+    latents = latents_of(tensors, family)
+    packing, batch = family.packing(latents), len(next(iter(latents.values())))
     model_sampling = family.model_sampling(request.sampling_shift)
-    entries = (*request.positive, *request.negative)
-    sizes = sizes_of_controls(entries, len(request.controls), latent.shape)
-    controls = [
-        control_of(
-            control,
-            tensors.get(f"control.{index}"),
-            (nets or {})[control.net.path],
-            family,
-            model_sampling,
-            (batch, *sizes[index]),
-        )
-        for index, control in enumerate(request.controls)
-    ]
-    inputs = Inputs(tensors, family, model_sampling, latent.shape, controls, adapters or {}, mesh.tensor)
-    positive = entries_of_side(request.positive, "positive", inputs)
-    negative = entries_of_side(request.negative, "negative", inputs)
-    token_rows = -(-latent.shape[2] // family.patch_size)
-    work = Work(
-        batch=batch,
-        cfg=request.cfg,
-        has_negative=bool(negative),
-        blocks=len(family.blocks),
-        token_rows=token_rows,
-        sampler=find_sampler(request.sampler).name,
-        controls=len(request.controls),
-        entries=entries,
-        elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
-    )
-    check_layout(request.layout, work)
+    sides = _sides(request, tensors, family, mesh, model_sampling, latents[family.latent.name], nets, adapters)
+    check_layout(request.layout, _facts(request, family, latents))
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
 
     counts = split_sizes(batch, mesh.data.size)
     start = sum(counts[: mesh.data.rank])
     own = slice(start, start + counts[mesh.data.rank])
-    noise = initial_noise(latent.shape, torch.float32, request.seed, request.batch_index)
-    job = SamplingJob(
-        sampler=request.sampler,
-        model_sampling=model_sampling,
-        sigmas=sigmas_of(request, tensors, model_sampling),
-        noise=(noise if request.add_noise else torch.zeros_like(noise)).to(family.device),
-        # An empty latent is zero in the model's space too: there is nothing in it to be scaled.
-        latent=(family.process_in(latent) if latent.any() else latent).to(family.device),
-        seed=request.seed,
-        mask=latent_mask(tensors["noise_mask"], latent.shape) if "noise_mask" in tensors else None,
-        part=own,
-        noise_source=noise_of(request, noise.to(family.device)),
-    )
-    strategy = strategy_of(request.layout, family, mesh, attention)
+    job = _job(request, tensors, family, latents, packing, model_sampling, own)
+    strategy = strategy_of(request.layout, family, mesh, attention, packing)
+    positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     guidance = Guidance(
-        strategy.predict,
-        model_sampling,
-        mesh.cfg,
-        [entry.part(own, batch) for entry in positive],
-        [entry.part(own, batch) for entry in negative],
-        request.cfg,
+        strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, job.sigmas.float().cpu()
     )
+
+    def preview(x: Tensor) -> Tensor | None:
+        name = family.latent.name
+        return family.process_out(packing.unpack(x)[name]) if request.preview else None
 
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
@@ -119,10 +82,10 @@ def sample(
         return denoised
 
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
-        run.progress("sample", step + 1, total, family.process_out(denoised[:1]) if request.preview else None)
+        run.progress("sample", step + 1, total, preview(denoised[:1]))
 
     def on_piped_step(done: int, total: int, picture: Tensor) -> None:
-        run.progress("sample", done, total, family.process_out(picture) if request.preview else None)
+        run.progress("sample", done, total, preview(picture))
 
     steps = len(job.sigmas) - 1
     warn_of_warmup(request.layout, steps, run)
@@ -144,8 +107,9 @@ def sample(
             attention,
             guidance,
             job,
+            packing,
             stage=Stage(mesh.pipefusion.rank, mesh.pipefusion.size, request.layout.stage_blocks),
-            patches=patches_of(request.layout, token_rows),
+            patches=patches_of(request.layout, _token_rows(family, latents)),
             warmup_steps=request.layout.warmup_steps,
             preview=request.preview,
             has_lone_stages=request.layout.has_lone_stages,
@@ -153,4 +117,97 @@ def sample(
         sampled = pipeline.run(run, on_piped_step)
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     check_result(whole, steps)
-    return family.process_out(whole).cpu()
+    parts = packing.unpack(whole)
+    done = {spec.name: family.process_out(parts[spec.name], spec).cpu() for spec in family.latents}
+    return {"latent": done[family.latent.name]} if len(done) == 1 else {f"latent.{name}": x for name, x in done.items()}
+
+
+def _sides(
+    request: Sample,
+    tensors: Mapping[str, Tensor],
+    family: TokenFamily,
+    mesh: Mesh,
+    model_sampling: ModelSampling,
+    latent: Tensor,
+    nets: Mapping[str, ControlNet] | None,
+    adapters: Mapping[str, IPAdapter] | None,
+) -> tuple[list[Entry], list[Entry]]:
+    """The positive and the negative entries, with their controls, for the run of the first `latent`."""
+    sizes = sizes_of_controls((*request.positive, *request.negative), len(request.controls), latent.shape)
+    controls = [
+        control_of(
+            control,
+            tensors.get(f"control.{index}"),
+            (nets or {})[control.net.path],
+            family,
+            model_sampling,
+            (len(latent), *sizes[index]),
+        )
+        for index, control in enumerate(request.controls)
+    ]
+    inputs = Inputs(tensors, family, model_sampling, latent.shape, controls, adapters or {}, mesh.tensor)
+    return (
+        entries_of_side(request.positive, "positive", inputs),
+        entries_of_side(request.negative, "negative", inputs),
+    )
+
+
+def _facts(request: Sample, family: TokenFamily, latents: Mapping[str, Tensor]) -> Work:
+    """What the layout is to be used for."""
+    entries = (*request.positive, *request.negative)
+    return Work(
+        batch=len(latents[family.latent.name]),
+        cfg=request.cfg,
+        has_negative=bool(request.negative),
+        blocks=len(family.blocks),
+        token_rows=_token_rows(family, latents),
+        sampler=find_sampler(request.sampler).name,
+        controls=len(request.controls),
+        entries=entries,
+        elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
+    )
+
+
+def _token_rows(family: TokenFamily, latents: Mapping[str, Tensor]) -> int:
+    """Into how many patches the latents can be cut: of each along its frames or its rows, whichever are more."""
+    return min(max(grid.frames, grid.rows) for grid in family.grids(latents).values())
+
+
+def _job(
+    request: Sample,
+    tensors: Mapping[str, Tensor],
+    family: TokenFamily,
+    latents: Mapping[str, Tensor],
+    packing: Packing,
+    model_sampling: ModelSampling,
+    own: slice,
+) -> SamplingJob:
+    """The run of the pictures `own`; noise is that of the whole batch, drawn latent by latent."""
+    shapes = [latents[spec.name].shape for spec in family.latents]
+    draws = initial_noises(shapes, torch.float32, request.seed, request.batch_index)
+    noise = packing.pack({spec.name: draw for spec, draw in zip(family.latents, draws, strict=True)})
+    # An empty latent is zero in the model's space too: there is nothing in it to be scaled.
+    inner = {
+        spec.name: family.process_in(latent, spec) if latent.any() else latent
+        for spec in family.latents
+        for latent in (latents[spec.name],)
+    }
+    mask = None
+    if "noise_mask" in tensors:
+        if len(latents) > 1:
+            raise UserError(
+                f"The latent has a noise mask, which a {family.name} model of {len(latents)} latents does not take.",
+                "Remove the mask.",
+            )
+        mask = latent_mask(tensors["noise_mask"], latents[family.latent.name].shape)
+    return SamplingJob(
+        sampler=request.sampler,
+        model_sampling=model_sampling,
+        sigmas=sigmas_of(request, tensors, model_sampling),
+        noise=(noise if request.add_noise else torch.zeros_like(noise)).to(family.device),
+        latent=packing.pack(inner).to(family.device),
+        seed=request.seed,
+        mask=mask,
+        part=own,
+        noise_source=noise_of(request, noise.to(family.device)),
+    )

@@ -1,22 +1,27 @@
-"""A block of a model, compiled or not."""
+"""The blocks of a model, compiled or not, and the one loop that goes through them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
-from .state import TokenState
+from .state import State
 
-Block = Callable[[TokenState], TokenState]
+if TYPE_CHECKING:
+    from ..caches.policy import BlockPolicy
+
+Block = Callable[[State], State]
 
 
 class PartlyCompiled(ABC):
     """A block that does more than compute: it keeps things from one call to the next, or names them."""
 
     @abstractmethod
-    def __call__(self, state: TokenState) -> TokenState:
+    def __call__(self, state: State) -> State:
         """The state behind the block."""
 
     @abstractmethod
@@ -36,3 +41,35 @@ def compiled(blocks: Sequence[Block]) -> list[Block]:
     """
     torch._dynamo.config.cache_size_limit = GRAPHS  # newer releases of torch know it by this name, too
     return [block.compiled() if isinstance(block, PartlyCompiled) else torch.compile(block) for block in blocks]
+
+
+class TakesResiduals(Protocol):
+    def add_residual(self, state: State, block: int, residual: Tensor) -> State: ...
+
+
+def run_blocks(
+    family: TakesResiduals,
+    state: State,
+    blocks: Sequence[Block],
+    *,
+    policy: BlockPolicy,
+    first: int = 0,
+    residuals: Mapping[int, Tensor] | None = None,
+    on_block: Callable[[int, State], None] | None = None,
+) -> State:
+    """The state behind `blocks`, which are number `first` and the following of the `family`.
+
+    `policy` may know the state behind a block without computing it. `residuals`: what controls add behind blocks, by
+    their numbers. `on_block` is told the state behind every block.
+    """
+    for number, block in enumerate(blocks, first):
+        known = policy.before(number, state)
+        if known is None:
+            known = block(state)
+            policy.after(number, state, known)
+        state = known
+        if residuals and number in residuals:
+            state = family.add_residual(state, number, residuals[number])
+        if on_block is not None:
+            on_block(number, state)
+    return state

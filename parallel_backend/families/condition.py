@@ -8,56 +8,51 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ..attention.site import Attention
+from ..attention.site import Attention, SiteId
 from ..errors import UserError
-from ..tokens.plan import Shard
+from ..tokens.grid import Grid
+from ..tokens.plan import Segment
 
 if TYPE_CHECKING:
-    from .family import Family
+    from .family import TokenFamily
+    from .state import Evaluation
 
 
-class Control(Protocol):
-    """What adds residuals to the model's image tokens behind some of its blocks.
+class ResidualSource(Protocol):
+    """What adds residuals to the tokens of a model's grid behind some of its blocks: a ControlNet at work."""
 
-    `extra_text`: how many text tokens it has of its own, before those of the prompt.
-    """
-
-    @property
-    def extra_text(self) -> int: ...
-
-    def part(self, part: slice, batch: int) -> Control:
+    def part(self, part: slice, batch: int) -> ResidualSource:
         """For the pictures `part` of a batch."""
         ...
 
     def is_active(self, timestep: float) -> bool: ...
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         """From each block of the model that gets a residual to the number of that residual."""
         ...
 
-    def residuals(
-        self,
-        tokens: Tensor,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-        attention: Attention,
-    ) -> list[Tensor]:
-        """Of the image tokens in `shard`, `[B, Si, h]` each; `tokens` as for `Family.embed`.
+    def segments(
+        self, family: TokenFamily, condition: Condition, grids: Mapping[str, Grid]
+    ) -> dict[str, list[Segment]]:
+        """The segments of its own streams; the model's grid is one of them, as its model has it."""
+        ...
 
-        `shard.text` counts from its own first text token; `attention` spans the ranks of the shards.
+    def residuals(self, evaluation: Evaluation, attention: Attention) -> list[Tensor]:
+        """Of the grid's tokens in the shard of the `evaluation`, which is of its own streams: `[B, S, h]` each.
+
+        `attention` spans the ranks of the shards.
         """
         ...
 
 
-class ShownPrompt(Protocol):
+class TimedImagePrompt(Protocol):
     """A picture prompt at one moment of a run, as the model's attention sites see it."""
 
-    def added(self, site: int, own: Sequence[Tensor], attention: Attention) -> Tensor:
-        """What it adds at that site to what this rank's image tokens have attended to, `[B, Si, H * D]`.
+    def added(self, site: SiteId, number: int, own: Sequence[Tensor], attention: Attention) -> Tensor:
+        """What it adds to what this rank's image tokens have attended to, `[B, Si, H * D]`.
 
-        `own`: the projections of these tokens that the family's sites hand over, `[B, Si, H, D]` each.
+        `number`: of the site, among those that can be given a picture. `own`: the projections of these tokens that the
+        family's sites hand over, `[B, Si, H, D]` each.
         """
         ...
 
@@ -71,8 +66,8 @@ class ImagePrompt(Protocol):
 
     def is_active(self, timestep: float) -> bool: ...
 
-    def at(self, timestep: Tensor) -> ShownPrompt:
-        """At the times `timestep` `[B]`. While it is not active, what it adds is zero."""
+    def at(self, timestep: Tensor, place: int) -> TimedImagePrompt:
+        """At the times `timestep` `[B]`, as the condition's picture number `place`. It adds zero while not active."""
         ...
 
 
@@ -80,30 +75,32 @@ class ImagePrompt(Protocol):
 class Condition:
     """What guides one prediction; which of it a model needs, its family knows. Equal to no other.
 
-    `tokens` `[B, St, C]`, with a `mask` `[B, St]` of those that count (without one: all); those of a second encoder;
-    `pooled` `[B, Cp]`; the distilled `guidance` scale (None: the model is told of none); what the model is told of the
-    picture's `size` and `target_size` (height and width, in pixels; every request tells a size); the latents of
-    `references` `[B, C, h, w]` that it looks at, scaled as its own, and by what rule they lie beside it; the `controls`
-    that add to it; the pictures that it is shown.
+    `tensors`: by the names of the family's inputs, such as `tokens` `[B, St, C]` with a `mask` `[B, St]` of those that
+    count. `guidance`: the distilled guidance scale (None: the model is given none). `size`, `target_size`: height and
+    width of the picture, in pixels, for models that take them (every request gives a size). `references`: latents
+    `[B, C, h, w]` that the model looks at, scaled as its own, and by what rule they lie beside it. `controls` add to
+    the model's tokens; `image_prompts` are pictures that it attends to.
     """
 
-    tokens: Tensor
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
-    tokens_2: Tensor | None = None
-    mask_2: Tensor | None = None
+    tensors: Mapping[str, Tensor]
     guidance: float | None = None
     size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     references: tuple[Tensor, ...] = ()
     reference_places: str = "offset"
-    controls: tuple[Control, ...] = ()
+    controls: tuple[ResidualSource, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
 
     def part(self, part: slice, batch: int) -> Condition:
         """The condition of the pictures `part` of a batch; one text for all of them stays one.
 
-        For all pictures it is the same object, by which families keep what they have made of its text.
+        For all pictures it is the same object, by which families keep what they have made of it.
         """
         if part.indices(batch) == (0, batch, 1):
             return self
@@ -111,24 +108,24 @@ class Condition:
         def of(tensor: Tensor) -> Tensor:
             return tensor[part] if tensor.shape[0] == batch else tensor[:1]
 
-        tensors = {name: of(tensor) for name in CONDITION_TENSORS if (tensor := getattr(self, name)) is not None}
         return replace(
             self,
-            **tensors,
+            tensors={name: of(tensor) for name, tensor in self.tensors.items()},
             references=tuple(map(of, self.references)),
             controls=tuple(control.part(part, batch) for control in self.controls),
             image_prompts=tuple(prompt.part(part, batch) for prompt in self.image_prompts),
         )
 
-    def prompts_at(self, timestep: Tensor, attention: Attention) -> tuple[ShownPrompt, ...]:
-        """The picture prompts to show the blocks at `timestep` `[B]`: the active ones.
+    def prompts_at(self, timestep: Tensor, attention: Attention) -> tuple[TimedImagePrompt, ...]:
+        """The picture prompts to give the blocks at `timestep` `[B]`: the active ones.
 
-        All of them where `attention` keeps keys and values, so that its sites are the same ones in every evaluation.
+        All of them where `attention` keeps keys and values: each has to have them at every site.
         """
         if not self.image_prompts:
             return ()
-        now = float(timestep[0])
-        return tuple(each.at(timestep) for each in self.image_prompts if attention.keeps or each.is_active(now))
+        now = float(timestep.flatten()[0])
+        active = [attention.keeps or each.is_active(now) for each in self.image_prompts]
+        return tuple(each.at(timestep, place) for place, each in enumerate(self.image_prompts) if active[place])
 
 
 CONDITION_TENSORS = {"tokens": 3, "pooled": 2, "mask": 2, "tokens_2": 3, "mask_2": 2}
@@ -147,8 +144,8 @@ def check_widths(condition: Condition, widths: Mapping[str, int], model: str, en
     """Raise `UserError` unless the conditioning has tensors of the `widths` that a `model` of text `encoders` takes."""
     advice = f"Encode the prompt with the text encoders that belong to the model ({encoders})."
     for name, width in widths.items():
-        tensor = getattr(condition, name)
-        what = CONDITION_WORDS[name]
+        tensor = condition.get(name)
+        what = CONDITION_WORDS.get(name, name)
         if tensor is None:
             raise UserError(f"The conditioning has no {what}, which this {model} model needs.", advice)
         if tensor.shape[-1] != width:

@@ -7,26 +7,31 @@ what the model makes of it is computed once, and kept as long as the condition t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..attention.site import Attention
-from ..tokens.rotary import rotate
+from ..attention.site import KeySet, SiteId
+from ..tokens.grid import Grid
+from ..tokens.plan import Segment
+from ..tokens.rotary import Rotary
 from .blocks import PartlyCompiled
 from .condition import Condition
-from .family import Family
-from .state import TokenState
+from .family import Sites, TokenFamily
+from .state import State
+
+IMAGE = ("image",)
+"""The streams of every self attention."""
 
 
 @dataclass
-class CrossAttentionState(TokenState):
+class CrossAttentionState(State):
     """`context` `[B or 1, St, C]`: the text that is attended to; `bias` `[B, 1, 1, St]`: added to its scores."""
 
     context: Tensor | None = None
@@ -36,8 +41,9 @@ class CrossAttentionState(TokenState):
 class SelfAttentionSite:
     """The processor of an attention of image tokens to image tokens. They are all that its ranks hold."""
 
-    def __init__(self, attention: Attention) -> None:
-        self.attention = attention
+    def __init__(self, sites: Sites, site: SiteId) -> None:
+        self.sites = sites
+        self.site = site
 
     def __call__(
         self,
@@ -45,13 +51,15 @@ class SelfAttentionSite:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        send = self.attention.send
-        value = send(_heads(attn, attn.to_v, hidden_states))
-        key = send(_turned(_normed(attn.norm_k, _heads(attn, attn.to_k, hidden_states)), image_rotary_emb))
-        query = send(_turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb))
-        attended = self.attention(query, key, value).flatten(2).to(hidden_states.dtype)
+        attention = self.sites.attention
+        value = attention.send(_heads(attn, attn.to_v, hidden_states), IMAGE)
+        key = _turned(_normed(attn.norm_k, _heads(attn, attn.to_k, hidden_states)), image_rotary_emb)
+        sent_key = attention.send(key, IMAGE)
+        query = _turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb)
+        sent_query = attention.send(query, IMAGE)
+        attended = attention(self.site, sent_query, KeySet(sent_key, value)).flatten(2).to(hidden_states.dtype)
         return attn.to_out[0](attended)
 
 
@@ -64,7 +72,7 @@ class CrossAttentionSite:
         hidden_states: Tensor,
         encoder_hidden_states: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
         query = _turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb).transpose(1, 2)
         key, value = (each.expand(query.shape[0], -1, -1, -1) for each in encoder_hidden_states)
@@ -112,72 +120,59 @@ class CrossAttentionBlock(PartlyCompiled):
     gives: int | None = None
     takes: int | None = None
 
-    def __call__(self, state: TokenState) -> TokenState:
+    def __call__(self, state: State) -> State:
         assert isinstance(state, CrossAttentionState)
         assert state.context is not None
         skips = dict(state.skips)
         image = self.compute(state, self.text(state.context), None if self.takes is None else skips.pop(self.takes))
         if self.gives is not None:
             skips[self.gives] = image
-        return replace(state, image=image, skips=skips)
+        return replace(state.with_streams(image=image), skips=skips)
 
     def compiled(self) -> CrossAttentionBlock:
         return replace(self, compute=torch.compile(self.compute))
 
 
-class CrossAttentionFamily(Family):
+class CrossAttentionFamily(TokenFamily):
     """Image tokens are patches of a convolution; the last layer predicts `out_channels`, of which the first count.
 
-    The others are those of a learned variance, which no sampler here uses.
+    The others are those of a learned variance, which no sampler here uses. The prelude is the context,
+    `[B or 1, St, C]`: the text as all blocks attend to it.
     """
 
-    latent_channels = 4
-    patch_size = 2
-    carries_text = False
+    streams = ("image",)
     out_channels: int
 
     def __init__(
         self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
     ) -> None:
         super().__init__(transformer, dtype, device, **latent)
-        self._contexts: WeakKeyDictionary[Condition, Tensor] = WeakKeyDictionary()
         self.texts = [TextOfBlock(layer.attn2) for layer in self.layers]
+        for number, layer in enumerate(self.layers):
+            layer.attn1.set_processor(SelfAttentionSite(self.sites, (number, "self")))
+            layer.attn2.set_processor(CrossAttentionSite())
 
     @property
     @abstractmethod
     def layers(self) -> Sequence[Any]:
         """The model's blocks, with their attention to the image `attn1` and to the text `attn2`."""
 
-    @abstractmethod
-    def make_context(self, condition: Condition) -> Tensor:
-        """The text `[B or 1, St, C]` as all blocks attend to it."""
-
-    def context(self, condition: Condition) -> Tensor:
-        if condition not in self._contexts:
-            self._contexts[condition] = self.make_context(condition)
-        return self._contexts[condition]
-
-    def forget_texts(self) -> None:
-        self._contexts.clear()
+    def forget_preludes(self) -> None:
+        super().forget_preludes()
         for text in self.texts:
             text.forget()
 
-    def use_attention(self, attention: Attention) -> None:
-        for layer in self.layers:
-            layer.attn1.set_processor(SelfAttentionSite(attention))
-            layer.attn2.set_processor(CrossAttentionSite())
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        return {"image": [Segment.of(grids["image"], "image")]}
 
     def embed_patches(self, projection: nn.Conv2d, tokens: Tensor) -> Tensor:
-        """Latent tokens `[B, S, C * patch_size**2]` -> `[B, S, h]`."""
+        """Latent tokens `[B, S, C * ph * pw]` -> `[B, S, h]`."""
         return F.linear(tokens.to(self.dtype), projection.weight.flatten(1), projection.bias)
 
     def latent_tokens(self, output: Tensor) -> Tensor:
-        """The last layer's `[B, S, patch_size**2 * out_channels]` -> `[B, S, C * patch_size**2]`."""
-        by_place = output.unflatten(-1, (self.patch_size**2, self.out_channels))
-        return by_place[..., : self.latent_channels].transpose(-1, -2).flatten(2)
-
-    def no_text(self, like: Tensor) -> Tensor:
-        return like.new_empty((like.shape[0], 0, like.shape[-1]))
+        """The last layer's `[B, S, ph * pw * out_channels]` -> `[B, S, C * ph * pw]`."""
+        by_place = output.unflatten(-1, (prod(self.latent.patch), self.out_channels))
+        return by_place[..., : self.latent.channels].transpose(-1, -2).flatten(2)
 
 
 def _heads(attn: Any, project: nn.Module, x: Tensor) -> Tensor:
@@ -188,5 +183,5 @@ def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _turned(x: Tensor, rotation: Tensor | None) -> Tensor:
-    return x if rotation is None else rotate(x, rotation)
+def _turned(x: Tensor, rotation: Rotary | None) -> Tensor:
+    return x if rotation is None else rotation.rotate(x)

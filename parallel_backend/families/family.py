@@ -6,37 +6,44 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.site import Attention
 from ..errors import UserError
 from ..layout.stages import block_parameters
 from ..sampling.model_sampling import ModelSampling
-from ..tokens.plan import Shard
+from ..tokens.grid import Grid, Packing, tokenise, untokenise
+from ..tokens.plan import Places, Segment
 from .blocks import Block
 from .condition import Condition
-from .state import TokenState
+from .spec import LatentSpec
+from .state import Evaluation, State
 
 
-class Family(ABC):
+class Sites:
+    """Where the sites of a view find the attention of the evaluation at hand. They are installed once."""
+
+    attention: Attention
+
+
+class TokenFamily(ABC):
     """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
 
-    `max_side`: the most rows or columns of image tokens that the model has positions for. `carries_text`: whether text
-    tokens go through the blocks beside the image's; otherwise every rank has all of the text, and the state's is empty.
-    `takes_references`: whether image tokens of reference pictures may follow the picture's.
+    `latents`: what it samples. `streams`: those of its tokens that go through the blocks, in the order in which they
+    travel from one pipeline stage to the next. `controlled`: the stream of the grid, to which controls add residuals.
+    `max_side`: the most rows or columns of image tokens that the model has
+    positions for. `takes_references`: whether image tokens of reference pictures may follow the picture's.
     """
 
     name: str
-    latent_channels: int
-    patch_size: int
+    latents: tuple[LatentSpec, ...]
     hidden_size: int
-    latent_scale: float
-    latent_shift: float = 0.0
+    streams: tuple[str, ...] = ("text", "image")
+    controlled: str = "image"
     max_side: int | None = None
-    carries_text: bool = True
     takes_references: bool = False
 
     def __init__(
@@ -55,25 +62,20 @@ class Family(ABC):
         self.transformer: Any = transformer
         self.dtype = dtype
         self.device = device
+        self.sites = Sites()
         self.blocks: Sequence[Block] = ()
         self.skips: Mapping[int, int] = {}
         """From each block that leaves a skip in the state to the later one that takes it."""
         self.prompt_sites: Sequence[int] = ()
-        """The block of each attention site that can be shown a picture, in the sites' order."""
+        """The block of each attention site that can be given a picture, in the sites' order."""
         shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
         self.block_parameters: Sequence[int] = list(block_parameters(shapes).values())
         """How many parameters each block has, in the whole model where `transformer` is a part of one."""
-        if latent_scale is not None:
-            self.latent_scale = latent_scale
-        if latent_shift is not None:
-            self.latent_shift = latent_shift
-
-    @abstractmethod
-    def use_attention(self, attention: Attention) -> None:
-        """Route every attention site of the model through `attention`."""
-
-    def forget_texts(self) -> None:  # noqa: B027 most families keep nothing of a text
-        """Forget what was made of the text of conditions: the layers that made it have changed."""
+        own = {"scale": latent_scale, "shift": latent_shift}
+        changed = {field: value for field, value in own.items() if value is not None}
+        if changed:
+            self.latents = (replace(self.latents[0], **changed), *self.latents[1:])
+        self._preludes: WeakKeyDictionary[Condition, Any] = WeakKeyDictionary()
 
     @abstractmethod
     def check_condition(self, condition: Condition) -> None:
@@ -84,36 +86,61 @@ class Family(ABC):
         """Sigmas and prediction type; `shift` replaces the family's own flow shift."""
 
     @abstractmethod
-    def embed(
-        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> TokenState:
-        """Whole-picture latent `tokens` `[B, S, c]`, those of references after them -> the state of those in `shard`.
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        """Of what the streams of an evaluation consist, for latents of these grids."""
 
-        `timestep` `[B]` is what `model_sampling.timestep` gives; `grid`: rows and columns of the picture's tokens.
+    @abstractmethod
+    def embed(self, evaluation: Evaluation) -> State:
+        """From the tokens of the whole latents to the state of those in the shard."""
+
+    @abstractmethod
+    def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
+        """The state of the tokens in the shard, `[B, S, width]` each, embedded or out of a block already."""
+
+    @abstractmethod
+    def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
+        """The prediction of each latent, `[B, S, C * pt * ph * pw]`.
+
+        `predicted`: by the latent's name, where in their stream the state's tokens are at which it is predicted.
         """
 
-    @abstractmethod
-    def resume(
-        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> TokenState:
-        """The state of the tokens in `shard`, embedded or out of a block already: `image` and `text` `[B, S, h]`."""
+    def make_prelude(self, condition: Condition) -> Any:
+        """What the model makes of a condition whatever the time and the latent: computed once, see `prelude`."""
+        return None
 
-    @abstractmethod
-    def head(self, state: TokenState) -> Tensor:
-        """The prediction for the image tokens of `state`, `[B, Si, C * patch_size**2]`."""
+    def prelude(self, condition: Condition) -> Any:
+        """As `make_prelude`, kept as long as the condition, or until `forget_preludes`."""
+        if condition not in self._preludes:
+            self._preludes[condition] = self.make_prelude(condition)
+        return self._preludes[condition]
 
-    def add_residual(self, state: TokenState, block: int, residual: Tensor) -> TokenState:
-        """The state after `block` with a control's residual of its image tokens."""
-        return replace(state, image=state.image + residual)
+    def forget_preludes(self) -> None:
+        """Forget what was made of conditions: the layers that made it have changed."""
+        self._preludes.clear()
 
-    def text_length(self, condition: Condition) -> int:
-        """How many text tokens go through the blocks."""
-        return condition.tokens.shape[1] if self.carries_text else 0
+    def add_residual(self, state: State, block: int, residual: Tensor) -> State:
+        """The state after `block` with a control's residual of the tokens of the grid."""
+        return state.with_streams(**{self.controlled: state[self.controlled] + residual})
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the tokens of each stream."""
+        return dict.fromkeys(self.streams, self.hidden_size)
+
+    @property
+    def carry_dtype(self) -> torch.dtype:
+        """Of the tokens between two blocks."""
+        return self.dtype
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The only latent, or the first."""
+        return self.latents[0]
 
     @property
     def input_channels(self) -> int:
-        """Channels of what the model takes: the noisy latent's, and of what an inpainting model is shown beside it."""
-        return self.latent_channels
+        """Channels of what the model takes: the noisy latent's, and of what an inpainting model is given with it."""
+        return self.latent.channels
 
     def refuse_shift(self, shift: float | None) -> None:
         """Raise `UserError` when the graph sets the flow shift of a model that is no flow."""
@@ -123,30 +150,42 @@ class Family(ABC):
                 "Remove the ModelSampling node before Parallel Sampler.",
             )
 
-    def process_in(self, latent: Tensor) -> Tensor:
+    def process_in(self, latent: Tensor, spec: LatentSpec | None = None) -> Tensor:
         """From the VAE's latent to the latent that the transformer was trained on."""
-        return (latent - self.latent_shift) * self.latent_scale
+        spec = spec or self.latent
+        if spec.mean:
+            latent = (latent - _by_channel(spec.mean, latent)) / _by_channel(spec.std, latent)
+        return (latent - spec.shift) * spec.scale
 
-    def process_out(self, latent: Tensor) -> Tensor:
+    def process_out(self, latent: Tensor, spec: LatentSpec | None = None) -> Tensor:
         """The inverse of `process_in`."""
-        return latent / self.latent_scale + self.latent_shift
+        spec = spec or self.latent
+        latent = latent / spec.scale + spec.shift
+        return latent * _by_channel(spec.std, latent) + _by_channel(spec.mean, latent) if spec.mean else latent
 
-    def tokenize(self, latent: Tensor) -> Tensor:
-        """`[B, C, H, W]` -> `[B, S, C * patch_size**2]`, row by row; H and W need not be multiples of the patch."""
-        patch = self.patch_size
-        height, width = latent.shape[-2:]
-        if height % patch or width % patch:
-            # Wrapping around is what the reference implementations do with a half patch at the border.
-            latent = F.pad(latent, (0, -width % patch, 0, -height % patch), mode="circular")
-        return F.pixel_unshuffle(latent, patch).flatten(2).transpose(1, 2)
+    def packing(self, latents: Mapping[str, Tensor]) -> Packing:
+        """Of a run's latents, by name."""
+        return Packing({name: tuple(latent.shape[1:]) for name, latent in latents.items()})
 
-    def tokenize_all(self, latent: Tensor, condition: Condition) -> Tensor:
-        """The tokens of `latent` `[B, C, H, W]`, then those of the condition's references, one after the other."""
-        pictures = [latent, *(each.to(latent).expand(len(latent), -1, -1, -1) for each in condition.references)]
-        return torch.cat([self.tokenize(picture) for picture in pictures], dim=1)
+    def grids(self, latents: Mapping[str, Tensor]) -> dict[str, Grid]:
+        return {spec.name: Grid.of(latents[spec.name].shape[2:], spec.patch) for spec in self.latents}
 
-    def untokenize(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `tokenize`: `[B, S, C * patch_size**2]` -> `[B, C, height, width]`."""
-        rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
-        latent = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size)
-        return latent[..., :height, :width]
+    def tokenise(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of each latent the tokens `[B, S, C * pt * ph * pw]`."""
+        return {
+            spec.name: tokenise(latents[spec.name], spec.patch, channels_last=spec.channels_last)
+            for spec in self.latents
+        }
+
+    def untokenise(self, tokens: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `tokenise`, of the extents that these `latents` have."""
+        return {
+            spec.name: untokenise(
+                tokens[spec.name], latents[spec.name].shape[2:], spec.patch, channels_last=spec.channels_last
+            )
+            for spec in self.latents
+        }
+
+
+def _by_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, *[1] * (like.ndim - 2))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -14,26 +15,31 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from ..attention.site import Attention
+from ..attention.site import KeySet
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
-from ..tokens.plan import Shard
-from ..tokens.rotary import rotate, rotations
+from ..tokens.grid import Grid, tokenise
+from ..tokens.plan import Places, Segment
+from ..tokens.rotary import Rotary, rotations
 from .blocks import Block
-from .condition import Condition, ShownPrompt, check_widths
-from .family import Family
-from .state import TokenState
+from .condition import Condition, TimedImagePrompt, check_widths
+from .family import Sites, TokenFamily
+from .spec import LatentSpec
+from .state import Evaluation, State
+
+STREAMS = ("text", "image")
+"""Of every site, in this order."""
 
 
 class JointSite:
-    """The attention processor of a double block: projections, norms and rotary embedding here, the rest in `attention`.
+    """The attention processor of a double block: projections, norms and rotary embedding here, the rest in `sites`.
 
     Values, keys and queries are sent in that order, each while the next is computed. Picture prompts are given the
     image's queries with their norm, and before their turn.
     """
 
-    def __init__(self, attention: Attention, number: int) -> None:
-        self.attention = attention
-        self.number = number
+    def __init__(self, sites: Sites, block: int) -> None:
+        self.sites = sites
+        self.block = block
 
     def __call__(
         self,
@@ -41,23 +47,24 @@ class JointSite:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: None,
-        image_rotary_emb: Tensor,
-        prompts: tuple[ShownPrompt, ...] = (),
+        image_rotary_emb: Rotary,
+        prompts: tuple[TimedImagePrompt, ...] = (),
     ) -> tuple[Tensor, ...]:
-        text, image, rotary, send = encoder_hidden_states, hidden_states, image_rotary_emb, self.attention.send
+        text, image, attention = encoder_hidden_states, hidden_states, self.sites.attention
+        rotate = image_rotary_emb.rotate
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, attn.head_dim))
 
-        value = send(torch.cat((heads(attn.add_v_proj(text)), heads(attn.to_v(image))), dim=1))
+        value = attention.send(torch.cat((heads(attn.add_v_proj(text)), heads(attn.to_v(image))), dim=1), STREAMS)
         text_key = attn.norm_added_k(heads(attn.add_k_proj(text)))
-        key = send(rotate(torch.cat((text_key, attn.norm_k(heads(attn.to_k(image)))), dim=1), rotary))
+        key = attention.send(rotate(torch.cat((text_key, attn.norm_k(heads(attn.to_k(image)))), dim=1)), STREAMS)
         text_query, own_query = attn.norm_added_q(heads(attn.add_q_proj(text))), attn.norm_q(heads(attn.to_q(image)))
-        query = send(rotate(torch.cat((text_query, own_query), dim=1), rotary))
-        attended = self.attention(query, key, value).flatten(2).to(image.dtype)
+        query = attention.send(rotate(torch.cat((text_query, own_query), dim=1)), STREAMS)
+        attended = attention((self.block, "joint"), query, KeySet(key, value)).flatten(2).to(image.dtype)
         attended_text, attended_image = attended.split((text.shape[1], image.shape[1]), dim=1)
         outputs = attn.to_out[0](attended_image), attn.to_add_out(attended_text)
-        added = [each.added(self.number, [own_query], self.attention) for each in prompts]
+        added = [each.added((self.block, "joint"), self.block, [own_query], attention) for each in prompts]
         # The block adds a third output to the image tokens when it is done with them.
         return (*outputs, sum(added[1:], start=added[0])) if added else outputs
 
@@ -65,30 +72,31 @@ class JointSite:
 class SingleBlock:
     """A single block with its feed-forward between sending and attending: the exchange goes on behind it."""
 
-    def __init__(self, layer: FluxSingleTransformerBlock) -> None:
+    def __init__(self, layer: FluxSingleTransformerBlock, sites: Sites, block: int) -> None:
         self.layer = layer
-        self.attention: Attention | None = None
+        self.sites = sites
+        self.block = block
 
-    def __call__(self, state: TokenState) -> TokenState:
-        layer, attend = self.layer, self.attention
-        assert attend is not None
-        attn, rotary = layer.attn, cast(Tensor, state.rotary)
-        hidden = torch.cat((state.text, state.image), dim=1)
+    def __call__(self, state: State) -> State:
+        layer, attention = self.layer, self.sites.attention
+        attn, rotary = layer.attn, cast(Rotary, state.rotary)
+        text, image = state["text"], state["image"]
+        hidden = torch.cat((text, image), dim=1)
         normed, gate = layer.norm(hidden, emb=state.modulation)
 
         def heads(project: nn.Module) -> Tensor:
             return project(normed).unflatten(-1, (-1, attn.head_dim))
 
-        value = attend.send(heads(attn.to_v))
-        key = attend.send(rotate(attn.norm_k(heads(attn.to_k)), rotary))
-        query = attend.send(rotate(attn.norm_q(heads(attn.to_q)), rotary))
+        value = attention.send(heads(attn.to_v), STREAMS)
+        key = attention.send(rotary.rotate(attn.norm_k(heads(attn.to_k))), STREAMS)
+        query = attention.send(rotary.rotate(attn.norm_q(heads(attn.to_q))), STREAMS)
         feed_forward = layer.act_mlp(layer.proj_mlp(normed))
-        attended = attend(query, key, value).flatten(2).to(hidden.dtype)
+        attended = attention((self.block, "joint"), query, KeySet(key, value)).flatten(2).to(hidden.dtype)
         hidden = hidden + gate.unsqueeze(1) * layer.proj_out(torch.cat((attended, feed_forward), dim=2))
         if hidden.dtype == torch.float16:
             hidden = hidden.clip(-65504, 65504)
-        text, image = hidden.split((state.text.shape[1], state.image.shape[1]), dim=1)
-        return replace(state, text=text, image=image)
+        text, image = hidden.split((text.shape[1], image.shape[1]), dim=1)
+        return state.with_streams(text=text, image=image)
 
 
 class Place(NamedTuple):
@@ -109,32 +117,26 @@ class Place(NamedTuple):
         return ids.flatten(0, 1)
 
 
-class Flux(Family):
+class Flux(TokenFamily):
     name = "flux"
-    latent_channels = 16
-    patch_size = 2
-    latent_scale = 0.3611
-    latent_shift = 0.1159
+    latents = (LatentSpec(channels=16, scale=0.3611, shift=0.1159),)
     takes_references = True
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
         super().__init__(transformer, dtype, device, **latent)
         self.transformer = cast(FluxTransformer2DModel, transformer)
         self.hidden_size = self.transformer.inner_dim
-        self._single_blocks = [SingleBlock(layer) for layer in self.transformer.single_transformer_blocks]
-        self.blocks = [*map(_double_block, self.transformer.transformer_blocks), *self._single_blocks]
-        self.prompt_sites = range(len(self.transformer.transformer_blocks))
+        double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+        for number, layer in enumerate(double):
+            cast(Any, layer.attn).set_processor(JointSite(self.sites, number))
+        singles = [SingleBlock(layer, self.sites, number) for number, layer in enumerate(single, len(double))]
+        self.blocks = [*map(_double_block, double), *singles]
+        self.prompt_sites = range(len(double))
         self._rotary = lru_cache(maxsize=32)(self._compute_rotary)
 
     @property
     def input_channels(self) -> int:
-        return self.transformer.config["in_channels"] // self.patch_size**2
-
-    def use_attention(self, attention: Attention) -> None:
-        for number, layer in enumerate(self.transformer.transformer_blocks):
-            cast(Any, layer.attn).set_processor(JointSite(attention, number))
-        for block in self._single_blocks:
-            block.attention = attention
+        return self.transformer.config["in_channels"] // math.prod(self.latent.patch)
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
@@ -147,20 +149,28 @@ class Flux(Family):
             return FluxFlow() if shift is None else FluxFlow(shift=shift)
         return DiscreteFlow(shift=1.0 if shift is None else shift, multiplier=1.0)
 
-    def embed(
-        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> TokenState:
-        text = condition.tokens[:, shard.text].to(self.dtype).expand(tokens.shape[0], -1, -1)
-        image = self.transformer.x_embedder(tokens[:, shard.image].to(self.dtype))
-        return self.resume(image, self.transformer.context_embedder(text), timestep, condition, shard, grid)
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        patch = self.latent.patch
+        references = [Segment(Grid.of(each.shape[2:], patch).count) for each in condition.references]
+        return {
+            "text": [Segment(condition["tokens"].shape[1])],
+            "image": [Segment.of(grids["image"], "image"), *references],
+        }
 
-    def resume(
-        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> TokenState:
-        model = self.transformer
-        timestep = timestep.to(self.dtype) * 1000
-        assert condition.pooled is not None
-        pooled = condition.pooled.to(self.dtype).expand(image.shape[0], -1)
+    def embed(self, evaluation: Evaluation) -> State:
+        model, condition, shard = self.transformer, evaluation.condition, evaluation.shard
+        tokens = evaluation.tokens["image"]
+        if condition.references:
+            pictures = (each.to(tokens).expand(evaluation.batch, -1, -1, -1) for each in condition.references)
+            tokens = torch.cat([tokens, *(tokenise(each, self.latent.patch) for each in pictures)], dim=1)
+        text = condition["tokens"][:, shard["text"]].to(self.dtype).expand(evaluation.batch, -1, -1)
+        image = model.x_embedder(tokens[:, shard["image"]].to(self.dtype))
+        return self.resume(evaluation, {"text": model.context_embedder(text), "image": image})
+
+    def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
+        model, condition, shard = self.transformer, evaluation.condition, evaluation.shard
+        timestep = evaluation.timestep.to(self.dtype) * 1000
+        pooled = condition["pooled"].to(self.dtype).expand(evaluation.batch, -1)
         if not model.config["guidance_embeds"]:
             modulation = model.time_text_embed(timestep, pooled)
         elif condition.guidance is None:
@@ -169,26 +179,24 @@ class Flux(Family):
         else:
             guidance = torch.full_like(timestep, condition.guidance) * 1000
             modulation = model.time_text_embed(timestep, guidance, pooled)
-        text_length = condition.tokens.shape[1]
-        rotary = self._rotary(text_length, (Place(0, 0, 0, *grid), *self._reference_places(condition, grid)))
-        return TokenState(
-            image=image,
-            text=text,
-            modulation=modulation,
-            rotary=torch.cat((rotary[:text_length][shard.text], rotary[text_length:][shard.image])),
-        )
+        grid, text_length = evaluation.grids["image"], condition["tokens"].shape[1]
+        picture = Place(0, 0, 0, grid.rows, grid.columns)
+        rotary = self._rotary(text_length, (picture, *self._reference_places(condition, grid)))
+        own = torch.cat((rotary[:text_length][shard["text"]], rotary[text_length:][shard["image"]]))
+        return State(streams, modulation, Rotary(own))
 
-    def head(self, state: TokenState) -> Tensor:
-        return self.transformer.proj_out(self.transformer.norm_out(state.image, state.modulation))
+    def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
+        image = state["image"][:, predicted["image"]]
+        return {"image": self.transformer.proj_out(self.transformer.norm_out(image, state.modulation))}
 
-    def _reference_places(self, condition: Condition, grid: tuple[int, int]) -> list[Place]:
+    def _reference_places(self, condition: Condition, grid: Grid) -> list[Place]:
         """Where the references are, by the rule that the condition names.
 
         "index": each at the picture's own rows and columns, at the next position of the first axis. "offset": all at
         position 1, each right of those before or below them, whichever keeps the whole smaller. "uxo" (UNO, arXiv
         2504.02160): each right below the one before, the first right below the picture.
         """
-        patch = self.patch_size
+        patch = self.latent.patch[1]
         places: list[Place] = []
         bottom = right = 0
         for number, reference in enumerate(condition.references, start=1):
@@ -197,7 +205,7 @@ class Flux(Family):
             if condition.reference_places == "index":
                 first = number
             elif condition.reference_places == "uxo":
-                top, left = grid[0] * patch + bottom, grid[1] * patch + right
+                top, left = grid.rows * patch + bottom, grid.columns * patch + right
                 bottom, right = bottom + height, right + width
             else:
                 first = 1
@@ -208,20 +216,20 @@ class Flux(Family):
         return places
 
     def _compute_rotary(self, text_length: int, places: tuple[Place, ...]) -> Tensor:
-        """Rotations `[St + S, D / 2, 2]`: text tokens sit at position 0, image tokens at their row and column."""
+        """Rotations `[St + S, 1, D / 2, 2]`: text tokens sit at position 0, image tokens at their row and column."""
         ids = [torch.zeros(text_length, 3, device=self.device), *(place.ids(self.device) for place in places)]
         return rotations(*self.transformer.pos_embed(torch.cat(ids)))
 
 
 def _double_block(layer: nn.Module) -> Block:
-    def block(state: TokenState) -> TokenState:
+    def block(state: State) -> State:
         text, image = layer(
-            hidden_states=state.image,
-            encoder_hidden_states=state.text,
+            hidden_states=state["image"],
+            encoder_hidden_states=state["text"],
             temb=state.modulation,
             image_rotary_emb=state.rotary,
             joint_attention_kwargs={"prompts": state.prompts} if state.prompts else None,
         )
-        return replace(state, image=image, text=text)
+        return state.with_streams(text=text, image=image)
 
     return block

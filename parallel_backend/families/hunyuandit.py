@@ -5,7 +5,7 @@ Source: Hunyuan-DiT (arXiv 2405.08748).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
-from ..tokens.plan import Shard
-from ..tokens.rotary import rotations
+from ..tokens.grid import Grid
+from ..tokens.plan import Places
+from ..tokens.rotary import Rotary, rotations
 from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
-from .state import TokenState
+from .spec import LatentSpec
+from .state import Evaluation, State
 
 TRAINED_SIDE = 64
 """Latent cells of the square that positions are spread over."""
@@ -31,7 +33,7 @@ BETA_END = {True: 0.03, False: 0.018}
 
 class HunyuanDiT(CrossAttentionFamily):
     name = "hunyuandit"
-    latent_scale = 0.13025
+    latents = (LatentSpec(channels=4, scale=0.13025),)
 
     def __init__(
         self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
@@ -59,7 +61,7 @@ class HunyuanDiT(CrossAttentionFamily):
         widths = {"tokens": config["cross_attention_dim"], "tokens_2": config["cross_attention_dim_t5"]}
         check_widths(condition, widths, "HunyuanDiT", encoders)
         for name, length in (("", config["text_len"]), ("_2", config["text_len_t5"])):
-            found = getattr(condition, f"mask{name}")
+            found = condition.get(f"mask{name}")
             if found is None or found.shape[1] < length:
                 told = "no attention mask" if found is None else f"{found.shape[1]}"
                 raise UserError(
@@ -72,65 +74,56 @@ class HunyuanDiT(CrossAttentionFamily):
         self.refuse_shift(shift)
         return VPrediction(linear_end=BETA_END[self.transformer.config["use_style_cond_and_image_meta_size"]])
 
-    def embed(
-        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> CrossAttentionState:
-        image = self.embed_patches(self.transformer.pos_embed.proj, tokens[:, shard.image])
-        return self.resume(image, self.no_text(image), timestep, condition, shard, grid)
+    def embed(self, evaluation: Evaluation) -> CrossAttentionState:
+        own = evaluation.tokens["image"][:, evaluation.shard["image"]]
+        return self.resume(evaluation, {"image": self.embed_patches(self.transformer.pos_embed.proj, own)})
 
-    def resume(
-        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> CrossAttentionState:
-        model, batch, length_2 = self.transformer, image.shape[0], self.transformer.config["text_len_t5"]
-        assert condition.tokens_2 is not None
-        assert condition.mask is not None
-        assert condition.mask_2 is not None
-        tokens_2 = condition.tokens_2.to(self.dtype)
+    def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> CrossAttentionState:
+        model, condition, timestep, batch = (
+            self.transformer,
+            evaluation.condition,
+            evaluation.timestep,
+            evaluation.batch,
+        )
+        tokens_2 = condition["tokens_2"].to(self.dtype)[:, : model.config["text_len_t5"]]
         assert condition.size is not None
         height, width = condition.size
-        told = [height, width, *(condition.target_size or (height, width)), 0, 0]
+        sizes = [height, width, *(condition.target_size or (height, width)), 0, 0]
         modulation = model.time_extra_emb(
             timestep,
-            tokens_2[:, :length_2].expand(batch, -1, -1),
-            timestep.new_tensor([told]).expand(batch, -1).contiguous(),
-            torch.zeros(batch, dtype=torch.int64, device=image.device),
+            tokens_2.expand(batch, -1, -1),
+            timestep.new_tensor([sizes]).expand(batch, -1).contiguous(),
+            torch.zeros(batch, dtype=torch.int64, device=timestep.device),
             hidden_dtype=self.dtype,
         )
-        return CrossAttentionState(
-            image=image,
-            text=text,
-            modulation=modulation,
-            rotary=self._rotary(grid)[shard.image],
-            context=self.context(condition),
-        )
+        rotary = Rotary(self._rotary(evaluation.grids["image"])[evaluation.shard["image"]])
+        return CrossAttentionState(streams, modulation, rotary, context=self.prelude(condition))
 
-    def make_context(self, condition: Condition) -> Tensor:
+    def make_prelude(self, condition: Condition) -> Tensor:
         model = self.transformer
-        assert condition.tokens_2 is not None
-        assert condition.mask is not None
-        assert condition.mask_2 is not None
         padding = model.text_embedding_padding.split([model.config["text_len"], model.config["text_len_t5"]])
-        first = _with_padding(condition.tokens.to(self.dtype), condition.mask, padding[0])
-        second = _with_padding(model.text_embedder(condition.tokens_2.to(self.dtype)), condition.mask_2, padding[1])
+        first = _with_padding(condition["tokens"].to(self.dtype), condition["mask"], padding[0])
+        tokens_2 = model.text_embedder(condition["tokens_2"].to(self.dtype))
+        second = _with_padding(tokens_2, condition["mask_2"], padding[1])
         batch = max(first.shape[0], second.shape[0])
         return torch.cat([each.expand(batch, -1, -1) for each in (first, second)], dim=1)
 
-    def head(self, state: TokenState) -> Tensor:
-        model = self.transformer
-        return self.latent_tokens(model.proj_out(model.norm_out(state.image, state.modulation.float())))
+    def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
+        model, image = self.transformer, state["image"][:, predicted["image"]]
+        return {"image": self.latent_tokens(model.proj_out(model.norm_out(image, state.modulation.float())))}
 
-    def add_residual(self, state: TokenState, block: int, residual: Tensor) -> TokenState:
+    def add_residual(self, state: State, block: int, residual: Tensor) -> State:
         return replace(state, skips={**state.skips, block: state.skips[block] + residual})
 
-    def _compute_rotary(self, grid: tuple[int, int]) -> Tensor:
-        """Rotations `[S, D / 2, 2]`: the picture fills the longer side of the square that the model was trained on."""
-        side = TRAINED_SIDE // self.patch_size
-        extents = [round(side / max(grid) * extent) for extent in grid]
+    def _compute_rotary(self, grid: Grid) -> Tensor:
+        """Rotations `[S, 1, D / 2, 2]`: the picture fills the longer side of the square of the training."""
+        side, counts = TRAINED_SIDE // self.latent.patch[1], (grid.rows, grid.columns)
+        extents = [round(side / max(counts) * count) for count in counts]
         starts = [round((side - extent) / 2) for extent in extents]
         # Whole steps from the start, as the model was trained: diffusers' own function spreads them otherwise.
         rows, columns = (
             start + torch.arange(count, device=self.device) * extent / count
-            for start, extent, count in zip(starts, extents, grid, strict=True)
+            for start, extent, count in zip(starts, extents, counts, strict=True)
         )
         places = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).unsqueeze(1)
         head_dim = self.transformer.config["attention_head_dim"]
@@ -149,7 +142,7 @@ def as_block(layer: Any, text: TextOfBlock, gives: int | None = None, takes: int
 
     def compute(state: CrossAttentionState, keys_values: tuple[Tensor, Tensor], skip: Tensor | None) -> Tensor:
         return layer(
-            hidden_states=state.image,
+            hidden_states=state["image"],
             temb=state.modulation,
             encoder_hidden_states=keys_values,
             image_rotary_emb=state.rotary,

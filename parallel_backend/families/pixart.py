@@ -5,7 +5,7 @@ Sources: PixArt-alpha (arXiv 2310.00426), PixArt-Sigma (arXiv 2403.04692).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,11 +15,13 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
-from ..tokens.plan import Shard
+from ..tokens.grid import Grid
+from ..tokens.plan import Places
 from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
-from .state import TokenState
+from .spec import LatentSpec
+from .state import Evaluation, State
 
 MASKED = -10000.0
 """What is added to the scores of tokens that do not count."""
@@ -53,52 +55,49 @@ class PixArt(CrossAttentionFamily):
         self.refuse_shift(shift)
         return EpsPrediction("sqrt_linear", linear_start=0.0001, linear_end=0.02)
 
-    def embed(
-        self, tokens: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> PixArtState:
-        patches = self.embed_patches(self.transformer.pos_embed.proj, tokens[:, shard.image])
-        image = (patches + self._positions(grid)[shard.image]).to(self.dtype)
-        return self.resume(image, self.no_text(image), timestep, condition, shard, grid)
+    def embed(self, evaluation: Evaluation) -> PixArtState:
+        own = evaluation.shard["image"]
+        patches = self.embed_patches(self.transformer.pos_embed.proj, evaluation.tokens["image"][:, own])
+        image = (patches + self._positions(evaluation.grids["image"])[own]).to(self.dtype)
+        return self.resume(evaluation, {"image": image})
 
-    def resume(
-        self, image: Tensor, text: Tensor, timestep: Tensor, condition: Condition, shard: Shard, grid: tuple[int, int]
-    ) -> PixArtState:
-        model, batch = self.transformer, image.shape[0]
-        told = {"resolution": None, "aspect_ratio": None}
+    def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> PixArtState:
+        model, condition, timestep, batch = (
+            self.transformer,
+            evaluation.condition,
+            evaluation.timestep,
+            evaluation.batch,
+        )
+        picture = {"resolution": None, "aspect_ratio": None}
         if model.use_additional_conditions:
             assert condition.size is not None
             height, width = condition.size
-            told = {
-                "resolution": image.new_tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
-                "aspect_ratio": image.new_tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
+            picture = {
+                "resolution": timestep.new_tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
+                "aspect_ratio": timestep.new_tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
             }
-        block_modulation, modulation = model.adaln_single(timestep, told, batch_size=batch, hidden_dtype=self.dtype)
-        bias = None
-        if condition.mask is not None:
-            bias = ((1 - condition.mask.to(self.dtype)) * MASKED)[:, None, None].expand(batch, -1, -1, -1)
+        block_modulation, modulation = model.adaln_single(timestep, picture, batch_size=batch, hidden_dtype=self.dtype)
+        bias, mask = None, condition.get("mask")
+        if mask is not None:
+            bias = ((1 - mask.to(self.dtype)) * MASKED)[:, None, None].expand(batch, -1, -1, -1)
         return PixArtState(
-            image=image,
-            text=text,
-            modulation=modulation,
-            context=self.context(condition),
-            bias=bias,
-            block_modulation=block_modulation,
+            streams, modulation, context=self.prelude(condition), bias=bias, block_modulation=block_modulation
         )
 
-    def make_context(self, condition: Condition) -> Tensor:
-        return self.transformer.caption_projection(condition.tokens.to(self.dtype))
+    def make_prelude(self, condition: Condition) -> Tensor:
+        return self.transformer.caption_projection(condition["tokens"].to(self.dtype))
 
-    def head(self, state: TokenState) -> Tensor:
-        model = self.transformer
+    def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
+        model, image = self.transformer, state["image"][:, predicted["image"]]
         shift, scale = (model.scale_shift_table[None] + state.modulation[:, None]).chunk(2, dim=1)
-        return self.latent_tokens(model.proj_out(model.norm_out(state.image) * (1 + scale) + shift))
+        return {"image": self.latent_tokens(model.proj_out(model.norm_out(image) * (1 + scale) + shift))}
 
-    def _compute_positions(self, grid: tuple[int, int]) -> Tensor:
+    def _compute_positions(self, grid: Grid) -> Tensor:
         """Sines and cosines of each token's row and column, `[S, h]`, spread over the side that it was trained on."""
         embedding = self.transformer.pos_embed
         return get_2d_sincos_pos_embed(
             self.hidden_size,
-            grid,
+            (grid.rows, grid.columns),
             base_size=embedding.base_size,
             interpolation_scale=embedding.interpolation_scale,
             device=self.device,
@@ -108,19 +107,19 @@ class PixArt(CrossAttentionFamily):
 
 class PixArtAlpha(PixArt):
     name = "pixart-alpha"
-    latent_scale = 0.18215
+    latents = (LatentSpec(channels=4, scale=0.18215),)
 
 
 class PixArtSigma(PixArt):
     name = "pixart-sigma"
-    latent_scale = 0.13025
+    latents = (LatentSpec(channels=4, scale=0.13025),)
 
 
 def _as_block(layer: Any, text: TextOfBlock) -> Block:
     def compute(state: CrossAttentionState, keys_values: tuple[Tensor, Tensor], skip: Tensor | None) -> Tensor:
         assert isinstance(state, PixArtState)
         return layer(
-            hidden_states=state.image,
+            hidden_states=state["image"],
             encoder_hidden_states=keys_values,
             encoder_attention_mask=state.bias,
             timestep=state.block_modulation,

@@ -13,6 +13,33 @@ SUFFIXES = {"weight": "weight", "bias": "bias"}
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """One latent that a model samples: `[B, C, H, W]` with 2 `dims`, `[B, C, T, H, W]` with 3.
+
+    `stride`: frames, rows and columns of pixels (of any signal) to a cell. `patch`: frames, rows and columns of cells
+    to a token. The model's own latent is `((x - mean) / std - shift) * scale` of the VAE's, mean and deviation given
+    by channel, if at all. `channels_last`: whether a token's values are those of its first cell in all channels, then
+    of the next, rather than all cells of the first channel first. `multiple`: frames, rows and columns of cells are
+    multiples of these. `first_frame_alone`: a first frame is a cell of its own, `1 + (frames - 1) / stride` in all.
+    `kept`: what an area that a mask keeps is while the rest is sampled: noised to the level at hand, or clean.
+    """
+
+    channels: int
+    name: str = "image"
+    dims: Literal[2, 3] = 2
+    stride: tuple[int, int, int] = (1, 8, 8)
+    patch: tuple[int, int, int] = (1, 2, 2)
+    scale: float = 1.0
+    shift: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    channels_last: bool = False
+    multiple: tuple[int, int, int] = (1, 1, 1)
+    first_frame_alone: bool = True
+    kept: Literal["noised", "clean"] = "noised"
+
+
+@dataclass(frozen=True)
 class Rule:
     """The modules `targets` hold the rows of the module `source`, in order; the target "" is the model itself.
 

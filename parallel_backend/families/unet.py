@@ -46,12 +46,11 @@ class UNet(PlainFamily):
 
     def forward(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         batch = latent.shape[0]
-        assert condition.pooled is not None
         added = {
-            "text_embeds": condition.pooled.to(self.dtype).expand(batch, -1),
+            "text_embeds": condition["pooled"].to(self.dtype).expand(batch, -1),
             "time_ids": torch.tensor([self.added_numbers(condition)] * batch, device=latent.device),
         }
-        tokens = condition.tokens.to(self.dtype).expand(batch, -1, -1)
+        tokens = condition["tokens"].to(self.dtype).expand(batch, -1, -1)
         return self.network(latent.to(self.dtype), timestep, tokens, added_cond_kwargs=added).sample
 
 

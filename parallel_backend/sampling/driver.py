@@ -65,7 +65,7 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
         return job.latent.float()[job.part]
     start = prepare(job)
     held, sigmas, total = start.held, start.sigmas, start.total
-    noise = SlicedNoise(start.noise, [job.part]).part(0)
+    noise = SlicedNoise(start.noise, [lambda draw: draw[job.part]]).part(0)
     solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise))
 
     def answer(question: Denoise) -> Tensor:
@@ -135,10 +135,9 @@ class HeldArea:
     noise: Tensor
     model_sampling: ModelSampling
 
-    def rows(self, rows: slice) -> HeldArea:
-        """What is held of these rows of the latent."""
-        mask, latent, noise = (whole[:, :, rows] for whole in (self.mask, self.latent, self.noise))
-        return HeldArea(mask, latent, noise, self.model_sampling)
+    def within(self, cut: Callable[[Tensor], Tensor]) -> HeldArea:
+        """What is held of the strip that `cut` cuts out of the latent."""
+        return HeldArea(cut(self.mask), cut(self.latent), cut(self.noise), self.model_sampling)
 
     def before(self, x: Tensor, sigma: Tensor) -> Tensor:
         kept = self.model_sampling.noise_scaling(sigma, self.noise, self.latent)

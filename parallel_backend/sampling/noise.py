@@ -5,9 +5,8 @@ Noise is always drawn for the whole batch and the whole latent; whoever cuts (da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from types import EllipsisType
 from typing import cast
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from ..errors import UserError
 from .solver import NoiseSource
 
-Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+Cut = Callable[[Tensor], Tensor]
+"""From a draw for the whole latent to a part of it."""
 
 
 def _generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -27,19 +27,32 @@ def _generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator
 def initial_noise(
     shape: Sequence[int], dtype: torch.dtype, seed: int, batch_index: Sequence[int] | None = None
 ) -> Tensor:
-    """Unit noise `[B, C, ...]`, drawn on the CPU.
+    """Unit noise `[B, C, ...]`, drawn on the CPU, as `initial_noises` of a single latent."""
+    return initial_noises([shape], dtype, seed, batch_index)[0]
+
+
+def initial_noises(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int, batch_index: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Unit noise `[B, C, ...]` for each of several latents, drawn on the CPU one after the other.
 
     With `batch_index`, row i is the draw number `batch_index[i]` of the seed, so that a member of a batch can be made
     again alone. Raises UserError when `batch_index` does not fit the batch.
     """
     generator = _generator(seed)
     if batch_index is None:
-        return torch.randn(*shape, dtype=dtype, generator=generator)
-    if len(batch_index) != shape[0] or min(batch_index, default=-1) < 0:
+        return [torch.randn(*shape, dtype=dtype, generator=generator) for shape in shapes]
+    if any(len(batch_index) != shape[0] for shape in shapes) or min(batch_index, default=-1) < 0:
         raise UserError(
-            f"The latent's batch_index {list(batch_index)} does not fit its batch of {shape[0]}.",
+            f"The latent's batch_index {list(batch_index)} does not fit its batch of {shapes[0][0]}.",
             "It needs one number, 0 or more, for every latent in the batch.",
         )
+    return [_noise_by_index(shape, dtype, generator, batch_index) for shape in shapes]
+
+
+def _noise_by_index(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, batch_index: Sequence[int]
+) -> Tensor:
     wanted = set(batch_index)
     draws: dict[int, Tensor] = {}
     for number in range(max(wanted) + 1):
@@ -118,7 +131,7 @@ class SlicedNoise:
     The n-th question of every part is answered from the same n-th draw. A draw is kept until all parts had it.
     """
 
-    def __init__(self, whole: NoiseSource, parts: Sequence[Index]) -> None:
+    def __init__(self, whole: NoiseSource, parts: Sequence[Cut]) -> None:
         self._whole = whole
         self._parts = parts
         self._asked = [0] * len(parts)
@@ -126,7 +139,7 @@ class SlicedNoise:
         self._drawn = 0
 
     def part(self, number: int) -> NoiseSource:
-        """The source for the part that `parts[number]` cuts out of the latent."""
+        """The source for the part that `parts[number]` cuts out of a draw."""
 
         def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
             turn = self._asked[number]
@@ -137,6 +150,6 @@ class SlicedNoise:
             draw = self._draws[turn]
             if min(self._asked) > turn:
                 del self._draws[turn]
-            return draw[self._parts[number]]
+            return self._parts[number](draw)
 
         return noise

@@ -1,8 +1,9 @@
-"""Sampling a latent in strips of rows, each by a sampler of its own: what the last stage of a pipeline does."""
+"""Sampling a latent in strips, each by a sampler of its own: what the last stage of a pipeline does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,44 +27,63 @@ def questions_of(start: Start, job: SamplingJob) -> list[Denoise]:
     return questions
 
 
+class Strips(Protocol):
+    """How a latent is cut into strips."""
+
+    def __len__(self) -> int: ...
+
+    def cut(self, whole: Tensor, patches: Sequence[int], /) -> Tensor:
+        """Neighbouring strips of what is like the whole latent."""
+        ...
+
+    def join(self, strips: Sequence[Tensor], /) -> Tensor:
+        """A single strip, or all of them, as one."""
+        ...
+
+
 class StripSamplers:
     """One sampler for each strip of the latent, with noise that is drawn for the whole."""
 
-    def __init__(self, start: Start, job: SamplingJob, strips: Sequence[slice]) -> None:
-        """`strips`: rows of the latent."""
+    def __init__(self, start: Start, job: SamplingJob, strips: Strips) -> None:
+        self._strips = strips
         self._end_sigma = start.sigmas[-1]
         self._model_sampling = job.model_sampling
-        noise = SlicedNoise(start.noise, [(job.part, slice(None), rows) for rows in strips])
-        self._held = [start.held.rows(rows) if start.held else None for rows in strips]
+
+        def cutter(number: int) -> Callable[[Tensor], Tensor]:
+            return lambda whole: strips.cut(whole, [number])
+
+        cutters = [cutter(number) for number in range(len(strips))]
+        noise = SlicedNoise(start.noise, [lambda draw, cut=cut: cut(draw[job.part]) for cut in cutters])
+        self._held = [start.held.within(cut) if start.held else None for cut in cutters]
         self._solvers: list[Solver] = []
         self._questions: list[Denoise] = []
         self._results: list[Tensor | None] = [None] * len(strips)
-        for number, rows in enumerate(strips):
+        for number, cut in enumerate(cutters):
             context = SolverContext(job.model_sampling, noise.part(number))
-            solver = start.sampler.function(start.x[:, :, rows], start.sigmas, context)
+            solver = start.sampler.function(cut(start.x), start.sigmas, context)
             self._solvers.append(solver)
             self._questions.append(next(solver))
 
-    def asked(self, strips: Sequence[int]) -> Tensor:
-        """The noisy latent of `strips`, as their samplers ask about it: `[B, C, rows, W]`."""
-        return torch.cat([self._asked(strip) for strip in strips], dim=2)
+    def asked(self, patches: Sequence[int]) -> Tensor:
+        """The noisy latent of one strip, or of all, as their samplers ask about it."""
+        return self._strips.join([self._asked(strip) for strip in patches])
 
-    def answer(self, strips: Sequence[int], denoised: Tensor) -> Tensor:
-        """Step `strips`; what they were answered, with the area that is held as it was."""
-        rows = [self._questions[strip].x.shape[2] for strip in strips]
+    def answer(self, patches: Sequence[int], denoised: Tensor) -> Tensor:
+        """Step one strip, or all; what they were answered, with the area that is held as it was."""
         parts = []
-        for strip, part in zip(strips, denoised.split(rows, dim=2), strict=True):
+        for strip in patches:
+            part = denoised if len(patches) == 1 else self._strips.cut(denoised, [strip])
             held = self._held[strip]
             parts.append(part if held is None else held.after(part))
             try:
                 self._questions[strip] = self._solvers[strip].send(parts[-1])
             except StopIteration as end:
                 self._results[strip] = end.value
-        return torch.cat(parts, dim=2)
+        return self._strips.join(parts)
 
     def result(self) -> Tensor:
         """The sampled latent, once every sampler has ended."""
-        whole = torch.cat([result for result in self._results if result is not None], dim=2)
+        whole = self._strips.join([result for result in self._results if result is not None])
         return self._model_sampling.inverse_noise_scaling(self._end_sigma, whole)
 
     def _asked(self, strip: int) -> Tensor:

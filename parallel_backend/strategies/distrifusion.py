@@ -15,16 +15,26 @@ from ..attention.stale_kv import StaleAttention
 from ..attention.usp import AttentionCore
 from ..distributed.mesh import Mesh
 from ..families.condition import Condition
-from ..families.family import Family
+from ..families.family import TokenFamily
+from ..tokens.grid import Packing
 from .sequence import SequenceParallel
 
 
 class DistriFusion(SequenceParallel):
     """Predicts for whole pictures, during one run."""
 
-    def __init__(self, family: Family, mesh: Mesh, core: AttentionCore, *, warmup_steps: int, in_turn: bool) -> None:
+    def __init__(
+        self,
+        family: TokenFamily,
+        mesh: Mesh,
+        core: AttentionCore,
+        packing: Packing | None = None,
+        *,
+        warmup_steps: int,
+        in_turn: bool,
+    ) -> None:
         self._stale = StaleAttention(core, mesh.distrifusion, in_turn=in_turn)
-        super().__init__(family, mesh.sequence, self._stale)
+        super().__init__(family, mesh.sequence, self._stale, packing)
         self._warmup_steps = warmup_steps
         self._step = 0
         self._evaluations: Counter[int] = Counter()
@@ -39,10 +49,12 @@ class DistriFusion(SequenceParallel):
     def forget(self) -> None:
         self._stale.forget()
 
-    def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def predict(
+        self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None
+    ) -> Tensor:
         """As `SequenceParallel.predict`."""
         evaluation = self._evaluations[id(condition)]
         self._evaluations[id(condition)] += 1
         synchronous = evaluation == 0 or self._step < self._warmup_steps
         self._stale.begin(id(condition), evaluation, synchronous=synchronous)
-        return super().predict(latent, timestep, condition)
+        return super().predict(latent, timestep, condition, next_timestep)

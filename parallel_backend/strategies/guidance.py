@@ -12,10 +12,11 @@ from ..distributed.axis import Axis
 from ..families.condition import Condition
 from ..layout.split import split_sizes
 from ..sampling.model_sampling import ModelSampling
-from .weighted_prompts import EVERYWHERE, Entry, sum_of_weights, weighted_sum
+from .weighted_prompts import Cut, Entry, everywhere, sum_of_weights, weighted_sum
 
-Predict = Callable[[Tensor, Tensor, Condition], Tensor]
-"""`predict(latent [B, C, H, W], timestep [B], condition)`: a transformer's output, however many ranks compute it."""
+Predict = Callable[[Tensor, Tensor, Condition, Tensor | None], Tensor]
+"""`predict(latent [B, C, ...], timestep, condition, next timestep)`: a transformer's output, however many ranks compute
+it."""
 
 Sided = tuple[int, Entry]
 """An entry and the number of its side: 0 of the positive one, 1 of the negative one."""
@@ -37,7 +38,10 @@ class Guidance:
         positive: Sequence[Entry],
         negative: Sequence[Entry],
         cfg: float,
+        sigmas: Tensor | None = None,
     ) -> None:
+        """`sigmas`: the run's levels, on the CPU, for models that are given the time of the next one."""
+        self.sigmas = sigmas
         self.predict = predict
         self.model_sampling = model_sampling
         self.axis = axis
@@ -55,18 +59,29 @@ class Guidance:
         """The transformer's clock `[B]` at `sigma` (0-d)."""
         return self.model_sampling.timestep(sigma.to(x.device)).float().expand(x.shape[0])
 
+    def next_timestep(self, sigma: Tensor, x: Tensor) -> Tensor | None:
+        """The transformer's clock `[B]` at the level that follows `sigma` in the run.
+
+        None between the levels, where some samplers evaluate the model too, and where the levels are not known.
+        """
+        if self.sigmas is None:
+            return None
+        places = (self.sigmas[:-1] == sigma.cpu()).nonzero()
+        return self.timestep(self.sigmas[places[0, 0] + 1], x) if len(places) else None
+
     def denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The guided prediction of the clean latent for the noisy `x` `[B, C, H, W]` at `sigma` (0-d), in fp32."""
+        """The guided prediction of the clean latent for the noisy `x` `[B, C, ...]` at `sigma` (0-d), in fp32."""
         latent = self.model_sampling.calculate_input(sigma.to(x.device), x)
         timestep = self.timestep(sigma, x)
         evaluated = self._evaluated(self._counting(sigma))
-        outputs = [self.predict(entry.within(latent), timestep, entry.condition) for entry in evaluated]
+        following = self.next_timestep(sigma, x)
+        outputs = [self.predict(entry.within(latent), timestep, entry.condition, following) for entry in evaluated]
         return self.combine(outputs, x, sigma)
 
-    def combine(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor, rows: slice = EVERYWHERE) -> Tensor:
+    def combine(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor, cut: Cut = everywhere) -> Tensor:
         """The guided prediction, from the outputs for what this rank evaluates.
 
-        Elementwise where no entry has an area: `x` may then be a strip of the latent, its `rows`.
+        Elementwise where no entry has an area: `x` may then be the strip of the latent that `cut` cuts out of it.
         """
         counting = self._counting(sigma)
         sigma = sigma.to(x.device)
@@ -77,12 +92,12 @@ class Guidance:
             for (side, entry), output in zip(shares[self.axis.rank], outputs, strict=False)
         ]
         sums = [
-            weighted_sum([(entry, prediction) for number, entry, prediction in own if number == side], x, rows)
+            weighted_sum([(entry, prediction) for number, entry, prediction in own if number == side], x, cut)
             for side in _sides_in(shares[self.axis.rank])
         ]
         totals = self._exchanged(sums, shares, x)
         for side, total in enumerate(totals):
-            total /= sum_of_weights([entry for number, entry in counting if number == side], x, rows)
+            total /= sum_of_weights([entry for number, entry in counting if number == side], x, cut)
         if len(totals) == 1:
             return totals[0]
         positive, negative = totals

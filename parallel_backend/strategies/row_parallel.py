@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..attention.site import Attention
+from ..attention.site import Attention, KeySet
 from ..distributed.axis import Axis
 from ..distributed.row_bands import Bands, band_rows, rows_at_stride
 from ..families.condition import Condition
@@ -40,7 +40,9 @@ class RowParallel:
     def forget(self) -> None:
         """This rank leaves the run, wherever the others are."""
 
-    def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def predict(
+        self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None
+    ) -> Tensor:
         """The network's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank.
 
         Every rank holds a multiple of the family's `row_multiple` of rows, but for the last ones of the picture; of a
@@ -56,10 +58,10 @@ class RowParallel:
         def attend(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
             columns = -(-width // site.stride)
             lengths = [count * columns for count in rows_at_stride(rows, site.stride)]
-            self.attention.set_lengths([0] * axis.size, lengths)
+            self.attention.set_lengths({"image": lengths})
             held = lengths[axis.rank]
-            value, key, query = (self.attention.send(each[:, :held], "image") for each in (v, k, q))
-            attended = self.attention(query, key, value)
+            value, key, query = (self.attention.send(each[:, :held], ("image",)) for each in (v, k, q))
+            attended = self.attention((site.name,), query, KeySet(key, value))
             return attended if own else torch.zeros_like(q)
 
         end = list(accumulate(rows))[axis.rank]

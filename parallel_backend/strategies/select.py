@@ -5,16 +5,19 @@ from __future__ import annotations
 from ..attention.site import Attention
 from ..attention.usp import AttentionCore
 from ..distributed.mesh import Mesh
-from ..families.family import Family
+from ..families.family import TokenFamily
 from ..layout.layout import Layout
+from ..tokens.grid import Packing
 from .distrifusion import DistriFusion
 from .sequence import SequenceParallel
 
 
-def strategy_of(layout: Layout, family: Family, mesh: Mesh, attention: Attention) -> SequenceParallel:
-    """What predicts for whole pictures."""
+def strategy_of(
+    layout: Layout, family: TokenFamily, mesh: Mesh, attention: Attention, packing: Packing
+) -> SequenceParallel:
+    """What predicts for whole latents."""
     if mesh.distrifusion.size == 1:
-        return SequenceParallel(family, mesh.sequence, attention)
+        return SequenceParallel(family, mesh.sequence, attention, packing)
     assert isinstance(attention, AttentionCore)
     in_turn = layout.refresh == "in_turn"
-    return DistriFusion(family, mesh, attention, warmup_steps=layout.warmup_steps, in_turn=in_turn)
+    return DistriFusion(family, mesh, attention, packing, warmup_steps=layout.warmup_steps, in_turn=in_turn)

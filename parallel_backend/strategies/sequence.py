@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.site import Attention
+from ..caches.policy import COMPUTE_ALL, BlockPolicy
 from ..distributed.axis import Axis
+from ..families.blocks import run_blocks
 from ..families.condition import Condition
-from ..families.family import Family
+from ..families.family import TokenFamily
+from ..families.state import Evaluation
+from ..tokens.grid import Packing
 from ..tokens.plan import TokenPlan
 
 
 class SequenceParallel:
-    """Predicts for whole pictures, each rank computing its share of the tokens of every block."""
+    """Predicts for whole latents, each rank computing its share of the tokens of every block."""
 
-    def __init__(self, family: Family, axis: Axis, attention: Attention) -> None:
-        """`axis`: the ranks that `attention` spans, Ulysses peers first."""
+    def __init__(
+        self,
+        family: TokenFamily,
+        axis: Axis,
+        attention: Attention,
+        packing: Packing | None = None,
+        policy: BlockPolicy = COMPUTE_ALL,
+    ) -> None:
+        """`axis`: the ranks that `attention` spans, Ulysses peers first. `packing`: of several latents."""
         self.family = family
         self.axis = axis
         self.attention = attention
+        self.packing = packing or Packing({family.latent.name: ()})
+        self.policy = policy
 
     def begin_step(self, step: int) -> None:
         """What is predicted from now on belongs to that step of the run. Exact methods do not mind."""
@@ -32,47 +46,49 @@ class SequenceParallel:
     def forget(self) -> None:
         """This rank leaves the run, wherever the others are."""
 
-    def predict(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The transformer's output for `latent` `[B, C, H, W]` at `timestep` `[B]`, whole and equal on every rank."""
-        family, rank = self.family, self.axis.rank
-        height, width = latent.shape[-2:]
-        patch = family.patch_size
-        grid = (-(-height // patch), -(-width // patch))
-        tokens = family.tokenize_all(latent, condition)
-        residuals = self._residuals(tokens, timestep, condition, grid) if condition.controls else {}
-        plan = TokenPlan.even(family.text_length(condition), tokens.shape[1], self.axis.size)
-        self.attention.set_lengths(plan.text_sizes, plan.image_sizes)
-        family.use_attention(self.attention)
-        state = family.embed(tokens, timestep, condition, plan.shard(rank), grid)
-        state = replace(state, prompts=condition.prompts_at(timestep, self.attention))
-        for number, block in enumerate(family.blocks):
-            state = block(state)
-            if number in residuals:
-                state = family.add_residual(state, number, residuals[number])
-        # What becomes of references is of no use.
-        sizes = plan.of_first(grid[0] * grid[1]).image_sizes
-        output = family.head(replace(state, image=state.image[:, : sizes[rank]]))
-        return family.untokenize(self.axis.all_gather(output, sizes, dim=1), height, width)
+    def predict(
+        self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None
+    ) -> Tensor:
+        """The transformer's output for `latent`, packed as the run's are, whole and equal on every rank.
 
-    def _residuals(
-        self, tokens: Tensor, timestep: Tensor, condition: Condition, grid: tuple[int, int]
-    ) -> dict[int, Tensor]:
-        """What the controls add to this rank's image tokens, by the number of the block behind which they do.
-
-        `tokens`: of the picture, of which they are made, and of references, to which nothing is added.
+        `timestep`, `next_timestep`: as in `Evaluation`.
         """
-        family, rank, now, picture = self.family, self.axis.rank, float(timestep[0]), grid[0] * grid[1]
+        family, rank = self.family, self.axis.rank
+        latents = self.packing.unpack(latent)
+        grids = family.grids(latents)
+        plan = TokenPlan(family.segments(condition, grids), self.axis.size)
+        evaluation = Evaluation(family.tokenise(latents), grids, timestep, condition, plan.shard(rank), next_timestep)
+        residuals = self._residuals(evaluation, plan) if condition.controls else {}
+        self.attention.set_lengths(plan.lengths())
+        family.sites.attention = self.attention
+        state = family.embed(evaluation)
+        state = replace(state, prompts=condition.prompts_at(timestep, self.attention))
+        state = run_blocks(family, state, family.blocks, policy=self.policy, residuals=residuals)
+        predicted = {spec.name: plan.predicted(spec.name, rank) for spec in family.latents}
+        outputs = family.head(state, predicted)
+        whole = {
+            name: plan.in_order(name, self.axis.all_gather(output, plan.predicted_sizes(name), dim=1))
+            for name, output in outputs.items()
+        }
+        return self.packing.pack(family.untokenise(whole, latents))
+
+    def _residuals(self, evaluation: Evaluation, plan: TokenPlan) -> Mapping[int, Tensor]:
+        """What the controls add to this rank's tokens of the grid, by the number of the block behind which they do.
+
+        `plan`: of the model's own streams. What follows the grid in its stream (references) gets nothing added.
+        """
+        family, rank, condition = self.family, self.axis.rank, evaluation.condition
+        now = float(evaluation.timestep.flatten()[0])
         added: dict[int, Tensor] = {}
         for control in condition.controls:
             if not control.is_active(now):
                 continue
-            text_length = family.text_length(condition) + control.extra_text
-            plan = TokenPlan.even(text_length, tokens.shape[1], self.axis.size)
-            own = plan.of_first(picture)
-            self.attention.set_lengths(own.text_sizes, own.image_sizes)
-            made = control.residuals(tokens[:, :picture], timestep, condition, own.shard(rank), grid, self.attention)
-            of_references = plan.image_sizes[rank] - own.image_sizes[rank]
-            padded = [F.pad(residual, (0, 0, 0, of_references)) for residual in made] if of_references else made
+            own = TokenPlan(control.segments(family, condition, evaluation.grids), self.axis.size)
+            self.attention.set_lengths(own.lengths())
+            made = control.residuals(replace(evaluation, shard=own.shard(rank)), self.attention)
+            stream = family.controlled
+            others = plan.size(stream, rank, plan.patches) - own.size(stream, rank, own.patches)
+            padded = [F.pad(residual, (0, 0, 0, others)) for residual in made] if others else made
             for block, number in control.targets(family).items():
                 added[block] = added[block] + padded[number] if block in added else padded[number]
         return added

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..distributed.axis import Axis, Exchange
 from ..families.blocks import Block
-from ..families.state import TokenState
+from ..families.state import State
 from ..weights.shards import BlockShards
 
 
@@ -71,7 +71,7 @@ class ShardedWeights:
     def _around(self, number: int, block: Block) -> Block:
         following = (number + 1) % len(self._shares)
 
-        def gathered(state: TokenState) -> TokenState:
+        def gathered(state: State) -> State:
             self._fetch(number)
             self._receive(number)
             if following > number:

@@ -8,7 +8,7 @@ without a mask fades towards its inner borders. Where no entry counts, the predi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,14 @@ NO_WEIGHT = 1e-37
 """What the sum of weights begins with, so that it divides where nothing counts."""
 FADE = 8
 """The most cells over which an area fades, at a border that is none of the picture's."""
-EVERYWHERE = slice(None)
+
+Cut = Callable[[Tensor], Tensor]
+"""From what is as large as the latent to the strip of it that is at hand."""
+
+
+def everywhere(whole: Tensor) -> Tensor:
+    """The `Cut` of a whole latent."""
+    return whole
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Entry:
     @classmethod
     def plain(cls, condition: Condition) -> Entry:
         """Of a prompt for the whole picture and run."""
-        return cls(condition, torch.ones(1, 1, 1, 1, device=condition.tokens.device))
+        return cls(condition, torch.ones(1, 1, 1, 1, device=next(iter(condition.tensors.values())).device))
 
     def part(self, part: slice, batch: int) -> Entry:
         """For the pictures `part` of a batch."""
@@ -75,27 +82,29 @@ class Entry:
         return not (sigma > self.start or sigma < self.end)
 
     def within(self, latent: Tensor) -> Tensor:
-        """The entry's area of `latent` `[B, C, H, W]`, as a view."""
+        """The entry's area of `latent` `[B, C, ..., H, W]`, as a view."""
         return latent if self.area is None else self.area.of(latent)
 
-    def weight_of(self, rows: slice) -> Tensor:
-        """The weight, of a strip of the latent where `rows` are not all of it."""
-        return self.weight if self.weight.shape[2] == 1 else self.weight[:, :, rows]
+    def weight_of(self, like: Tensor, cut: Cut) -> Tensor:
+        """The weight for what is `like` the latent, or like the strip that `cut` cuts out of it."""
+        if self.weight.numel() == 1:
+            return self.weight.view([1] * like.ndim)
+        return cut(self.weight.unsqueeze(2) if like.ndim == 5 else self.weight)
 
 
-def weighted_sum(predicted: Iterable[tuple[Entry, Tensor]], like: Tensor, rows: slice) -> Tensor:
-    """The sum of entries' predictions, each of its area and weighted, for those `rows` of a latent: `[B, C, H, W]`."""
+def weighted_sum(predicted: Iterable[tuple[Entry, Tensor]], like: Tensor, cut: Cut) -> Tensor:
+    """The sum of entries' predictions, each of its area and weighted, for a latent or a strip of it: `[B, C, ...]`."""
     total = torch.zeros_like(like)
     for entry, prediction in predicted:
-        entry.within(total).add_(prediction * entry.weight_of(rows))
+        entry.within(total).add_(prediction * entry.weight_of(like, cut))
     return total
 
 
-def sum_of_weights(entries: Sequence[Entry], like: Tensor, rows: slice) -> Tensor:
-    """`[B, 1, H, W]`: what divides a `weighted_sum` of all `entries` that count."""
+def sum_of_weights(entries: Sequence[Entry], like: Tensor, cut: Cut) -> Tensor:
+    """`[B, 1, ...]`: what divides a `weighted_sum` of all `entries` that count."""
     total = like.new_full((like.shape[0], 1, *like.shape[2:]), NO_WEIGHT)
     for entry in entries:
-        entry.within(total).add_(entry.weight_of(rows))
+        entry.within(total).add_(entry.weight_of(like, cut))
     return total
 
 

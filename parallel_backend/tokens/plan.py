@@ -1,120 +1,181 @@
-"""Which tokens each rank holds."""
+"""Which tokens of which stream each sequence-parallel rank holds, of each patch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from ..layout.split import split_sizes
+from .grid import Grid
+
+Patches = Sequence[int]
+"""The numbers of neighbouring patches."""
+
+Places = slice | Tensor
+"""Places of tokens within a stream: a range, or their indices `[S]`."""
+
+Shard = Mapping[str, Places]
+"""By the names of streams, which of their tokens a rank holds."""
 
 
 @dataclass(frozen=True)
-class PatchPlan:
-    """Which tokens each sequence-parallel rank holds of each patch. The text belongs to patch 0.
+class Segment:
+    """Neighbouring tokens of a stream that are cut in the same way.
 
-    `text_sizes[rank]`, `image_sizes[patch][rank]`: numbers of tokens. Uneven and empty shares are fine. Over all
-    patches a rank holds its text, then its image tokens patch by patch: so it does when the whole picture is at hand,
-    and so its keys and values are kept. One order for both is what makes a patch find its own place.
+    `grid`: of tokens that are cut into patches; tokens without one belong to patch 0. `unit`: how many tokens stay
+    together on a rank. `predicts`: the latent that the model predicts at them, if it does.
     """
 
-    text_sizes: tuple[int, ...]
-    image_sizes: tuple[tuple[int, ...], ...]
+    count: int
+    grid: Grid | None = None
+    unit: int = 1
+    predicts: str | None = None
 
     @classmethod
-    def even(cls, text_length: int, patch_lengths: Sequence[int], ranks: int) -> PatchPlan:
-        text_sizes = split_sizes(text_length, ranks)[::-1]
-        return cls(tuple(text_sizes), tuple(tuple(split_sizes(length, ranks)) for length in patch_lengths))
+    def of(cls, grid: Grid, predicts: str | None = None, unit: int = 1) -> Segment:
+        return cls(grid.count, grid, unit, predicts)
 
-    def text_size(self, rank: int, patches: Sequence[int]) -> int:
-        return self.text_sizes[rank] if 0 in patches else 0
+    def patch_ranges(self, patches: int) -> list[list[range]]:
+        """The tokens of each of so many patches, counted within the segment."""
+        if self.grid is None or patches == 1:
+            return [[range(self.count)], *([] for _ in range(patches - 1))]
+        axis = self.grid.cut_axis(patches)
+        edges = accumulate(split_sizes(self.grid.extent(axis), patches), initial=0)
+        return [self.grid.ranges(axis, start, stop) for start, stop in pairwise(edges)]
 
-    def image_size(self, rank: int, patches: Sequence[int]) -> int:
-        return sum(self.image_sizes[patch][rank] for patch in patches)
+    def share_sizes(self, count: int, ranks: int) -> list[int]:
+        """How many of `count` tokens each rank gets.
 
-    def text_lengths(self, patches: Sequence[int]) -> list[int]:
-        """How many text tokens of `patches` each rank holds."""
-        return [self.text_size(rank, patches) for rank in range(len(self.text_sizes))]
-
-    def image_lengths(self, patches: Sequence[int]) -> list[int]:
-        """How many image tokens of `patches` each rank holds."""
-        return [self.image_size(rank, patches) for rank in range(len(self.text_sizes))]
-
-    def lengths(self, patches: Sequence[int], tokens: Tokens = "all") -> list[int]:
-        """How many `tokens` of `patches` each rank holds."""
-        return lengths_by_tokens(self.text_lengths(patches), self.image_lengths(patches))[tokens]
-
-    def offset(self, rank: int, patch: int, tokens: Tokens) -> int:
-        """Where among all `tokens` of `rank` those of `patch` begin."""
-        return self.lengths(range(patch), tokens)[rank]
-
-    def shard(self, rank: int, patches: Sequence[int]) -> Shard:
-        """The tokens of `patches` that `rank` holds, as places in the whole picture."""
-        text_start = sum(self.text_sizes[:rank])
-        text = slice(text_start, text_start + self.text_size(rank, patches))
-        starts = [0, *accumulate(sum(sizes) for sizes in self.image_sizes)]
-        places = []
-        for patch in patches:
-            start = starts[patch] + sum(self.image_sizes[patch][:rank])
-            places.append(range(start, start + self.image_sizes[patch][rank]))
-        if len(self.text_sizes) == 1 or len(patches) == 1:
-            return Shard(text, slice(places[0].start, places[-1].stop))
-        return Shard(text, torch.cat([torch.arange(each.start, each.stop) for each in places]))
-
-    def in_order(self, gathered: Tensor, patches: Sequence[int]) -> Tensor:
-        """Image tokens of `patches` `[B, S, c]`, from rank by rank to row by row."""
-        if len(self.text_sizes) == 1 or len(patches) == 1:
-            return gathered
-        places = [self.shard(rank, patches).image for rank in range(len(self.text_sizes))]
-        ordered = torch.empty_like(gathered)
-        ordered[:, torch.cat(places).to(gathered.device)] = gathered  # pyright: ignore[reportArgumentType]
-        return ordered
+        Where they do not divide, the first ranks get more of a grid and the last ones of the rest: loads stay level.
+        """
+        units, rest = divmod(count, self.unit)
+        sizes = [size * self.unit for size in split_sizes(units, ranks)]
+        sizes = sizes if self.grid else sizes[::-1]
+        sizes[-1] += rest
+        return sizes
 
 
-Tokens = Literal["all", "image"]
-"""What a site attends over: text and image together, or the image alone."""
-
-
-def lengths_by_tokens(text: Sequence[int], image: Sequence[int]) -> dict[Tokens, list[int]]:
-    """How many tokens each rank holds of what a site may attend over."""
-    return {"all": [sum(both) for both in zip(text, image, strict=True)], "image": list(image)}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which tokens of the whole a rank holds, of the text and of the image (row by row): a range, or their indices."""
-
-    text: slice
-    image: slice | Tensor
-
-
-@dataclass(frozen=True)
 class TokenPlan:
-    """How many text and image tokens each sequence-parallel rank holds. Uneven and empty shares are fine."""
+    """The tokens of every stream, given out over patches and within each patch over ranks.
 
-    text_sizes: tuple[int, ...]
-    image_sizes: tuple[int, ...]
+    Uneven and empty shares are fine. Of a stream a rank holds its tokens patch by patch, and within a patch segment by
+    segment, when one patch is at hand as when all are: so its keys and values find their places in what is kept.
+    """
 
-    @classmethod
-    def even(cls, text_length: int, image_length: int, ranks: int) -> TokenPlan:
-        # The ranks that get a longer share of the image get a shorter share of the text, so that loads stay level.
-        text_sizes = split_sizes(text_length, ranks)[::-1]
-        return cls(tuple(text_sizes), tuple(split_sizes(image_length, ranks)))
+    def __init__(self, streams: Mapping[str, Sequence[Segment]], ranks: int, patches: int = 1) -> None:
+        self.streams = {name: tuple(segments) for name, segments in streams.items()}
+        self.ranks = ranks
+        self.patches = range(patches)
+        self._places = {name: self._given_out(segments) for name, segments in self.streams.items()}
+        self.sizes = {
+            name: [[sum(map(len, ranges)) for ranges in of_ranks] for of_ranks in places]
+            for name, places in self._places.items()
+        }
+        """`sizes[stream][patch][rank]`: numbers of tokens."""
 
-    def of_first(self, count: int) -> TokenPlan:
-        """The same shares of only the first `count` image tokens."""
-        ends = accumulate(self.image_sizes)
-        sizes = (min(size, max(0, count - end + size)) for size, end in zip(self.image_sizes, ends, strict=True))
-        return TokenPlan(self.text_sizes, tuple(sizes))
+    def size(self, stream: str, rank: int, patches: Patches) -> int:
+        return sum(self.sizes[stream][patch][rank] for patch in patches)
 
-    def shard(self, rank: int) -> Shard:
-        return Shard(text=_range(self.text_sizes, rank), image=_range(self.image_sizes, rank))
+    def lengths(self, patches: Patches | None = None) -> dict[str, list[int]]:
+        """How many tokens of `patches` (all) each rank holds, by stream."""
+        patches = self.patches if patches is None else patches
+        return {name: [self.size(name, rank, patches) for rank in range(self.ranks)] for name in self.streams}
+
+    def shard(self, rank: int, patches: Patches | None = None) -> dict[str, Places]:
+        """The tokens of `patches` (all) that `rank` holds, as places in their whole streams."""
+        patches = self.patches if patches is None else patches
+        return {
+            name: _as_places(each for patch in patches for each in places[patch][rank])
+            for name, places in self._places.items()
+        }
+
+    def predicted(self, latent: str, rank: int, patches: Patches | None = None) -> Places:
+        """Where among its tokens of `patches` of the stream `rank` holds those at which `latent` is predicted."""
+        stream, number = self._predicting[latent]
+        starts, own, position = self._starts(stream), [], 0
+        for patch in self.patches if patches is None else patches:
+            for each in self._places[stream][patch][rank]:
+                if starts[number] <= each.start < starts[number + 1]:
+                    own.append(range(position, position + len(each)))
+                position += len(each)
+        return _as_places(own)
+
+    def in_order(self, latent: str, gathered: Tensor, patches: Patches | None = None) -> Tensor:
+        """Predictions `[B, S, c]` of `latent` in `patches`, from rank by rank to the order of the grid."""
+        index = self._order(latent, patches)
+        return gathered if isinstance(index, slice) else gathered[:, index.to(gathered.device)]
+
+    def predicted_sizes(self, latent: str, patches: Patches | None = None) -> list[int]:
+        """How many predictions of `latent` each rank makes."""
+        return [_length(self.predicted(latent, rank, patches)) for rank in range(self.ranks)]
+
+    @cached_property
+    def _predicting(self) -> dict[str, tuple[str, int]]:
+        """The stream, and the number in it, of the segment at which each latent is predicted."""
+        return {
+            segment.predicts: (name, number)
+            for name, segments in self.streams.items()
+            for number, segment in enumerate(segments)
+            if segment.predicts
+        }
+
+    def _order(self, latent: str, patches: Patches | None) -> Places:
+        stream, number = self._predicting[latent]
+        starts = self._starts(stream)
+        ranges = [
+            each
+            for rank in range(self.ranks)
+            for patch in (self.patches if patches is None else patches)
+            for each in self._places[stream][patch][rank]
+            if starts[number] <= each.start < starts[number + 1]
+        ]
+        if all(one.stop <= other.start for one, other in pairwise(ranges)):
+            return slice(None)
+        return torch.argsort(torch.cat([torch.arange(each.start, each.stop) for each in ranges]))
+
+    def _starts(self, stream: str) -> list[int]:
+        return list(accumulate((segment.count for segment in self.streams[stream]), initial=0))
+
+    def _given_out(self, segments: Sequence[Segment]) -> list[list[list[range]]]:
+        """`[patch][rank]`: the ranges of tokens of a stream."""
+        places: list[list[list[range]]] = [[[] for _ in range(self.ranks)] for _ in self.patches]
+        start = 0
+        for segment in segments:
+            for patch, ranges in enumerate(segment.patch_ranges(len(self.patches))):
+                count = sum(map(len, ranges))
+                edges = accumulate(segment.share_sizes(count, self.ranks), initial=0)
+                for rank, (first, last) in enumerate(pairwise(edges)):
+                    own = (range(each.start + start, each.stop + start) for each in _part(ranges, first, last))
+                    places[patch][rank] += [each for each in own if len(each)]
+            start += segment.count
+        return places
 
 
-def _range(sizes: tuple[int, ...], index: int) -> slice:
-    ends = list(accumulate(sizes))
-    return slice(ends[index] - sizes[index], ends[index])
+def _part(ranges: Iterable[range], start: int, stop: int) -> list[range]:
+    """The tokens number `start` to `stop` of those in `ranges`."""
+    parts, position = [], 0
+    for each in ranges:
+        first, last = max(start - position, 0), min(stop - position, len(each))
+        if first < last:
+            parts.append(each[first:last])
+        position += len(each)
+    return parts
+
+
+def _as_places(ranges: Iterable[range]) -> Places:
+    """One slice where the ranges follow each other."""
+    ranges = [each for each in ranges if len(each)]
+    if not ranges:
+        return slice(0, 0)
+    if all(one.stop == other.start for one, other in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return torch.cat([torch.arange(each.start, each.stop) for each in ranges])
+
+
+def _length(places: Places) -> int:
+    return places.stop - places.start if isinstance(places, slice) else len(places)

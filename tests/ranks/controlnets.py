@@ -135,7 +135,7 @@ def inputs(model, pixels=False):
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny = TINY_MODELS[model]
-    size = (tiny.family.latent_channels, HEIGHT, WIDTH)
+    size = (tiny.family.latents[0].channels, HEIGHT, WIDTH)
     pictures = draw(1, *size), draw(BATCH, *size)
     if pixels:
         pictures = tuple(torch.rand(rows, 3, HEIGHT * 8, WIDTH * 8, generator=generator) for rows in (1, BATCH))
@@ -211,7 +211,7 @@ def guided(folders, name):
     transformer = tiny.make(HEADS)
     net = type(NETS[name][1]()).from_pretrained(folders / name)
     family = tiny.make_family(HEADS)
-    shift, scale = 0.0 if name == "sd3" else family.latent_shift, family.latent_scale
+    shift, scale = 0.0 if name == "sd3" else family.latent.shift, family.latent.scale
     if name == "flux pixels":
         shift, scale = 0.5, 2.0
     seen = [(picture - shift) * scale for picture in pictures]

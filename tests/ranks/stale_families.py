@@ -9,11 +9,12 @@ from paralleldit.parallel_backend.distributed.control_group import Control
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.families.state import Evaluation
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import Part
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.run_context import Run
-from paralleldit.parallel_backend.tokens.plan import Shard
+from paralleldit.parallel_backend.strategies import select
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 
 CFG, HEADS, TEXT, STEPS = 3.0, 3, 5, 4
@@ -27,7 +28,7 @@ def request_of(model, layout, path="unused"):
     tiny = TINY_MODELS[model]
     conditions = {"positive": tiny.condition(draw, 1, TEXT), "negative": tiny.condition(draw, 2, TEXT + 3)}
     entries = {side: (entry_of(condition),) for side, condition in conditions.items()}
-    tensors = {"latent": draw(2, tiny.family.latent_channels, *SIZE)}
+    tensors = {"latent": draw(2, tiny.family.latents[0].channels, *SIZE)}
     for side, condition in conditions.items():
         tensors |= tensors_of(side, condition)
     request = messages.Sample(
@@ -55,7 +56,7 @@ def sampled(world, model, layout, path=None, device=CPU):
         family = transformer.on(mesh)
         if layout.compile == "blocks":
             transformer.compile_blocks(run)
-    return sample.sample(request, tensors, family, mesh, run)
+    return sample.sample(request, tensors, family, mesh, run)["latent"]
 
 
 class StaleAttention:
@@ -66,7 +67,7 @@ class StaleAttention:
         self.fresh = []
 
     def begin(self, prompt, places, totals):
-        self.prompt, self.places, self.totals, self.site = prompt, places, totals, 0
+        self.prompt, self.places, self.totals = prompt, places, totals
 
     def keep(self):
         """From now on what has been at hand so far is what is kept of it."""
@@ -74,16 +75,15 @@ class StaleAttention:
             kept[:, :, places] = keys_values
         self.fresh = []
 
-    def send(self, x, tokens="all"):
-        return SimpleNamespace(x=x, tokens=tokens)
+    def send(self, x, streams, serves=None):
+        return SimpleNamespace(x=x, streams=streams)
 
-    def __call__(self, q, k, v):
+    def __call__(self, site, q, keys):
         batch, _, heads, dim = q.x.shape
-        if (self.prompt, self.site) not in self.kept:
-            self.kept[self.prompt, self.site] = torch.zeros(2, batch, self.totals[q.tokens], heads, dim)
-        kept, places = self.kept[self.prompt, self.site], self.places[q.tokens]
-        self.site += 1
-        self.fresh.append((kept, places, torch.stack((k.x, v.x))))
+        if (self.prompt, site) not in self.kept:
+            self.kept[self.prompt, site] = torch.zeros(2, batch, self.totals[q.streams], heads, dim)
+        kept, places = self.kept[self.prompt, site], self.places[q.streams]
+        self.fresh.append((kept, places, torch.stack((keys.key.x, keys.value.x))))
         seen = kept.clone()
         seen[:, :, places] = self.fresh[-1][2]
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q.x, *seen))).transpose(1, 2)
@@ -105,23 +105,27 @@ class StaleModel:
 
     forget = finish
 
-    def predict(self, latent, timestep, condition):
-        length, prompt = self.family.text_length(condition), id(condition)
+    def predict(self, latent, timestep, condition, next_timestep=None):
+        family, prompt = self.family, id(condition)
         evaluation = self.evaluations[prompt] = self.evaluations.get(prompt, -1) + 1
-        grid = tuple(-(-side // 2) for side in latent.shape[2:])
-        tokens = self.family.tokenize(latent)
-        answer = torch.zeros_like(tokens)
-        self.family.use_attention(self.attention)
-        for text, at in self.parts(evaluation, length, grid):
-            places = {"all": torch.cat((torch.arange(length)[text], length + at)), "image": at}
-            self.attention.begin(prompt, places, {"all": length + tokens.shape[1], "image": tokens.shape[1]})
-            state = self.family.embed(tokens, timestep, condition, Shard(text, at), grid)
-            for block in self.family.blocks:
+        latents = {"image": latent}
+        grids = family.grids(latents)
+        lengths = {name: sum(each.count for each in own) for name, own in family.segments(condition, grids).items()}
+        length, (grid,) = lengths.get("text", 0), grids.values()
+        tokens = family.tokenise(latents)
+        answer = torch.zeros_like(tokens["image"])
+        family.sites.attention = self.attention
+        for text, at in self.parts(evaluation, length, (grid.rows, grid.columns)):
+            places = {("text", "image"): torch.cat((torch.arange(length)[text], length + at)), ("image",): at}
+            self.attention.begin(prompt, places, {("text", "image"): length + grid.count, ("image",): grid.count})
+            shard = {"text": text, "image": at}
+            state = family.embed(Evaluation(tokens, grids, timestep, condition, shard))
+            for block in family.blocks:
                 state = block(state)
-            answer[:, at] = self.family.head(state)
+            answer[:, at] = family.head(state, {"image": slice(None)})["image"]
             self.end_part()
         self.attention.keep()
-        return self.family.untokenize(answer, *latent.shape[2:])
+        return family.untokenise({"image": answer}, latents)["image"]
 
     def parts(self, evaluation, length, grid):
         """The text and the image tokens that are computed at once, one part after the other."""
@@ -139,7 +143,7 @@ class StaleModel:
 
 def sampled_by(stale_model, world, model, layout):
     """As `sampled` on one rank, by a `StaleModel` for the method of `layout`."""
-    with mock.patch.object(sample, "SequenceParallel", lambda family, *_: stale_model(family, layout)):
+    with mock.patch.object(select, "SequenceParallel", lambda family, *_: stale_model(family, layout)):
         return sampled(world, model, Layout())
 
 

@@ -6,7 +6,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from paralleldit.parallel_backend.distributed.control_group import Control
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
-from paralleldit.parallel_backend.families.family import Family
+from paralleldit.parallel_backend.families.family import TokenFamily
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.run_context import Run
 from paralleldit.tests.tiny_models import GUIDANCE, TINY_MODELS
@@ -16,7 +16,7 @@ HEADS, HEAD_DIM, TEXT = 4, 16, 5
 WIDTH = HEADS * HEAD_DIM
 
 
-def make_family() -> Family:
+def make_family() -> TokenFamily:
     return TINY_MODELS["flux dev"].make_family(HEADS)
 
 
@@ -60,7 +60,7 @@ def run_of(request, *, cancel_at=None):
 
 def sampled(world, layout, steps, size, sampler):
     request, tensors = request_of(layout, steps, size, sampler)
-    return sample.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
+    return sample.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])["latent"]
 
 
 class StaleModel:
@@ -71,14 +71,15 @@ class StaleModel:
 
     patches = warmup_evaluations = 0
 
-    def __init__(self, family, axis, attention):
-        self.model = family.transformer
+    def __init__(self, family, axis, attention, packing):
+        # Its own: the family's layers have sites that go by the strategy.
+        self.model = TINY_MODELS["flux dev"].make(HEADS)
         self.layers = [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
         self.seen = {}
         self.kept = {}
 
-    def predict(self, latent, timestep, condition):
-        model, length = self.model, condition.tokens.shape[1]
+    def predict(self, latent, timestep, condition, next_timestep=None):
+        model, length = self.model, condition["tokens"].shape[1]
         batch, channels, height, width = latent.shape
         rows, columns = -(-height // 2), -(-width // 2)
         padded = F.pad(latent, (0, width % 2, 0, height % 2), mode="circular")
@@ -89,7 +90,7 @@ class StaleModel:
         ids[length:, 2] = torch.arange(columns).repeat(rows)
         rotary = model.pos_embed(ids)
         strength = torch.full((batch,), GUIDANCE * 1000)
-        modulation = model.time_text_embed(timestep * 1000, strength, condition.pooled.expand(batch, -1))
+        modulation = model.time_text_embed(timestep * 1000, strength, condition["pooled"].expand(batch, -1))
 
         evaluation = self.seen[length] = self.seen.get(length, -1) + 1
         output = torch.zeros_like(tokens)
@@ -97,7 +98,7 @@ class StaleModel:
             writes = []
             places = torch.cat((text_at, length + at))
             image = model.x_embedder(tokens[:, at])
-            text = model.context_embedder(condition.tokens[:, text_at].expand(batch, -1, -1))
+            text = model.context_embedder(condition["tokens"][:, text_at].expand(batch, -1, -1))
             for number, layer in enumerate(self.layers):
                 shape = (batch, len(ids), HEADS, HEAD_DIM)
                 kept = self.kept.setdefault((length, number), torch.full((2, *shape), torch.nan))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from paralleldit.parallel_backend.attention.kernels import KERNELS
+from paralleldit.parallel_backend.attention.site import KeySet
 from paralleldit.parallel_backend.attention.usp import AttentionCore
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.layout.layout import Layout
@@ -32,12 +33,12 @@ def attend(world, ulysses, ring, tokens, heads, batch, dtype, device="cpu"):
     mesh = Mesh(Layout(ulysses_degree=ulysses, ring_degree=ring))
     core = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
     lengths = split_sizes(tokens, ulysses * ring)
-    core.set_lengths([0] * len(lengths), lengths)
+    core.set_lengths({"image": lengths})
     start = sum(lengths[: mesh.sequence.rank])
     shares = [part[:, start : start + lengths[mesh.sequence.rank]] for part in inputs(tokens, heads, batch, dtype)]
     shares = [share.to(device) for share in shares]
-    value, key, query = (core.send(share) for share in reversed(shares))
-    return core(query, key, value)
+    value, key, query = (core.send(share, ("image",)) for share in reversed(shares))
+    return core((0, "all"), query, KeySet(key, value))
 
 
 def inputs(tokens, heads, batch, dtype):

@@ -4,9 +4,9 @@ from unittest import mock
 
 import pytest
 import torch
-from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.split import split_sizes
+from paralleldit.parallel_backend.strategies import select
 from paralleldit.tests.ranks import stale_families
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
@@ -69,7 +69,7 @@ def sampled_with_late_model(world, layout, steps, size, sampler):
         refresh = layout.refresh
         warmup_evaluations = layout.warmup_steps * (2 if sampler == "heun" else 1)
 
-    with mock.patch.object(sample, "SequenceParallel", Model):
+    with mock.patch.object(select, "SequenceParallel", Model):
         return sampled(world, Layout(), steps, size, sampler)
 
 

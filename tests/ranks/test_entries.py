@@ -13,6 +13,7 @@ from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning
+from paralleldit.parallel_backend.strategies import select
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.tests.ranks.stale_flux import HEADS, WIDTH, StaleModel, make_family, relative_error, request_of, run_of
 from paralleldit.tests.tiny_models import GUIDANCE, TINY_MODELS
@@ -43,12 +44,12 @@ def run_with(world, layout, steps, entries, warmup=None):
             tensors[f"positive.{index}.region"] = entry["region"]
     positive = tuple(Conditioning(**{key: entry[key] for key in entry if key != "region"}) for entry in entries)
     request = request.model_copy(update={"positive": positive})
-    return sample.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])
+    return sample.sample(request, tensors, make_family(), Mesh(layout), run_of(request)[0])["latent"]
 
 
 def run_with_stale_model(world, patches, warmup, steps, entries):
     with mock.patch.object(
-        sample, "SequenceParallel", type("", (StaleModel,), {"patches": patches, "warmup_evaluations": warmup})
+        select, "SequenceParallel", type("", (StaleModel,), {"patches": patches, "warmup_evaluations": warmup})
     ):
         return run_with(world, Layout(), steps, entries)
 
@@ -102,7 +103,7 @@ def reference_inputs(places):
     # A ControlNet adds to the picture's tokens alone.
     control = GivenResiduals((rand(2, 30, WIDTH),), {0: 0})
     told = {"guidance": GUIDANCE, "references": pictures, "reference_places": places}
-    return latent, Condition(tokens, pooled, **told, controls=(control,))
+    return latent, Condition({"tokens": tokens, "pooled": pooled}, **told, controls=(control,))
 
 
 def predicted(world, layout):
@@ -138,8 +139,8 @@ def plain_prediction(transformer: FluxTransformer2DModel, places):
     output = transformer(
         hidden_states=torch.cat(tokens, dim=1),
         controlnet_block_samples=[residual, torch.zeros_like(residual)],
-        encoder_hidden_states=condition.tokens.expand(2, -1, -1),
-        pooled_projections=condition.pooled.expand(2, -1),
+        encoder_hidden_states=condition["tokens"].expand(2, -1, -1),
+        pooled_projections=condition["pooled"].expand(2, -1),
         timestep=torch.full((2,), 0.7),
         img_ids=torch.cat(ids),
         txt_ids=torch.zeros(7, 3),

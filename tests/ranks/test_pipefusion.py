@@ -15,6 +15,7 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import Part
 from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.strategies import select
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_flux import StaleModel, make_family, relative_error, request_of, run_of, sampled
@@ -82,7 +83,7 @@ def sampled_with_stale_model(world, patches, warmup, steps, size, sampler):
         pass
 
     Model.patches, Model.warmup_evaluations = patches, warmup * (2 if sampler == "heun" else 1)
-    with mock.patch.object(sample, "SequenceParallel", Model):
+    with mock.patch.object(select, "SequenceParallel", Model):
         return sampled(world, Layout(), steps, size, sampler)
 
 
@@ -140,7 +141,7 @@ def sampled_by_part(world, layout, path, steps):
     request, tensors = request_of(layout, steps, (11, 9), "euler")
     mesh = Mesh(layout)
     family = Transformer(path, CPU, part=Part.of(layout, mesh)).on(mesh)
-    return sample.sample(request, tensors, family, mesh, run_of(request)[0])
+    return sample.sample(request, tensors, family, mesh, run_of(request)[0])["latent"]
 
 
 @pytest.mark.parametrize(("layout", "steps"), PARTS, ids=str)
@@ -177,7 +178,7 @@ def told(world, layout, steps):
     """The progress that the client of rank 0 hears of, with the shapes of the previews, and the latent."""
     request, tensors = request_of(layout, steps, (8, 8), "heun", preview=True)
     run, events = run_of(request)
-    latent = sample.sample(request, tensors, make_family(), Mesh(layout), run)
+    latent = sample.sample(request, tensors, make_family(), Mesh(layout), run)["latent"]
     steps = [(event, tensors["preview"]) for event, tensors in events if isinstance(event, messages.Progress)]
     return [(event.step, event.total, preview) for event, preview in steps], latent
 
@@ -209,7 +210,7 @@ def left_and_again(world, layout, cancel_at, spoilt):
         reason = str(error)
     last = max((event.step for event, _ in events), default=0)
     tensors["negative.0.tokens"] = kept
-    return reason, last, sample.sample(request, tensors, family, mesh, run_of(request)[0])
+    return reason, last, sample.sample(request, tensors, family, mesh, run_of(request)[0])["latent"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def failed_and_again(world, layout, failing_rank):
     finally:
         family.blocks = blocks
     last = max((event.step for event, _ in events), default=0)
-    return reason, last, sample.sample(request, tensors, family, mesh, run_of(request)[0])
+    return reason, last, sample.sample(request, tensors, family, mesh, run_of(request)[0])["latent"]
 
 
 @pytest.mark.parametrize(

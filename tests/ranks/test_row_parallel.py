@@ -62,8 +62,8 @@ def stock(latent: Tensor, timestep: Tensor, seed: int = 5) -> Tensor:
     """What diffusers' own forward gives, by a call with arguments of this file's own making."""
     batch = len(latent)
     given = condition(batch, seed)
-    added = {"text_embeds": given.pooled, "time_ids": torch.tensor([[104, 72, 0, 0, 104, 72]] * batch)}
-    return network()(latent, timestep, given.tokens, added_cond_kwargs=added).sample
+    added = {"text_embeds": given["pooled"], "time_ids": torch.tensor([[104, 72, 0, 0, 104, 72]] * batch)}
+    return network()(latent, timestep, given["tokens"], added_cond_kwargs=added).sample
 
 
 def plain(world: Axis) -> list[Tensor]:

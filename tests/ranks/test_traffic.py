@@ -94,7 +94,7 @@ def traffic_per_step(world, layout: Layout, model: str, path: Path):
     tiny, mesh = TINY_MODELS[model], Mesh(layout)
     condition = tiny.condition(draw, 1, TEXT)
     transformer = Transformer(path, CPU, part=Part.of(layout, mesh))
-    tensors = {"latent": draw(BATCH, tiny.family.latent_channels, SIDE, SIDE)}
+    tensors = {"latent": draw(BATCH, tiny.family.latents[0].channels, SIDE, SIDE)}
     tensors |= tensors_of("positive", condition) | tensors_of("negative", condition)
     sent = []
     for steps in STEPS:
@@ -149,7 +149,7 @@ def expected_bytes(layout: Layout, model: str, block_bytes: list[int], stage: St
     # How many times a block is used in one evaluation.
     patches = layout.num_patches if stage.count > 1 else 1
     vector_bytes = BATCH * theory.width * BYTES * evaluations
-    latent_bytes = BATCH * TINY_MODELS[model].family.latent_channels * SIDE * SIDE * BYTES
+    latent_bytes = BATCH * TINY_MODELS[model].family.latents[0].channels * SIDE * SIDE * BYTES
     leaving = sum(owners[giver] == stage.index != owners[taker] for giver, taker in theory.skips.items())
     return {
         # USP (arXiv 2405.07719): four all-to-alls of this rank's tokens; keys and values of R - 1 other ranks' hops,

@@ -35,7 +35,7 @@ def test_compiled_blocks_predict_the_same(monkeypatch, model, kinds, backend):
     strategy = SequenceParallel(family, sequence, AttentionCore(ulysses, ring, KERNELS["sdpa"]))
     generator = torch.Generator().manual_seed(5)
     condition = tiny.condition(lambda *shape: torch.randn(*shape, generator=generator), 1, 5)
-    latent = torch.randn(1, family.latent_channels, 8, 6, generator=generator)
+    latent = torch.randn(1, family.latents[0].channels, 8, 6, generator=generator)
     timestep = torch.tensor([0.7])
     with torch.inference_mode():
         plain = strategy.predict(latent, timestep, condition)

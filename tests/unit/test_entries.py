@@ -14,6 +14,7 @@ from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side, sizes_of_controls
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.condition import Condition
+from paralleldit.parallel_backend.families.spec import LatentSpec
 from paralleldit.parallel_backend.layout.fitting import Work, misfit_of
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning
@@ -28,6 +29,8 @@ FAMILY: Any = SimpleNamespace(
     device=torch.device("cpu"),
     takes_references=False,
     process_in=None,
+    latents=(LatentSpec(channels=16),),
+    latent=LatentSpec(channels=16),
     check_condition=lambda condition: None,
 )
 LEFT = torch.zeros(1, *SHAPE[2:])
@@ -37,9 +40,9 @@ DOT = torch.zeros(1, *SHAPE[2:])
 DOT[..., 4, 9] = 1
 
 
-def predict(latent: torch.Tensor, timestep: torch.Tensor, condition: Condition) -> torch.Tensor:
+def predict(latent: torch.Tensor, timestep: torch.Tensor, condition: Condition, _: None = None) -> torch.Tensor:
     """Stands in for a network: mixes the cells that it sees, and knows its prompt."""
-    return torch.sin(latent * condition.tokens.mean() + latent.mean(dim=(2, 3), keepdim=True))
+    return torch.sin(latent * condition["tokens"].mean() + latent.mean(dim=(2, 3), keepdim=True))
 
 
 def prompts(entries: list[dict[str, Any]], start: int) -> list[Any]:
@@ -55,7 +58,7 @@ def expected(entries: list[Any], x: torch.Tensor, sigma: float) -> torch.Tensor:
         height, width, top, left = entry.get("area", (*SHAPE[2:], 0, 0))
         height, width = min(height, SHAPE[2] - top), min(width, SHAPE[3] - left)
         crop = x[:, :, top : top + height, left : left + width]
-        denoised = crop - sigma * predict(crop, torch.ones(2), Condition(tokens))
+        denoised = crop - sigma * predict(crop, torch.ones(2), Condition({"tokens": tokens}))
         for picture in range(SHAPE[0]):
             for row in range(height):
                 for column in range(width):

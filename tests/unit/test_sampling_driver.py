@@ -215,7 +215,9 @@ def test_brownian_noise_adds_up_over_intermediate_levels() -> None:
 
 def test_shared_draws_are_kept_until_every_part_had_them_and_no_longer() -> None:
     count = iter(range(10))
-    shared = SlicedNoise(lambda sigma, sigma_next: torch.full((4,), float(next(count))), [slice(0, 1), slice(1, 4)])
+    shared = SlicedNoise(
+        lambda sigma, sigma_next: torch.full((4,), float(next(count))), [lambda draw: draw[:1], lambda draw: draw[1:]]
+    )
     first, second = shared.part(0), shared.part(1)
     sigma = torch.tensor(1.0)
     assert [first(sigma, sigma).tolist() for _ in range(3)] == [[0.0], [1.0], [2.0]]

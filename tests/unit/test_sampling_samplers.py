@@ -145,7 +145,8 @@ def test_elementwise_samplers_step_strip_by_strip(sampler: Sampler, model: Model
     whole = solve(sampler.function, model, x, sigmas, noise_source(sampler.noise, x, 5, sigmas))
 
     strips = [(..., slice(0, 2), slice(None)), (..., slice(2, 6), slice(None)), (..., slice(6, 7), slice(None))]
-    shared = SlicedNoise(noise_source(sampler.noise, x, 5, sigmas), strips)
+    cuts = [lambda draw, strip=strip: draw[strip] for strip in strips]
+    shared = SlicedNoise(noise_source(sampler.noise, x, 5, sigmas), cuts)
     solvers = [
         sampler.function(x[strip], sigmas, SolverContext(model, shared.part(number)))
         for number, strip in enumerate(strips)

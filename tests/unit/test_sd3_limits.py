@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from paralleldit.parallel_backend.engine.checks import check_latent
+from paralleldit.parallel_backend.engine.checks import latents_of
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.tests.tiny_models import TINY_MODELS
@@ -12,13 +12,13 @@ FAMILY = TINY_MODELS["sd3.5 medium"].make_family(2)
 
 @pytest.mark.parametrize("size", [(18, 18), (17, 1), (1, 18)], ids=str)
 def test_picture_as_large_as_the_positions_is_taken(size):
-    check_latent(torch.zeros(1, 16, *size), FAMILY, 16)
+    latents_of({"latent": torch.zeros(1, 16, *size)}, FAMILY)
 
 
 @pytest.mark.parametrize("size", [(19, 8), (8, 19), (20, 20)], ids=str)
 def test_picture_beyond_the_positions_is_refused(size):
     with pytest.raises(UserError, match="10 rows or columns of tokens; this sd3 model has positions for 9"):
-        check_latent(torch.zeros(1, 16, *size), FAMILY, 16)
+        latents_of({"latent": torch.zeros(1, 16, *size)}, FAMILY)
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,4 @@ def test_picture_beyond_the_positions_is_refused(size):
 )
 def test_conditioning_of_another_model_is_refused(text, pooled, words):
     with pytest.raises(UserError, match=words):
-        FAMILY.check_condition(Condition(torch.zeros(1, 5, text), torch.zeros(1, pooled)))
+        FAMILY.check_condition(Condition({"tokens": torch.zeros(1, 5, text), "pooled": torch.zeros(1, pooled)}))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...attention.site import Attention
 from ...families.condition import Condition
-from ...families.family import Family
-from ...tokens.plan import Shard
-from .nets import ControlNet, Given
+from ...families.family import TokenFamily
+from ...families.state import Evaluation
+from ...tokens.grid import Grid
+from ...tokens.plan import Segment
+from .nets import ControlledEvaluation, ControlNet
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,6 @@ class Control:
     start: float
     end: float
 
-    @property
-    def extra_text(self) -> int:
-        return self.net.extra_text
-
     def part(self, part: slice, batch: int) -> Control:
         """For the pictures `part` of a batch; one control picture for all of them stays one."""
         return replace(self, picture=self.picture[part] if len(self.picture) == batch else self.picture[:1])
@@ -38,24 +37,19 @@ class Control:
     def is_active(self, timestep: float) -> bool:
         return self.strength != 0.0 and self.end <= timestep <= self.start
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         return self.net.targets(family)
 
-    def residuals(
-        self,
-        tokens: Tensor,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-        attention: Attention,
-    ) -> list[Tensor]:
-        """As `ControlNet.residuals`, for whole-picture latent `tokens` `[B, S, c]`, times the strength.
+    def segments(
+        self, family: TokenFamily, condition: Condition, grids: Mapping[str, Grid]
+    ) -> dict[str, list[Segment]]:
+        return self.net.segments(condition, grids)
 
-        `shard.text` counts from the ControlNet's own first text token.
-        """
+    def residuals(self, evaluation: Evaluation, attention: Attention) -> list[Tensor]:
+        """As `ControlNet.residuals`, times the strength."""
         view = self.net.view
-        view.use_attention(attention)
-        picture = view.tokenize(self.picture).expand(len(tokens), -1, -1)
-        state = self.net.embed(Given(tokens, timestep, condition, shard, grid, picture, self.mode))
+        view.sites.attention = attention
+        name = view.latent.name
+        picture = view.tokenise({name: self.picture})[name].expand(evaluation.batch, -1, -1)
+        state = self.net.embed(ControlledEvaluation(evaluation, picture, self.mode))
         return [self.strength * residual for residual in self.net.residuals(state)]

@@ -8,44 +8,43 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...caches.policy import COMPUTE_ALL
 from ...errors import UserError
-from ...families.blocks import Block
+from ...families.blocks import Block, run_blocks
 from ...families.condition import Condition
-from ...families.family import Family
+from ...families.family import TokenFamily
 from ...families.flux import Flux
 from ...families.hunyuandit import HunyuanDiT, as_block
 from ...families.sd3 import SD3
-from ...families.state import TokenState
+from ...families.state import Evaluation, State
 from ...files.controlnet import ControlNetInfo
-from ...tokens.plan import Shard
+from ...tokens.grid import Grid
+from ...tokens.plan import Segment
 from .load import load_controlnet
 
 
-class Given(NamedTuple):
-    """What a ControlNet is evaluated for: the arguments of `Family.embed`, and of the control picture the tokens of
-    what it sees, `[B, S, c]`, and the kind."""
+@dataclass(frozen=True)
+class ControlledEvaluation:
+    """What a ControlNet is evaluated for. `picture`: the tokens of what it sees of the control picture, `[B, S, c]`;
+    `mode`: the kind of picture, for a union ControlNet."""
 
-    tokens: Tensor
-    timestep: Tensor
-    condition: Condition
-    shard: Shard
-    grid: tuple[int, int]
+    evaluation: Evaluation
     picture: Tensor
     mode: int | None
 
     @property
-    def shown(self) -> Tensor:
+    def own_picture(self) -> Tensor:
         """This rank's tokens of the control picture."""
-        return self.picture[:, self.shard.image]
+        return self.picture[:, self.evaluation.shard["image"]]
 
 
 class ControlNet(ABC):
@@ -54,9 +53,9 @@ class ControlNet(ABC):
     extra_text = 0
     latent_shift = True
     """Whether the control picture's latent is shifted as the model's own are."""
-    model: Family
+    model: TokenFamily
     """The model of the run at hand."""
-    view_class: type[Family]
+    view_class: type[TokenFamily]
 
     def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.info = info
@@ -64,7 +63,7 @@ class ControlNet(ABC):
         self.view = self.view_class(module, dtype, device)
         self.bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
-    def work_with(self, family: Family, mode: int | None) -> None:
+    def work_with(self, family: TokenFamily, mode: int | None) -> None:
         """From now on with this model. Raises `UserError` for one that it was not made for, or an unknown `mode`."""
         self.model = family
         name, width, modes = self.info.checkpoint.source.name, self.module.inner_dim, self.info.modes
@@ -85,31 +84,41 @@ class ControlNet(ABC):
 
     def see(self, picture: Tensor) -> Tensor:
         """What `embed` is given tokens of, `[B, C, H, W]`: the control picture's latent, in the model's space."""
-        shift = self.model.latent_shift if self.latent_shift else 0.0
-        return ((picture.float() - shift) * self.model.latent_scale).to(self.model.device)
+        latent = self.model.latent
+        shift = latent.shift if self.latent_shift else 0.0
+        return ((picture.float() - shift) * latent.scale).to(self.model.device)
 
     @abstractmethod
-    def embed(self, given: Given) -> TokenState:
-        """As `Family.embed`."""
+    def embed(self, given: ControlledEvaluation) -> State:
+        """As `TokenFamily.embed`."""
+
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        """Of its own streams: the prompt's text after its own, and the grid without references."""
+        segments = self.view.segments(replace(condition, references=()), grids)
+        if "text" in segments:
+            segments["text"] = [Segment(each.count + self.extra_text) for each in segments["text"]]
+        return segments
 
     def outputs(self) -> Sequence[nn.Module]:
         """What makes a residual of each block's image tokens."""
         return self.module.controlnet_blocks
 
     @abstractmethod
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         """From each block of the model that a residual is added behind to the number of that residual."""
 
     def patches(self, embedder: Any, tokens: Tensor) -> Tensor:
         """Latent tokens through a convolution whose stride is its size."""
         return F.linear(tokens.to(self.view.dtype), embedder.proj.weight.flatten(1), embedder.proj.bias)
 
-    def residuals(self, state: TokenState) -> list[Tensor]:
+    def residuals(self, state: State) -> list[Tensor]:
         """Every block's residual of the image tokens, `[B, Si, h]`."""
-        made = []
-        for block, output in zip(self.view.blocks, self.outputs(), strict=True):
-            state = block(state)
-            made.append(output(state.image))
+        outputs, made = self.outputs(), []
+
+        def on_block(number: int, state: State) -> None:
+            made.append(outputs[number](state["image"]))
+
+        run_blocks(self.view, state, self.view.blocks, policy=COMPUTE_ALL, on_block=on_block)
         return made
 
 
@@ -133,24 +142,26 @@ class FluxControlNet(ControlNet):
             return picture  # another stage evaluates it
         return hint((2 * picture - 1).to(self.model.device, self.model.dtype))
 
-    def embed(self, given: Given) -> TokenState:
-        model, dtype = self.module, self.view.dtype
-        tokens, timestep, condition, shard, grid, _, mode = given
-        image = model.x_embedder(tokens[:, shard.image].to(dtype))
-        image = image + model.controlnet_x_embedder(given.shown.to(dtype))
-        text = model.context_embedder(condition.tokens.to(dtype)).expand(len(tokens), -1, -1)
+    def embed(self, given: ControlledEvaluation) -> State:
+        model, dtype, evaluation = self.module, self.view.dtype, given.evaluation
+        shard, condition = evaluation.shard, evaluation.condition
+        image = model.x_embedder(evaluation.tokens["image"][:, shard["image"]].to(dtype))
+        image = image + model.controlnet_x_embedder(given.own_picture.to(dtype))
+        text = model.context_embedder(condition["tokens"].to(dtype)).expand(evaluation.batch, -1, -1)
         if self.extra_text:
-            assert mode is not None
-            kind = model.controlnet_mode_embedder(torch.tensor([[mode]], device=tokens.device))
-            text = torch.cat((kind.expand(len(tokens), -1, -1), text), dim=1)
+            assert given.mode is not None
+            kind = model.controlnet_mode_embedder(torch.tensor([[given.mode]], device=text.device))
+            text = torch.cat((kind.expand(evaluation.batch, -1, -1), text), dim=1)
             # Positions are counted from the prompt's tokens.
-            condition = replace(condition, tokens=F.pad(condition.tokens, (0, 0, 1, 0)))
-        return self.view.resume(image, text[:, shard.text], timestep, condition, shard, grid)
+            tensors = {**condition.tensors, "tokens": F.pad(condition["tokens"], (0, 0, 1, 0))}
+            condition = replace(condition, tensors=tensors)
+        evaluation = replace(evaluation, condition=replace(condition, references=()))
+        return self.view.resume(evaluation, {"text": text[:, shard["text"]], "image": image})
 
     def outputs(self) -> Sequence[nn.Module]:
         return [*self.module.controlnet_blocks, *self.module.controlnet_single_blocks]
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         own_double, own_single = len(self.module.controlnet_blocks), len(self.module.controlnet_single_blocks)
         model: Any = family.transformer
         double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
@@ -169,15 +180,17 @@ class SD3ControlNet(ControlNet):
         super().__init__(info, module, dtype, device)
         self.latent_shift = not info.config["force_zeros_for_pooled_projection"]
 
-    def embed(self, given: Given) -> TokenState:
-        tokens, timestep, condition, shard, grid, *_ = given
+    def embed(self, given: ControlledEvaluation) -> State:
+        evaluation = given.evaluation
         if not self.latent_shift:
-            assert condition.pooled is not None
-            condition = replace(condition, pooled=torch.zeros_like(condition.pooled))
-        state = self.view.embed(tokens, timestep, condition, shard, grid)
-        return replace(state, image=state.image + self.patches(self.module.pos_embed_input, given.shown))
+            condition = evaluation.condition
+            tensors = {**condition.tensors, "pooled": torch.zeros_like(condition["pooled"])}
+            evaluation = replace(evaluation, condition=replace(condition, tensors=tensors))
+        state = self.view.embed(evaluation)
+        control = self.patches(self.module.pos_embed_input, given.own_picture)
+        return state.with_streams(image=state["image"] + control)
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         # The last block, which gives no text, gets none.
         count, own = len(family.blocks), len(self.module.controlnet_blocks)
         return {block: int(block / (count / own)) for block in range(count - 1)}
@@ -190,8 +203,11 @@ class SD3ImageBlocks(SD3):
         super().__init__(transformer, dtype, device, **latent)
         self.blocks = [_as_image_block(layer) for layer in self.transformer.transformer_blocks]
 
-    def sites(self) -> list[tuple[int, Any]]:
-        return [(block, layer.attn) for block, layer in enumerate(self.transformer.transformer_blocks)]
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        return {"image": [Segment.of(grids["image"], "image")]}
+
+    def attentions(self) -> list[tuple[int, str, Any]]:
+        return [(block, "attn", layer.attn) for block, layer in enumerate(self.transformer.transformer_blocks)]
 
 
 class SD3ImageControlNet(ControlNet):
@@ -199,13 +215,13 @@ class SD3ImageControlNet(ControlNet):
 
     view_class = SD3ImageBlocks
 
-    def embed(self, given: Given) -> TokenState:
+    def embed(self, given: ControlledEvaluation) -> State:
         assert isinstance(self.model, SD3)
-        tokens, timestep, condition, shard, grid, *_ = given
-        image = self.model.embed_image(tokens, shard, grid) + self.patches(self.module.pos_embed_input, given.shown)
-        return self.view.resume(image, image[:, :0], timestep, condition, shard, grid)
+        control = self.patches(self.module.pos_embed_input, given.own_picture)
+        image = self.model.embed_image(given.evaluation) + control
+        return self.view.resume(given.evaluation, {"image": image})
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         # As in Stability's own code and in ComfyUI, behind the last block too; diffusers leaves that out.
         return _spread(len(self.module.controlnet_blocks), len(family.blocks))
 
@@ -225,13 +241,12 @@ class HunyuanControlNet(ControlNet):
 
     view_class = HunyuanBlocks
 
-    def embed(self, given: Given) -> TokenState:
-        tokens, timestep, condition, shard, grid, *_ = given
-        state = self.view.embed(tokens, timestep, condition, shard, grid)
-        control = self.patches(self.module.pos_embed, given.shown)
-        return replace(state, image=state.image + self.module.input_block(control))
+    def embed(self, given: ControlledEvaluation) -> State:
+        state = self.view.embed(given.evaluation)
+        control = self.patches(self.module.pos_embed, given.own_picture)
+        return state.with_streams(image=state["image"] + self.module.input_block(control))
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         return {source: source for source in family.skips}
 
 
@@ -257,7 +272,7 @@ def _spread(own: int, count: int) -> dict[int, int]:
 
 
 def _as_image_block(layer: nn.Module) -> Block:
-    def run(state: TokenState) -> TokenState:
-        return replace(state, image=layer(hidden_states=state.image, temb=state.modulation))
+    def run(state: State) -> State:
+        return state.with_streams(image=layer(hidden_states=state["image"], temb=state.modulation))
 
     return run

@@ -10,9 +10,11 @@ from torch import Tensor
 from ...attention.site import Attention
 from ...errors import UserError
 from ...families.condition import Condition
-from ...families.family import Family
+from ...families.family import TokenFamily
+from ...families.state import Evaluation
 from ...protocol.messages import ResidualList
-from ...tokens.plan import Shard
+from ...tokens.grid import Grid
+from ...tokens.plan import Segment
 
 Numbers = Mapping[ResidualList, Sequence[int | None]]
 """By ComfyUI's lists "input" and "output": the number of the residual at each of their places, if there is one."""
@@ -28,10 +30,6 @@ class GivenResiduals:
     given: tuple[Tensor, ...]
     blocks: Mapping[int, int]
 
-    @property
-    def extra_text(self) -> int:
-        return 0
-
     def rows(self, rows: slice) -> GivenResiduals:
         """For these rows of a latent of several conditions; what is the same for all stays one."""
         return replace(self, given=tuple(each if len(each) == 1 else each[rows] for each in self.given))
@@ -42,23 +40,20 @@ class GivenResiduals:
     def is_active(self, timestep: float) -> bool:
         return True
 
-    def targets(self, family: Family) -> dict[int, int]:
+    def targets(self, family: TokenFamily) -> dict[int, int]:
         return dict(self.blocks)
 
-    def residuals(
-        self,
-        tokens: Tensor,
-        timestep: Tensor,
-        condition: Condition,
-        shard: Shard,
-        grid: tuple[int, int],
-        attention: Attention,
-    ) -> list[Tensor]:
-        return [each[:, shard.image] for each in self.given]
+    def segments(
+        self, family: TokenFamily, condition: Condition, grids: Mapping[str, Grid]
+    ) -> dict[str, list[Segment]]:
+        return family.segments(replace(condition, references=()), grids)
+
+    def residuals(self, evaluation: Evaluation, attention: Attention) -> list[Tensor]:
+        return [each[:, evaluation.shard["image"]] for each in self.given]
 
 
 def given_residuals(
-    numbers: Numbers, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]
+    numbers: Numbers, tensors: Mapping[str, Tensor], family: TokenFamily, shape: Sequence[int]
 ) -> GivenResiduals:
     """Of a request for a latent of `shape` `[N, C, H, W]`. Raises `UserError` for those that do not fit the model."""
     places, blocks = places_of(family), {}
@@ -71,8 +66,7 @@ def given_residuals(
                 "Use a ControlNet that was made for the model.",
             )
         blocks |= {known[place]: number for place, number in filled}
-    patch, (rows, _, height, width) = family.patch_size, shape
-    wanted = (-(-height // patch) * -(-width // patch), family.hidden_size)
+    rows, wanted = shape[0], (Grid.of(shape[2:], family.latent.patch).count, family.hidden_size)
     given = []
     for number in range(max(blocks.values(), default=-1) + 1):
         tensor = tensors.get(f"residual.{number}")
@@ -86,7 +80,7 @@ def given_residuals(
     return GivenResiduals(tuple(given), blocks)
 
 
-def places_of(family: Family) -> dict[ResidualList, Sequence[int]]:
+def places_of(family: TokenFamily) -> dict[ResidualList, Sequence[int]]:
     """The blocks behind which ComfyUI adds the residuals of its lists, in the lists' order."""
     count = len(family.blocks)
     match family.name:

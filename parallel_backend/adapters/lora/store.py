@@ -65,7 +65,7 @@ class AdapterStore:
         if transformer.adapted.key == key:
             return
         transformer.adapted.take_off()
-        transformer.family.forget_texts()
+        transformer.family.forget_preludes()
         changes: list[Change] = []
         for ref in wanted.files:
             file = read_lora(open_checkpoint(ref.path), transformer.names)

@@ -5,15 +5,18 @@ A control sees patches as the model does: its keys and values of the other patch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from ...attention.patch_kv import PatchAttention
 from ...attention.usp import AttentionCore
 from ...families.condition import Condition
-from ...families.family import Family
-from ...tokens.plan import PatchPlan
+from ...families.family import TokenFamily
+from ...families.state import Evaluation
+from ...tokens.grid import Grid
+from ...tokens.plan import TokenPlan
 
 Key = tuple[tuple[int, int], ...]
 """What is added behind a block: pairs of a control's number and the number of one of its residuals."""
@@ -24,24 +27,25 @@ class StagedControls:
 
     def __init__(
         self,
-        family: Family,
+        family: TokenFamily,
         conditions: Sequence[Condition],
         clocks: Sequence[float],
-        patch_lengths: Sequence[int],
+        grids: Mapping[str, Grid],
         core: AttentionCore,
         ranks: int,
+        patches: int,
     ) -> None:
         self._family = family
         self._conditions = conditions
         self._clocks = clocks
         self._attentions = {
             (index, number): PatchAttention(
-                core, [PatchPlan.even(family.text_length(condition) + control.extra_text, patch_lengths, ranks)]
+                core, [TokenPlan(control.segments(family, condition, grids), ranks, patches)]
             )
             for index, condition in enumerate(conditions)
             for number, control in enumerate(condition.controls)
         }
-        self._patches = len(patch_lengths)
+        self._patches = patches
 
     def added(self, question: int, index: int) -> dict[int, Key]:
         """What is added behind the model's blocks, by their numbers, for a question under the condition `index`."""
@@ -57,16 +61,9 @@ class StagedControls:
         return list(dict.fromkeys(added[block] for block in sorted(added) if block >= first_block))
 
     def make(
-        self,
-        question: int,
-        index: int,
-        patches: Sequence[int],
-        rank: int,
-        tokens: Tensor,
-        timestep: Tensor,
-        grid: tuple[int, int],
+        self, question: int, index: int, patches: Sequence[int], rank: int, evaluation: Evaluation
     ) -> dict[Key, Tensor]:
-        """Everything that is needed for `patches`, of this rank's image tokens; `tokens`: the whole latent's."""
+        """Everything that is needed for `patches`, of this rank's tokens of the grid, for the whole `evaluation`."""
         condition = self._conditions[index]
         made = {}
         for number in self._active(question, index):
@@ -74,7 +71,7 @@ class StagedControls:
             has_begun = question and control.is_active(self._clocks[question - 1])
             attention.begin(0, patches, seen=self._patches if has_begun else patches[-1] + 1)
             shard = attention.plan(0).shard(rank, patches)
-            made[number] = control.residuals(tokens, timestep, condition, shard, grid, attention)
+            made[number] = control.residuals(replace(evaluation, shard=shard), attention)
         residuals: dict[Key, Tensor] = {}
         for key in self.needed(question, index, 0):
             parts = [made[number][residual] for number, residual in key]

@@ -39,7 +39,3 @@ def posted_ahead(stages: int, patches: int, distance: int) -> int:
     on_its_way = distance * (1 + hop) - 1
     left_by_hops = patches - 1 - (stages - distance) * hop
     return min(on_its_way, left_by_hops)
-
-
-def len_of(rows: slice) -> int:
-    return rows.stop - rows.start

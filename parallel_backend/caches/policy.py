@@ -1,0 +1,36 @@
+"""What decides, block by block, whether a block is computed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..families.state import State
+
+
+class BlockPolicy(Protocol):
+    """Asked around every block of an evaluation. Ranks that compute one prediction must be told the same.
+
+    A block that is not computed moves nothing: what sites keep is found by their ids, and sharded weights are gathered
+    for blocks that are computed alone.
+    """
+
+    def before(self, block: int, state: State) -> State | None:
+        """The state behind the block, where it is known already; None: compute the block."""
+        ...
+
+    def after(self, block: int, before: State, after: State) -> None:
+        """The block was computed, from the state `before` to the state `after` it."""
+        ...
+
+
+class ComputeAll:
+    """The policy without a cache: every block is computed."""
+
+    def before(self, block: int, state: State) -> State | None:
+        return None
+
+    def after(self, block: int, before: State, after: State) -> None:
+        """Nothing is kept."""
+
+
+COMPUTE_ALL = ComputeAll()
