@@ -8,7 +8,7 @@ from torch import Tensor
 from ..distributed.axis import Axis
 
 
-def _attend(axis: Axis, eps: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(axis: Axis, eps: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Each `[B, G, D, pixels]`; computed in fp32 (arXiv 2205.14756, section 3.1)."""
     dtype = value.dtype
     query, key, value = (each.float() for each in (query, key, value))

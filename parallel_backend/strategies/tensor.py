@@ -6,11 +6,12 @@ up their parts of its output.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor, nn
 
 from ..distributed.axis import Axis
+from ..weights.stored_linear import StoredLinear
 from ..weights.tensor_cuts import TensorCuts
 
 
@@ -21,20 +22,17 @@ class TensorParallel:
         self.axis: Axis | None = None
         for name, layer in transformer.named_modules():
             cut = cuts.cut_of(name)
-            if cut is None or not isinstance(layer, nn.Linear):
+            if cut is None or not isinstance(layer, StoredLinear):
                 continue
             if cut.style == "row":
-                layer.register_forward_hook(self._add_up)
+                layer.complete = self._add_up
             elif cut.style == "gathered":
-                self._gather_outputs(layer, cuts.extents(cut, layer.out_features))
+                layer.complete = partial(self._gather, cuts.extents(cut, layer.out_features))
 
-    def _add_up(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def _add_up(self, output: Tensor) -> Tensor:
         assert self.axis is not None
         return self.axis.all_reduce(output)
 
-    def _gather_outputs(self, layer: nn.Module, extents: list[int]) -> None:
-        def gather(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            assert self.axis is not None
-            return self.axis.all_gather(output, extents, dim=-1)
-
-        layer.register_forward_hook(gather)
+    def _gather(self, extents: list[int], output: Tensor) -> Tensor:
+        assert self.axis is not None
+        return self.axis.all_gather(output, extents, dim=-1)

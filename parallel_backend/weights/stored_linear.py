@@ -1,7 +1,8 @@
-"""The linear layer of loaded models, whatever format its weight is stored in, and the seat of what adapts it."""
+"""The linear layer of loaded models, whatever format its weight is in, with seats for what changes its output."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from .formats import BY_DTYPE, Companions, StorageFormat
 
 
 class Adapter(Protocol):
-    """Computes in the place of a layer, which it is given, until it is taken off."""
+    """Computes in the place of a layer, whose input is `x`, until it is taken off."""
 
     def __call__(self, layer: StoredLinear, x: Tensor) -> Tensor: ...
 
@@ -21,9 +22,10 @@ class StoredLinear(nn.Linear):
     """Keeps its weight as `format` stores it, and computes in its input's dtype.
 
     Its buffers are the companions of the weight. `in_features` and `out_features` are those of the whole layer, also
-    where a rank holds a part. `adapter` is what LoRAs put on; hooks come behind it, and so the ranks of a cut layer
-    add up its adapted outputs. It is no module and no hook: `torch.compile` looks at an attribute anew at every call,
-    and at hooks never again.
+    where a rank holds a part. `adapter` is what LoRAs put on. `complete` makes the output of a cut layer whole over the
+    tensor-parallel ranks; it comes last, so that they add up what is adapted.
+
+    Both are plain attributes: `torch.compile` looks at these at every call, and at a module's hooks once.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,6 +34,7 @@ class StoredLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.format = BY_DTYPE[linear.weight.dtype]
         self.adapter: Adapter | None = None
+        self.complete: Callable[[Tensor], Tensor] | None = None
 
     def store(self, weight: Tensor, format: StorageFormat, companions: Companions) -> None:
         """Compute with this weight, as `format` stores it, from now on."""
@@ -47,11 +50,12 @@ class StoredLinear(nn.Linear):
         return self.format.dequantise(self.weight, self._buffers, dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """The layer's output `[..., out]` without its adapter."""
+        """What it computes by itself, `[..., out]`."""
         return F.linear(x, self.matrix(x.dtype), self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.product(input) if self.adapter is None else self.adapter(self, input)
+        output = self.product(input) if self.adapter is None else self.adapter(self, input)
+        return output if self.complete is None else self.complete(output)
 
 
 def store_linears(module: nn.Module) -> None:
