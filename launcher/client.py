@@ -14,7 +14,7 @@ from ..parallel_backend.errors import Cancelled, UserError
 from ..parallel_backend.protocol import addresses, frames, messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
 from ..parallel_backend.protocol.tensors import unpack
-from .instance import Life
+from .instance import SidecarInstance
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,7 @@ class Client:
         stream: frames.FrameSocket,
         welcome: messages.Welcome,
         *,
-        life: Life | None = None,
+        life: SidecarInstance | None = None,
         hang_timeout: float = 30.0,
     ) -> None:
         self.welcome = welcome
@@ -69,7 +69,7 @@ class Client:
         socket_path: Path,
         *,
         token: str = "",
-        life: Life | None = None,
+        life: SidecarInstance | None = None,
         hang_timeout: float = 30.0,
         max_body: int = frames.MAX_BODY,
     ) -> Client:

@@ -31,7 +31,7 @@ KNOWN_FAULTS = (
 )
 
 
-class Life:
+class SidecarInstance:
     """The sidecar of the directory `path`. Nothing here blocks longer than it says."""
 
     def __init__(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol import messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
 from .client import Client, SidecarError
-from .instance import Life
+from .instance import SidecarInstance
 from .runtime_dir import Slot
 from .spawn import Say, launch, read_token
 from .spec import SidecarSpec, settings_of
@@ -34,7 +34,7 @@ def ensure_sidecar(spec: SidecarSpec, on_progress: Say = lambda text: None, *, o
         return client
 
 
-def start(spec: SidecarSpec, on_progress: Say = lambda text: None, *, owned: bool = True) -> Life:
+def start(spec: SidecarSpec, on_progress: Say = lambda text: None, *, owned: bool = True) -> SidecarInstance:
     """Start this host's part of a sidecar, or adopt the running one, and wait until all ranks have met."""
     settings = settings_of(spec)
     slot = spec.slot
@@ -70,11 +70,11 @@ def stop(slot: Slot, on_progress: Say = lambda text: None) -> bool:
         return was_alive
 
 
-def current(slot: Slot) -> Life | None:
-    return Life(slot.life) if slot.life else None
+def current(slot: Slot) -> SidecarInstance | None:
+    return SidecarInstance(slot.life) if slot.life else None
 
 
-def connect(life: Life) -> Client:
+def connect(life: SidecarInstance) -> Client:
     """A new connection to the sidecar of `life`. Raises `OSError` or `ProtocolError`."""
     settings = life.settings
     if settings is None:
@@ -108,7 +108,7 @@ def visit(spec: SidecarSpec) -> Client | None:
 # -- adopt -------------------------------------------------------------------------------------------------------
 
 
-def _is_adopted(life: Life, settings: records.Settings, owner: records.Process | None) -> bool:
+def _is_adopted(life: SidecarInstance, settings: records.Settings, owner: records.Process | None) -> bool:
     """Whether the running sidecar is the one that is wanted, and now has the new owner."""
     if life.settings is None or life.settings.key != settings.key or not life.is_ready or life.end is not None:
         return False
@@ -117,7 +117,7 @@ def _is_adopted(life: Life, settings: records.Settings, owner: records.Process |
     return True
 
 
-def _replace(life: Life, settings: records.Settings, on_progress: Say) -> None:
+def _replace(life: SidecarInstance, settings: records.Settings, on_progress: Say) -> None:
     """End a sidecar that is not the wanted one, unless another living process uses it."""
     owner = life.owner
     if life.is_alive and owner and owner.alive and owner.pid != os.getpid() and life.settings:
@@ -131,7 +131,7 @@ def _replace(life: Life, settings: records.Settings, on_progress: Say) -> None:
     _end(life, on_progress)
 
 
-def _end(life: Life, on_progress: Say) -> None:
+def _end(life: SidecarInstance, on_progress: Say) -> None:
     if life.is_alive and life.is_ready and life.settings and life.settings.node_rank == 0:
         try:
             client = connect(life)
@@ -146,7 +146,7 @@ def _end(life: Life, on_progress: Say) -> None:
 # -- connect -----------------------------------------------------------------------------------------------------
 
 
-def _connect(life: Life, spec: SidecarSpec) -> Client:
+def _connect(life: SidecarInstance, spec: SidecarSpec) -> Client:
     if spec.node_rank:
         raise UserError(
             "Only host 0 of a sidecar of several hosts takes requests.", "Connect on the host of node rank 0."

@@ -17,7 +17,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol import records
 from . import devices
 from .client import SidecarError
-from .instance import Life
+from .instance import SidecarInstance
 from .runtime_dir import Slot
 from .spec import SidecarSpec
 
@@ -28,8 +28,8 @@ PROGRESS_S = 5.0
 
 def launch(
     slot: Slot, spec: SidecarSpec, settings: records.Settings, owner: records.Process | None, on_progress: Say
-) -> Life:
-    life = Life(slot.new_life())
+) -> SidecarInstance:
+    life = SidecarInstance(slot.new_life())
     endpoint = spec.rdzv_endpoint or f"127.0.0.1:{free_port()}"
     settings = settings.model_copy(update={"store": endpoint})
     records.write(life.path / records.SettingsFile, settings)
@@ -51,7 +51,7 @@ def launch(
     return life
 
 
-def _spawn(life: Life, spec: SidecarSpec, settings: records.Settings) -> subprocess.Popen[bytes]:
+def _spawn(life: SidecarInstance, spec: SidecarSpec, settings: records.Settings) -> subprocess.Popen[bytes]:
     single = settings.nnodes == 1
     command = [
         *(spec.python, "-m", "parallel_backend.worker.torchrun", str(life.path)),
@@ -85,7 +85,7 @@ def _spawn(life: Life, spec: SidecarSpec, settings: records.Settings) -> subproc
 
 
 def _wait_ready(
-    life: Life, agent: subprocess.Popen[bytes], settings: records.Settings, timeout: float, on_progress: Say
+    life: SidecarInstance, agent: subprocess.Popen[bytes], settings: records.Settings, timeout: float, on_progress: Say
 ) -> None:
     began, local = time.monotonic(), len(settings.local_ranks)
     said_at, said = began, 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.controlnet import read_controlnet
-from ..parallel_backend.protocol.messages import Control, ControlNetRef
+from ..parallel_backend.protocol.messages import ControlNetRef, ControlUse
 from . import model_files
 from .request.controls import CONTROL, PREPARED, WaitingControl, WaitingControls, waiting
 from .widgets import SPAN, check_span, verdict
@@ -124,7 +124,7 @@ class ParallelDiTControlNetApply:
         vae: Any = None,
     ) -> tuple[list[Any], list[Any]]:
         check_span(start_percent, end_percent, IDLE)
-        message = Control(
+        message = ControlUse(
             net=controlnet,
             strength=strength,
             start=start_percent,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.protocol.messages import ImagePrompt, LoraRef, ModelRef, WeightChange
+from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, WeightChange
 from .layout_choice import LayoutChoice
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ POSITIVE, NEGATIVE = 0, 1
 class ShownPicture:
     """A picture that a MODEL is shown; `embeddings` `[B, …]`: for the positive prompt and for the negative one."""
 
-    message: ImagePrompt
+    message: ImagePromptUse
     embeddings: tuple[Tensor, Tensor]
 
 

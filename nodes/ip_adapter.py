@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.ip_adapter import IPAdapterInfo, read_ip_adapter
-from ..parallel_backend.protocol.messages import ImagePrompt, IPAdapterRef
+from ..parallel_backend.protocol.messages import ImagePromptUse, IPAdapterRef
 from . import host, model_files
 from .handles import ShownPicture, handle_of
 from .widgets import SPAN, check_span, verdict
@@ -102,7 +102,9 @@ class ParallelDiTIPAdapter:
                 "Choose an IP-Adapter that was trained for the model.",
             )
         positive = _embedding(info, clip_vision_output)
-        message = ImagePrompt(adapter=IPAdapterRef(path=str(path)), weight=weight, start=start_percent, end=end_percent)
+        message = ImagePromptUse(
+            adapter=IPAdapterRef(path=str(path)), weight=weight, start=start_percent, end=end_percent
+        )
         against = positive.new_zeros(positive.shape) if negative is None else _embedding(info, negative)
         picture = ShownPicture(message, (positive, against))
         return (host.current().with_handle(model, replace(handle, pictures=(*handle.pictures, picture))),)

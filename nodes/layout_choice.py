@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout.fitting import Work, check_layout
+from ..parallel_backend.layout.fitting import RunFacts, check_layout
 from ..parallel_backend.layout.layout import (
     AXES,
     AttentionKernel,
@@ -60,13 +60,13 @@ class LayoutChoice:
         settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh", "compile")
         layout = best.model_copy(update={name: getattr(self, name) for name in settings})
         layout = layout.model_copy(update={"stage_blocks": self.blocks_by_stage()})
-        check_layout(layout, Work(ranks=ranks))
+        check_layout(layout, RunFacts(ranks=ranks))
         return layout
 
     def check(self, ranks: int) -> None:
         """Raise `UserError` when no layout of `ranks` ranks has the chosen degrees."""
         settings = {"weights": self.weights, "attention": self.attention}
-        check_layout(self._candidates(ranks)[0].model_copy(update=settings), Work(ranks=ranks))
+        check_layout(self._candidates(ranks)[0].model_copy(update=settings), RunFacts(ranks=ranks))
 
     def blocks_by_stage(self) -> StageBlocks:
         """Raises `UserError` for text that is neither "even" nor a list of numbers."""
@@ -83,7 +83,7 @@ class LayoutChoice:
 
     def _candidates(self, ranks: int) -> list[Layout]:
         if self.cfg_degree > 2 or len(self.chosen) == len(AXES):
-            check_layout(Layout().model_copy(update=self.chosen), Work(ranks=ranks))
+            check_layout(Layout().model_copy(update=self.chosen), RunFacts(ranks=ranks))
         fitting = [
             layout
             for layout in layouts_of(ranks, **{name: getattr(self, name) for name in GIVEN})

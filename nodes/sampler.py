@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout.fitting import Work, check_layout
+from ..parallel_backend.layout.fitting import RunFacts, check_layout
 from ..parallel_backend.protocol.messages import Adapters, Sample
 from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from . import host
@@ -103,15 +103,15 @@ class ParallelDiTSampler:
         if cfg != 1.0 and negative is None:
             raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
 
-        tensors = latent.travelling(latent_image, handle)
+        tensors = latent.to_message(latent_image, handle)
         shape = tensors["latent"].shape
         sides = regions.placed_sides(positive, negative or [], shape)
         if cfg == 1.0:
             del sides["negative"]
-        travelling = {side: conditioning.travelling(side, each, handle.family, shape) for side, each in sides.items()}
-        named, placed = controls.travelling({side: (travelling[side][0], sides[side]) for side in sides})
-        for side, (_, prompt_tensors) in travelling.items():
-            named[side], shown = image_prompts.travelling(named[side], side, handle.pictures)
+        prompts = {side: conditioning.to_message(side, each, handle.family, shape) for side, each in sides.items()}
+        named, placed = controls.to_message({side: (prompts[side][0], sides[side]) for side in sides})
+        for side, (_, prompt_tensors) in prompts.items():
+            named[side], shown = image_prompts.to_message(named[side], side, handle.pictures)
             tensors |= prompt_tensors | shown
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= {} if sigmas is None else {"sigmas": sigmas}
@@ -121,7 +121,7 @@ class ParallelDiTSampler:
         choice = handle.layout or LayoutChoice()
         client = session.client_for(handle.layout.ranks if handle.layout else None)
         layout = choice.resolve(client.welcome.ranks, batch=batch, guided="negative" in named)
-        work = Work(
+        work = RunFacts(
             batch=batch,
             cfg=cfg,
             has_negative=negative is not None,

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from .distributed.control_group import Control
+from .distributed.control_group import ControlGroup
 from .errors import Cancelled
 from .protocol import messages
 
@@ -22,7 +22,7 @@ class Run:
     """
 
     def __init__(
-        self, control: Control, request: int, send: Send, is_cancelled: Callable[[], bool] = lambda: False
+        self, control: ControlGroup, request: int, send: Send, is_cancelled: Callable[[], bool] = lambda: False
     ) -> None:
         self._control = control
         self._request = request

@@ -31,11 +31,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from bench_memory import MB, peak_memory
 
-from parallel_backend.distributed.control_group import Control
+from parallel_backend.distributed.control_group import ControlGroup
 from parallel_backend.distributed.mesh import Mesh
 from parallel_backend.engine.model import Transformer
 from parallel_backend.layout.layout import Layout
-from parallel_backend.layout.model_part import Part
+from parallel_backend.layout.model_part import ModelPart
 
 LAYOUTS = {
     2: {
@@ -141,7 +141,7 @@ def measure(rank: int, arguments: argparse.Namespace, folder: str, answers) -> N
     store = dist.TCPStore("127.0.0.1", arguments.port, arguments.ranks, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=arguments.ranks)
     side = round(arguments.tokens**0.5)
-    control, steps = Control(), bench_speedup.Models(arguments.width).variants(side)
+    control, steps = ControlGroup(), bench_speedup.Models(arguments.width).variants(side)
     layouts = {name: layout for name, layout in LAYOUTS[arguments.ranks].items() if arguments.only in name}
     meshes = {name: Mesh(layout.degrees) for name, layout in layouts.items()}
     rivals = peers(arguments.ranks)
@@ -165,12 +165,12 @@ def measure(rank: int, arguments: argparse.Namespace, folder: str, answers) -> N
     dist.destroy_process_group()
 
 
-def sampled(layout: Layout, mesh: Mesh, control: Control, folder: str, side: int, measured: Measured) -> float:
+def sampled(layout: Layout, mesh: Mesh, control: ControlGroup, folder: str, side: int, measured: Measured) -> float:
     """Seconds per step of a run with a freshly loaded part of the model."""
     mesh.ledger.reset()
     gc.collect()  # the model of the run before
     with peak_memory() as peak:
-        transformer = Transformer(Path(folder), torch.device("cpu"), "fp32", Part.of(layout, mesh))
+        transformer = Transformer(Path(folder), torch.device("cpu"), "fp32", ModelPart.of(layout, mesh))
         seconds = bench_links.seconds_per_step(
             transformer.on(mesh), mesh, layout, control, side, text_tokens=bench_speedup.TEXT_TOKENS
         )

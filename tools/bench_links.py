@@ -30,7 +30,7 @@ from diffusers import FluxTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel_backend.distributed.control_group import Control
+from parallel_backend.distributed.control_group import ControlGroup
 from parallel_backend.distributed.mesh import Mesh
 from parallel_backend.engine.sample import sample
 from parallel_backend.families.family import Family
@@ -183,7 +183,7 @@ def measure(arguments: argparse.Namespace) -> None:
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
     ).eval()
-    family, control = Flux(transformer, torch.float32, torch.device("cpu")), Control()
+    family, control = Flux(transformer, torch.float32, torch.device("cpu")), ControlGroup()
     meshes = {name: Mesh(layout.degrees) for name, layout in LAYOUTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     sent = {}
@@ -201,7 +201,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def seconds_per_step(
-    family: Family, mesh: Mesh, layout: Layout, control: Control, side: int, text_tokens: int = TEXT_TOKENS
+    family: Family, mesh: Mesh, layout: Layout, control: ControlGroup, side: int, text_tokens: int = TEXT_TOKENS
 ) -> float:
     """Of the steps after the exact ones; all but the last are told of when the first rank has their latent.
 

@@ -28,12 +28,12 @@ from diffusers import FluxTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parallel_backend.distributed.control_group import Control
+from parallel_backend.distributed.control_group import ControlGroup
 from parallel_backend.distributed.mesh import Mesh
 from parallel_backend.engine.model import Transformer
 from parallel_backend.engine.sample import sample
 from parallel_backend.layout.layout import Layout
-from parallel_backend.layout.model_part import Part
+from parallel_backend.layout.model_part import ModelPart
 from parallel_backend.protocol.messages import Conditioning, ModelRef, Sample, Schedule
 from parallel_backend.run_context import Run
 
@@ -92,10 +92,10 @@ def measure(rank: int, layout: Layout, folder: str, arguments: argparse.Namespac
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", arguments.port, layout.ranks, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.ranks)
-    mesh, control = Mesh(layout.degrees), Control()
+    mesh, control = Mesh(layout.degrees), ControlGroup()
     request, tensors = request_of(layout, arguments.side)
     with torch.inference_mode(), peak_memory() as peak:
-        transformer = Transformer(Path(folder), torch.device("cpu"), "fp32", Part.of(layout, mesh))
+        transformer = Transformer(Path(folder), torch.device("cpu"), "fp32", ModelPart.of(layout, mesh))
         sample(request, tensors, transformer.on(mesh), mesh, Run(control, request.id, lambda *_: None))
     answers.put((transformer.bytes, peak.bytes))
     dist.barrier()

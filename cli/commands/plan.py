@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ...parallel_backend.errors import UserError
-from ...parallel_backend.layout.fitting import Work, check_layout, layouts_that_fit
+from ...parallel_backend.layout.fitting import RunFacts, check_layout, layouts_that_fit
 from ...parallel_backend.layout.layout import Layout, parse_layout, patches_of
 from .options import add_command
 
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    work = Work(
+    work = RunFacts(
         ranks=args.ranks,
         batch=args.batch,
         cfg=args.cfg,
@@ -55,7 +55,7 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(layout: Layout, work: Work, steps: int) -> str:
+def describe(layout: Layout, work: RunFacts, steps: int) -> str:
     """Exact or not, and what a run of `steps` steps makes of a layout that fits."""
     if layout.is_exact:
         return "exact"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 
-from ...launcher.instance import Life
+from ...launcher.instance import SidecarInstance
 from ...launcher.lifecycle import connect, current, start, stop
 from ...launcher.runtime_dir import Slot
 from ...parallel_backend.errors import UserError
@@ -117,7 +117,7 @@ def _logs(args: argparse.Namespace) -> int:
     return OK
 
 
-def _log_names(life: Life) -> list[str]:
+def _log_names(life: SidecarInstance) -> list[str]:
     return sorted(path.name for path in life.path.glob("*.log"))
 
 

@@ -44,7 +44,7 @@ class _Run:
     spans: Sequence[tuple[float, float]]
     """Of each of the handle's pictures: the noise levels from which and down to which it works."""
     prompts: list[_Prompt] = field(default_factory=list)
-    told: set[str] = field(default_factory=set)
+    sent: set[str] = field(default_factory=set)
     delivered: set[WeightChange] = field(default_factory=set)
     warned: bool = False
 
@@ -79,7 +79,7 @@ class StepwiseModel:
     def end(self) -> None:
         """The sampler is done, however it ended."""
         run, self._run = self._run, None
-        if run is not None and run.told and run.client.alive:
+        if run is not None and run.sent and run.client.alive:
             session.ask(run.client, EndRun(id=0, run=run.key))
 
     def predict(
@@ -150,13 +150,15 @@ class StepwiseModel:
 
     def _ask(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tells what the ranks do not hold: what is new in this run, then what they say that they miss."""
-        unknown = set(message.conditions) - run.told
+        unknown = set(message.conditions) - run.sent
         while True:
             prompts = [prompt for prompt in run.prompts if prompt.key in unknown]
-            told = {prompt.key: prompt.entry for prompt in prompts}
+            run_conditions = {prompt.key: prompt.entry for prompt in prompts}
             bodies = {f"{p.key}.0.{name}": tensor for p in prompts for name, tensor in p.tensors.items()}
-            reply = session.ask(run.client, message.model_copy(update={"told": told}), {**tensors, **bodies})
-            run.told |= unknown
+            reply = session.ask(
+                run.client, message.model_copy(update={"run_conditions": run_conditions}), {**tensors, **bodies}
+            )
+            run.sent |= unknown
             if "prediction" in reply.tensors:
                 return reply.tensors["prediction"]
             missing = reply.result.data["missing"]

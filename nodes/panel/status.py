@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...launcher import lifecycle
-from ...launcher.instance import Life
+from ...launcher.instance import SidecarInstance
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol import records
 from ...parallel_backend.protocol.messages import Request, Status, Unload
@@ -94,7 +94,7 @@ def unload() -> dict[str, Any]:
     return status()
 
 
-def _state(life: Life | None) -> str:
+def _state(life: SidecarInstance | None) -> str:
     if host.current().spec.remote:
         return "remote"
     if life is None:
@@ -150,7 +150,7 @@ def _fault(end: records.End) -> dict[str, Any]:
     return {"message": end.message, "hint": end.hint, "sidecar_failed": True}
 
 
-def _log(life: Life) -> str:
+def _log(life: SidecarInstance) -> str:
     """The end of the log of the rank that failed, or of torchrun's."""
     rank = life.end.rank if life.end else None
     return "\n".join(life.tail(rank).splitlines()[-LOG_LINES:])

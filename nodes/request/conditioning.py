@@ -68,7 +68,7 @@ TRAVELS = {
 }
 
 
-def travelling(
+def to_message(
     side: str, entries: Sequence[Any], family: str, shape: Sequence[int]
 ) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
     """The message's entries and tensors of one `side` (positive or negative), for a model of `family`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...parallel_backend.errors import UserError
-from ...parallel_backend.protocol.messages import Conditioning, Control
+from ...parallel_backend.protocol.messages import Conditioning, ControlUse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class WaitingControl:
     Without one: the ControlNet takes pixels.
     """
 
-    message: Control
+    message: ControlUse
     image: Tensor
     vae: Any
 
@@ -65,7 +65,7 @@ class PlacedControl:
     size: tuple[int, int] | None
 
     @property
-    def message(self) -> Control:
+    def message(self) -> ControlUse:
         return self.control.message
 
     def picture(self, like: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def waiting(side: str, entry: Mapping[str, Any]) -> WaitingControls:
     return control
 
 
-def travelling(
+def to_message(
     sides: Mapping[str, tuple[tuple[Conditioning, ...], list[Any]]],
 ) -> tuple[dict[str, tuple[Conditioning, ...]], list[PlacedControl]]:
     """The sides' entries, which name their controls, and these.

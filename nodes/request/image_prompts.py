@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def travelling(
+def to_message(
     entries: tuple[Conditioning, ...], side: str, pictures: Sequence[ShownPicture]
 ) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
     """The message's entries of one `side` (positive or negative) with the model's pictures, and their tensors."""

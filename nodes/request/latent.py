@@ -21,7 +21,7 @@ LATENT_CHANNELS: dict[str, Callable[[dict[str, Any]], int]] = {
 """Per family: the latent's channels from the model's config."""
 
 
-def travelling(latent_image: dict[str, Any], handle: ModelHandle) -> dict[str, Tensor]:
+def to_message(latent_image: dict[str, Any], handle: ModelHandle) -> dict[str, Tensor]:
     """Tensors `latent` `[B, C, H, W]` and, if there is one, `noise_mask` `[B or 1, 1, H', W']`.
 
     An empty latent gets the model's number of channels. Raises `UserError` for a latent that cannot be sampled.

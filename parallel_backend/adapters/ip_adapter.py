@@ -171,7 +171,7 @@ IP_ADAPTERS: dict[str, type[IPAdapter]] = {"flux": FluxIPAdapter, "sd3": SD3IPAd
 
 
 @dataclass(frozen=True)
-class ImagePrompt:
+class ActiveImagePrompt:
     """A picture `[B or 1, …]`, as an image encoder gives it, and the IP-Adapter that shows it.
 
     It works while the model's clock is from `start` down to `end`. `tensor`: the ranks that share the heads.
@@ -184,7 +184,7 @@ class ImagePrompt:
     end: float
     tensor: Axis
 
-    def part(self, part: slice, batch: int) -> ImagePrompt:
+    def part(self, part: slice, batch: int) -> ActiveImagePrompt:
         return replace(self, picture=self.picture[part] if len(self.picture) == batch else self.picture[:1])
 
     def is_active(self, timestep: float) -> bool:

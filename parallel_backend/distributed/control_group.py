@@ -10,13 +10,13 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from .groups import leave_groups
+from .groups import abandon_groups
 
 PATIENCE = timedelta(days=365)
 """How long a rank waits for the next request. A waiting rank uses no CPU."""
 
 
-class Control:
+class ControlGroup:
     """Collectives on a group of its own. Every rank makes the same calls in the same order."""
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class Control:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
-    def leave(self) -> None:
-        """Give up the group, as `leave_groups` does: ranks that wait in it for this one raise."""
+    def abandon(self) -> None:
+        """Give up the group, as `abandon_groups` does: ranks that wait in it for this one raise."""
         groups = [self._group]
         del self._group
-        leave_groups(groups)
+        abandon_groups(groups)
 
     def start_meeting(self) -> dist.Work:
         """Begin to wait until every rank has come here."""

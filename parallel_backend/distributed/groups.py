@@ -23,7 +23,7 @@ def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     return group
 
 
-def leave_groups(groups: list[dist.ProcessGroup]) -> None:
+def abandon_groups(groups: list[dist.ProcessGroup]) -> None:
     """Give up `groups`, and empty the list: ranks that wait in one of them for this rank raise at once.
 
     For gloo alone, which has no other way to end a collective early: it closes a group's connections with the last

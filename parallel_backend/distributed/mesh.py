@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from ..layout.fitting import Work, check_layout
+from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import AXES, REPLICAS, Layout
 from .axis import Axis
 from .groups import new_group
@@ -22,7 +22,7 @@ class Mesh:
     """
 
     def __init__(self, layout: Layout) -> None:
-        check_layout(layout, Work(ranks=dist.get_world_size()))
+        check_layout(layout, RunFacts(ranks=dist.get_world_size()))
         self.layout = layout
         self.ledger = Ledger()
         self.axes: list[Axis] = []  # all of those below

@@ -45,7 +45,7 @@ def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor],
             )
 
 
-def together(work: Callable[[], T], run: Run) -> T:
+def all_or_none(work: Callable[[], T], run: Run) -> T:
     """A collective: do `work` on every rank; what one of them refuses, all refuse with its `UserError`.
 
     Each rank reads its own part of a file, so that it may be the only one that finds something wrong.

@@ -50,15 +50,15 @@ def warn_of_warmup(layout: Layout, steps: int, run: Run) -> None:
     )
 
 
-def fail_together(denoised: Tensor, question: Denoise, total: int, replicas: Axis) -> None:
+def fail_together(denoised: Tensor, call: Denoise, total: int, replicas: Axis) -> None:
     """Raise the same `UserError` on every replica when one of them has a value that is not finite."""
     if replicas.size == 1:
         return
-    are_finite = torch.stack([torch.isfinite(each).all() for each in (denoised, question.x)]).float()
+    are_finite = torch.stack([torch.isfinite(each).all() for each in (denoised, call.x)]).float()
     of_replicas = replicas.all_gather(are_finite.view(1, 2), [1] * replicas.size, dim=0)
     denoised_is_finite, latent_is_finite = of_replicas.bool().all(dim=0).tolist()
     if not denoised_is_finite:
-        raise not_finite(question, total, latent_is_finite=latent_is_finite)
+        raise not_finite(call, total, latent_is_finite=latent_is_finite)
 
 
 def needed(name: str, tensors: Mapping[str, Tensor]) -> Tensor:

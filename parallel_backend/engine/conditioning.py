@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.controlnet.active import Control
+from ..adapters.controlnet.active import ActiveControl
 from ..adapters.controlnet.nets import ControlNet
-from ..adapters.ip_adapter import ImagePrompt, IPAdapter, check_family
+from ..adapters.ip_adapter import ActiveImagePrompt, IPAdapter, check_family
 from ..distributed.axis import Axis
 from ..errors import UserError
 from ..families.condition import CONDITION_TENSORS, Condition
@@ -20,7 +20,7 @@ from ..families.family import TokenFamily
 from ..protocol import messages
 from ..protocol.messages import Conditioning, Prompt
 from ..sampling.model_sampling import ModelSampling
-from ..strategies.weighted_prompts import Area, Entry
+from ..strategies.weighted_prompts import Area, WeightedPrompt
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Inputs:
     family: TokenFamily
     model_sampling: ModelSampling
     shape: torch.Size
-    controls: Sequence[Control] = ()
+    controls: Sequence[ActiveControl] = ()
     adapters: Mapping[str, IPAdapter] = field(default_factory=dict)
     tensor: Axis | None = None
 
 
-def entries_of_side(entries: Sequence[Conditioning], side: str, inputs: Inputs) -> list[Entry]:
+def entries_of_side(entries: Sequence[Conditioning], side: str, inputs: Inputs) -> list[WeightedPrompt]:
     """The entries of a `side` (positive or negative), on the family's device.
 
     Raises `UserError` for what does not fit the model, the latent or itself.
@@ -47,7 +47,7 @@ def entries_of_side(entries: Sequence[Conditioning], side: str, inputs: Inputs) 
     return [_entry_of(entry, index, side, inputs) for index, entry in enumerate(entries)]
 
 
-def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Entry:
+def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> WeightedPrompt:
     family, batch, (height, width) = inputs.family, inputs.shape[0], inputs.shape[-2:]
     owner = index if entry.prompt is None else entry.prompt
     if owner > index:
@@ -67,7 +67,7 @@ def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Ent
         controls=tuple(inputs.controls[index] for index in entry.controls),
         image_prompts=image_prompts_of(asked, inputs.adapters, family, inputs.tensor, batch, inputs.model_sampling),
     )
-    return Entry(
+    return WeightedPrompt(
         condition,
         _weight_of(entry, inputs.tensors.get(f"{side}.{index}.region"), area, side, inputs.shape).to(family.device),
         area,
@@ -180,13 +180,13 @@ def sizes_of_controls(entries: Sequence[Conditioning], count: int, shape: Sequen
 
 
 def control_of(
-    control: messages.Control,
+    control: messages.ControlUse,
     picture: Tensor | None,
     net: ControlNet,
     family: TokenFamily,
     model_sampling: ModelSampling,
     size: tuple[int, int, int],
-) -> Control:
+) -> ActiveControl:
     """A ControlNet at work over a latent, or an area of it, of `size` (batch, height, width).
 
     Raises `UserError` for what does not fit together.
@@ -204,7 +204,7 @@ def control_of(
             f"The {what} for {net.info.name} {found}; this run takes {[batch, *wanted]}.",
             "Look at the node that made it, and at its VAE.",
         )
-    return Control(
+    return ActiveControl(
         net,
         net.see(picture),
         control.strength,
@@ -223,13 +223,13 @@ def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], fami
 
 
 def image_prompts_of(
-    asked: Sequence[tuple[messages.ImagePrompt, Tensor]],
+    asked: Sequence[tuple[messages.ImagePromptUse, Tensor]],
     adapters: Mapping[str, IPAdapter],
     family: TokenFamily,
     tensor: Axis | None,
     batch: int,
     model_sampling: ModelSampling | None = None,
-) -> tuple[ImagePrompt, ...]:
+) -> tuple[ActiveImagePrompt, ...]:
     """Pictures at work in a run, in parts of it where the `model_sampling` is told. Raises `UserError` for misfits."""
     prompts = []
     for prompt, picture in asked:
@@ -240,7 +240,7 @@ def image_prompts_of(
         if model_sampling:
             start, end = (clock_at(percent, model_sampling) for percent in (prompt.start, prompt.end))
         assert tensor is not None
-        prompts.append(ImagePrompt(adapter, picture, prompt.weight, start, end, tensor))
+        prompts.append(ActiveImagePrompt(adapter, picture, prompt.weight, start, end, tensor))
     return tuple(prompts)
 
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ..adapters.lora.store import AdapterStore
 from ..distributed.axis import Axis
-from ..distributed.groups import leave_groups, new_group
+from ..distributed.groups import abandon_groups, new_group
 from ..distributed.ledger import Ledger
 from ..distributed.mesh import Mesh
 from ..errors import UserError
-from ..layout.fitting import Work, check_layout
+from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import Layout
-from ..layout.model_part import WHOLE, Part
+from ..layout.model_part import WHOLE, ModelPart
 from ..layout.stages import Stage
 from ..protocol import messages
-from .agreement import check_agreement, together
+from .agreement import all_or_none, check_agreement
 from .model_store import ModelStore
-from .run_conditions import ToldConditions
+from .run_conditions import RunConditions
 
 if TYPE_CHECKING:
     from ..adapters.ip_adapter import IPAdapter
@@ -45,7 +45,7 @@ class Engine:
         self.adapters = AdapterStore()
         self.world = _world()
         self._meshes: dict[Layout, Mesh] = {}
-        self._told = ToldConditions()
+        self._run_conditions = RunConditions()
         self._serve = {
             messages.Load: self._load,
             messages.EncodeText: self._encode_text,
@@ -73,19 +73,19 @@ class Engine:
             "traffic": {str(layout): mesh.ledger.summary() for layout, mesh in self._meshes.items()},
         }
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """As the worker's `Engine.leave`. The models stay."""
-        self.models.let_go()
+        self.models.abandon()
         axes = [self.world, *(axis for mesh in self._meshes.values() for axis in mesh.axes)]
         self._meshes.clear()
-        leave_groups([group for axis in axes for group in axis.release()])
+        abandon_groups([group for axis in axes for group in axis.release()])
 
     def rejoin(self, run: Run) -> None:
         """As the worker's `Engine.rejoin`. What clients have sent they will be asked for again."""
         self.world = _world()
         self.models.keep_common(run)
         self.adapters.forget()
-        self._told.clear()
+        self._run_conditions.clear()
 
     def _load(self, request: messages.Load, tensors: dict[str, Tensor], run: Run) -> Answer:
         started = time.monotonic()
@@ -136,31 +136,33 @@ class Engine:
     def _predict(self, request: messages.Predict, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .predict import predict
 
-        self._told.begin(request.run, request.model)
-        missing = [key for key in request.conditions if key not in request.told and key not in self._told]
+        self._run_conditions.begin(request.run, request.model)
+        missing = [
+            key for key in request.conditions if key not in request.run_conditions and key not in self._run_conditions
+        ]
         if missing:
             return {"missing": missing}, {}
         mesh, transformer, family = self._ready(request, run)
-        told = [each.prompts for key in request.conditions if (each := self._told.get(key))]
-        prompts = [prompt for own in told for prompt in own]
+        run_conditions = [each.prompts for key in request.conditions if (each := self._run_conditions.get(key))]
+        prompts = [prompt for own in run_conditions for prompt in own]
         prompts += [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
         adapters = self._ip_adapters(prompts, transformer, family, Stage(), run)
         mesh.ledger.reset()
-        return {}, predict(request, tensors, self._told, family, mesh, run, adapters)
+        return {}, predict(request, tensors, self._run_conditions, family, mesh, run, adapters)
 
     def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, TokenFamily]:
         """The mesh and the model of a request's layout, with the changes that it asks for."""
         mesh = self._mesh(request.layout)
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
         family = transformer.on(mesh)
-        together(lambda: self.adapters.adapt(transformer, request.adapters, run), run)
+        all_or_none(lambda: self.adapters.adapt(transformer, request.adapters, run), run)
         if request.layout.compile == "blocks":
             transformer.compile_blocks(run)
         return mesh, transformer, family
 
     def _ip_adapters(
         self,
-        prompts: Sequence[messages.ImagePrompt],
+        prompts: Sequence[messages.ImagePromptUse],
         transformer: Transformer,
         family: TokenFamily,
         stage: Stage,
@@ -171,7 +173,7 @@ class Engine:
         return {ref.path: self.models.ip_adapter(ref, family, transformer.cuts, stage, run) for ref in refs}
 
     def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
-        self._told.end(request.run)
+        self._run_conditions.end(request.run)
         return {}, {}
 
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
@@ -213,7 +215,7 @@ class Engine:
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
         self.adapters.forget()
-        self._told.clear()
+        self._run_conditions.clear()
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _mesh(self, layout: Layout) -> Mesh:
@@ -222,10 +224,10 @@ class Engine:
             self._meshes[degrees] = Mesh(degrees)
         return self._meshes[degrees]
 
-    def _part(self, layout: Layout) -> Part:
+    def _part(self, layout: Layout) -> ModelPart:
         """What this rank needs of a transformer. Raises `UserError` for a layout that does not fit the ranks."""
-        check_layout(layout, Work(ranks=self.world.size))
-        return Part.of(layout, self._mesh(layout))
+        check_layout(layout, RunFacts(ranks=self.world.size))
+        return ModelPart.of(layout, self._mesh(layout))
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:
         """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""

@@ -18,7 +18,7 @@ from ..distributed.mesh import Mesh
 from ..families.blocks import Block, compiled
 from ..families.family import TokenFamily
 from ..families.registry import FAMILIES
-from ..layout.model_part import WHOLE, Part
+from ..layout.model_part import WHOLE, ModelPart
 from ..strategies.sharded_weights import ShardedWeights
 from ..strategies.tensor import TensorParallel
 from ..weights.load import LoadedTransformer, load_transformer
@@ -48,7 +48,7 @@ def build_family(loaded: LoadedTransformer, path: Path) -> TokenFamily:
 class Transformer:
     """The block view of a model of which this rank holds `part`. `bytes`: what it takes in memory."""
 
-    def __init__(self, path: Path, device: torch.device, weight_dtype: str = "auto", part: Part = WHOLE) -> None:
+    def __init__(self, path: Path, device: torch.device, weight_dtype: str = "auto", part: ModelPart = WHOLE) -> None:
         """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
         loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part)
         self.bytes = loaded.bytes
@@ -84,10 +84,10 @@ class Transformer:
         self._compiled = self._compiled or self._gathered(compiled(self._plain))
         self.family.blocks = self._compiled
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """Of what is under way to other ranks, wherever it was interrupted."""
         if self._sharded:
-            self._sharded.let_go()
+            self._sharded.abandon()
 
     def _gathered(self, blocks: Sequence[Block]) -> Sequence[Block]:
         """The blocks, with their weights put together while they compute where these are sharded."""

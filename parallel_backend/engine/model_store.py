@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..layout.model_part import WHOLE, Part
+from ..layout.model_part import WHOLE, ModelPart
 from ..protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
-from .agreement import COMPONENTS, together
+from .agreement import COMPONENTS, all_or_none
 
 if TYPE_CHECKING:
     from ..adapters.controlnet.nets import ControlNet
@@ -45,7 +45,7 @@ class Held:
     """One loaded model: the reference that it came from, which part of it, the state of the files when it was read."""
 
     ref: Ref
-    part: Part
+    part: ModelPart
     fingerprint: tuple[object, ...]
     model: Any
     bytes: int
@@ -64,7 +64,7 @@ class ModelStore:
         self._in_use: list[Ref] = []
         """What was asked for last, and what works beside it."""
 
-    def transformer(self, ref: ModelRef, run: Run, part: Part = WHOLE) -> Transformer:
+    def transformer(self, ref: ModelRef, run: Run, part: ModelPart = WHOLE) -> Transformer:
         """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
 
         def load() -> tuple[Transformer, int]:
@@ -84,7 +84,7 @@ class ModelStore:
             net = open_controlnet(Path(ref.path), self.device if stage.is_first else torch.device("meta"), dtype)
             return net, net.bytes if stage.is_first else 0
 
-        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, Part(stage), beside=True)
+        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, ModelPart(stage), beside=True)
 
     def ip_adapter(self, ref: IPAdapterRef, family: TokenFamily, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
         """In the model's dtype, for the blocks of `stage`, and of their heads for what `cuts` say."""
@@ -95,7 +95,7 @@ class ModelStore:
             adapter = open_ip_adapter(Path(ref.path), family, cuts, stage)
             return adapter, adapter.bytes
 
-        part = Part(stage.settled(family.block_parameters), cuts.share)
+        part = ModelPart(stage.settled(family.block_parameters), cuts.share)
         return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part, beside=True)
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
@@ -133,11 +133,11 @@ class ModelStore:
                 return free
             self._give_up(others[0], f"the work of {Path(ref.path).name}", run)
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """Of what is under way to other ranks."""
         for held in self._held.values():
             if isinstance(held.ref, ModelRef):
-                held.model.let_go()
+                held.model.abandon()
 
     def keep_common(self, run: Run) -> None:
         """A collective: forget what not all ranks hold, and the order in which they used the rest."""
@@ -174,7 +174,7 @@ class ModelStore:
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
     def _get(
-        self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: Part = WHOLE, *, beside: bool = False
+        self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: ModelPart = WHOLE, *, beside: bool = False
     ) -> Any:
         """`beside`: it is to work beside the models that were asked for before it, which stay for that."""
         now = _fingerprint(Path(ref.path))
@@ -195,7 +195,7 @@ class ModelStore:
             return Held(ref, part, now, model, size)
 
         try:
-            own = hold() if isinstance(ref, TextRef) else together(hold, run)
+            own = hold() if isinstance(ref, TextRef) else all_or_none(hold, run)
         except UserError:
             # What one rank cannot load no other keeps.
             self._held.pop(ref, None)
@@ -204,7 +204,7 @@ class ModelStore:
         self._held.move_to_end(ref)
         return own.model
 
-    def _make_room(self, ref: Ref, part: Part, missing: bool, run: Run) -> None:
+    def _make_room(self, ref: Ref, part: ModelPart, missing: bool, run: Run) -> None:
         """A collective, also of ranks that hold this part already: of another layout, others may have to load theirs.
 
         But for text encoders: rank 0 alone has those, and only ever one set.
@@ -239,7 +239,7 @@ class ModelStore:
         """Ranks that share the memory of this rank's device."""
         return 1 if self.device.type == "cuda" else dist.get_world_size()
 
-    def _spare(self, ref: Ref, part: Part) -> int:
+    def _spare(self, ref: Ref, part: ModelPart) -> int:
         """Bytes that would be free, beyond what is to stay free, with this part of a model loaded as well."""
         memory = self.memory()
         return int((memory["free"] - KEPT_FREE * memory["total"]) / self._sharers) - _expected_bytes(ref, part)
@@ -270,7 +270,7 @@ def _fingerprint(path: Path) -> tuple[object, ...]:
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
 
 
-def _expected_bytes(ref: Ref, part: Part) -> int:
+def _expected_bytes(ref: Ref, part: ModelPart) -> int:
     """Of the device's memory, judged by the size of the files."""
     path = Path(ref.path)
     folder = path / COMPONENTS.get(ref.kind, "")

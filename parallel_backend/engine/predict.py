@@ -14,13 +14,13 @@ from ..attention.usp import make_attention
 from ..distributed.mesh import Mesh
 from ..errors import UserError
 from ..families.family import TokenFamily
-from ..layout.fitting import Work, check_exact, check_layout
+from ..layout.fitting import RunFacts, check_exact, check_layout
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
 from ..strategies.sequence import SequenceParallel
 from .checks import check_rows, latents_of, needed
 from .conditioning import image_prompts_of, pictures_of, prompt_of
-from .run_conditions import Told, ToldConditions
+from .run_conditions import RunCondition, RunConditions
 
 if TYPE_CHECKING:
     from ..adapters.ip_adapter import IPAdapter
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def predict(
     request: Predict,
     tensors: dict[str, Tensor],
-    told: ToldConditions,
+    run_conditions: RunConditions,
     family: TokenFamily,
     mesh: Mesh,
     run: Run,
@@ -53,12 +53,14 @@ def predict(
         if each is not None:
             check_rows(latent, each, count)
     check_exact(request.layout)
-    check_layout(request.layout, Work(batch=batch))
-    for key, entry in request.told.items():
+    check_layout(request.layout, RunFacts(batch=batch))
+    for key, entry in request.run_conditions.items():
         condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
-        told[key] = Told(condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family))
+        run_conditions[key] = RunCondition(
+            condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family)
+        )
     conditions = []
-    for each in (told[key] for key in request.conditions):
+    for each in (run_conditions[key] for key in request.conditions):
         asked = list(zip(each.prompts, each.pictures, strict=True))
         prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
         # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
@@ -81,8 +83,8 @@ def predict(
             condition = replace(condition, controls=(given.rows(rows),))
         next_own = None if following is None else following[rows]
         output = strategy.predict(latent[rows], timestep[rows], condition, next_own).float()
-        together = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
-        predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in together[: count - first]]
+        gathered = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
+        predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in gathered[: count - first]]
     prediction = torch.cat(predictions)
     if not torch.isfinite(prediction).all():
         raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..protocol.messages import ImagePrompt, ModelRef
+from ..protocol.messages import ImagePromptUse, ModelRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Told:
+class RunCondition:
     """A condition without its picture prompts; these, and their pictures: adapters may have to be loaded again."""
 
     condition: Condition
-    prompts: Sequence[ImagePrompt]
+    prompts: Sequence[ImagePromptUse]
     pictures: Sequence[Tensor]
 
 
-class ToldConditions(dict[str, Told]):
+class RunConditions(dict[str, RunCondition]):
     """The conditions of one run, by their keys. Those of another run, or for another model, are forgotten."""
 
     def __init__(self) -> None:

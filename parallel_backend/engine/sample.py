@@ -14,7 +14,7 @@ from ..attention.usp import AttentionCore, make_attention
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
 from ..families.family import TokenFamily
-from ..layout.fitting import Work, check_layout
+from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import patches_of
 from ..layout.split import split_sizes
 from ..layout.stages import Stage
@@ -28,7 +28,7 @@ from ..sampling.solver import Denoise
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
 from ..strategies.select import strategy_of
-from ..strategies.weighted_prompts import Entry
+from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import fail_together, latents_of, noise_of, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
@@ -131,7 +131,7 @@ def _sides(
     latent: Tensor,
     nets: Mapping[str, ControlNet] | None,
     adapters: Mapping[str, IPAdapter] | None,
-) -> tuple[list[Entry], list[Entry]]:
+) -> tuple[list[WeightedPrompt], list[WeightedPrompt]]:
     """The positive and the negative entries, with their controls, for the run of the first `latent`."""
     sizes = sizes_of_controls((*request.positive, *request.negative), len(request.controls), latent.shape)
     controls = [
@@ -152,10 +152,10 @@ def _sides(
     )
 
 
-def _facts(request: Sample, family: TokenFamily, latents: Mapping[str, Tensor]) -> Work:
+def _facts(request: Sample, family: TokenFamily, latents: Mapping[str, Tensor]) -> RunFacts:
     """What the layout is to be used for."""
     entries = (*request.positive, *request.negative)
-    return Work(
+    return RunFacts(
         batch=len(latents[family.latent.name]),
         cfg=request.cfg,
         has_negative=bool(request.negative),

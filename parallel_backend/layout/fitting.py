@@ -35,7 +35,7 @@ class PromptFacts(Protocol):
 
 
 @dataclass(frozen=True)
-class Work:
+class RunFacts:
     """What a layout is to be used for, as far as it is known by now. What is None is not judged.
 
     `ranks`: that there are; `batch`: pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not
@@ -56,7 +56,7 @@ class Work:
     can: Capabilities | None = None
 
 
-def check_layout(layout: Layout, work: Work) -> None:
+def check_layout(layout: Layout, work: RunFacts) -> None:
     """Raise `UserError` when `layout` does not fit: why, what to do, and the nearest layouts that do."""
     misfit = misfit_of(layout, work)
     if misfit is None:
@@ -78,12 +78,12 @@ def check_exact(layout: Layout) -> None:
         )
 
 
-def misfit_of(layout: Layout, work: Work) -> Misfit | None:
+def misfit_of(layout: Layout, work: RunFacts) -> Misfit | None:
     """The first reason why `layout` does not fit."""
     return next((misfit for rule in RULES if (misfit := rule(layout, work))), None)
 
 
-def nearest_layouts(layout: Layout, work: Work) -> list[Layout]:
+def nearest_layouts(layout: Layout, work: RunFacts) -> list[Layout]:
     """Layouts that fit, of as many ranks as there are, whose degrees differ least from those of `layout`.
 
     An approximate method is named only to those who asked for one.
@@ -94,7 +94,7 @@ def nearest_layouts(layout: Layout, work: Work) -> list[Layout]:
     ]
 
 
-def layouts_that_fit(layout: Layout, work: Work) -> list[Layout]:
+def layouts_that_fit(layout: Layout, work: RunFacts) -> list[Layout]:
     """Every layout of as many ranks as there are that fits, with the settings of `layout`."""
     ranks = layout.ranks if work.ranks is None else work.ranks
     found = (layout.with_degrees(degrees) for degrees in _factors(ranks, len(AXES)))
@@ -115,7 +115,7 @@ def _distance(layout: Layout, other: Layout) -> float:
     return sum(abs(log2(layout.degree(axis) / other.degree(axis))) for axis in AXES)
 
 
-def _ranks(layout: Layout, work: Work) -> Misfit | None:
+def _ranks(layout: Layout, work: RunFacts) -> Misfit | None:
     if work.ranks is None or layout.ranks == work.ranks:
         return None
     degrees = " x ".join(f"{axis}_degree={layout.degree(axis)}" for axis in AXES)
@@ -125,7 +125,7 @@ def _ranks(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _cfg_degree(layout: Layout, work: Work) -> Misfit | None:
+def _cfg_degree(layout: Layout, work: RunFacts) -> Misfit | None:
     if layout.cfg_degree <= 2:
         return None
     return (
@@ -134,7 +134,7 @@ def _cfg_degree(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _weights(layout: Layout, work: Work) -> Misfit | None:
+def _weights(layout: Layout, work: RunFacts) -> Misfit | None:
     if layout.weights != "sharded" or layout.replicas > 1:
         return None
     parts = layout.tensor_degree * layout.pipefusion_degree
@@ -146,7 +146,7 @@ def _weights(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _old_keys(layout: Layout, work: Work) -> Misfit | None:
+def _old_keys(layout: Layout, work: RunFacts) -> Misfit | None:
     approximate = {name: layout.degree(name) for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1}
     if len(approximate) == 2:
         return (
@@ -175,7 +175,7 @@ NEEDS = {
 """Of settings: the capability that they need and its name in words, unless they have the value that needs none."""
 
 
-def _capabilities(layout: Layout, work: Work) -> Misfit | None:
+def _capabilities(layout: Layout, work: RunFacts) -> Misfit | None:
     if work.can is None:
         return None
     served = {setting for setting, (capability, *_) in NEEDS.items() if getattr(work.can, capability)}
@@ -190,7 +190,7 @@ def _capabilities(layout: Layout, work: Work) -> Misfit | None:
     return None
 
 
-def _batch(layout: Layout, work: Work) -> Misfit | None:
+def _batch(layout: Layout, work: RunFacts) -> Misfit | None:
     if work.batch is None or layout.data_degree <= work.batch:
         return None
     return (
@@ -199,7 +199,7 @@ def _batch(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _guidance(layout: Layout, work: Work) -> Misfit | None:
+def _guidance(layout: Layout, work: RunFacts) -> Misfit | None:
     if work.cfg is None or layout.cfg_degree == 1 or (work.has_negative and work.cfg != 1.0):
         return None
     reason = f"cfg={work.cfg}" if work.has_negative else "no negative conditioning"
@@ -210,7 +210,7 @@ def _guidance(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _stages(layout: Layout, work: Work) -> Misfit | None:
+def _stages(layout: Layout, work: RunFacts) -> Misfit | None:
     stages, blocks, chosen = layout.pipefusion_degree, work.blocks, layout.stage_blocks
     if stages == 1 or blocks is None:
         return None
@@ -228,7 +228,7 @@ def _stages(layout: Layout, work: Work) -> Misfit | None:
     return None
 
 
-def _patches(layout: Layout, work: Work) -> Misfit | None:
+def _patches(layout: Layout, work: RunFacts) -> Misfit | None:
     if layout.pipefusion_degree == 1 or work.token_rows is None or layout.num_patches <= work.token_rows:
         return None
     return (
@@ -238,7 +238,7 @@ def _patches(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _sampler(layout: Layout, work: Work) -> Misfit | None:
+def _sampler(layout: Layout, work: RunFacts) -> Misfit | None:
     if layout.pipefusion_degree == 1 or work.sampler is None or work.sampler in work.elementwise:
         return None
     return (
@@ -248,7 +248,7 @@ def _sampler(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _controls(layout: Layout, work: Work) -> Misfit | None:
+def _controls(layout: Layout, work: RunFacts) -> Misfit | None:
     if not work.controls or layout.distrifusion_degree == 1:
         return None
     return (
@@ -257,7 +257,7 @@ def _controls(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _areas(layout: Layout, work: Work) -> Misfit | None:
+def _areas(layout: Layout, work: RunFacts) -> Misfit | None:
     if layout.pipefusion_degree == 1 or all(entry.area is None for entry in work.entries):
         return None
     return (
@@ -267,7 +267,7 @@ def _areas(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _time_ranges(layout: Layout, work: Work) -> Misfit | None:
+def _time_ranges(layout: Layout, work: RunFacts) -> Misfit | None:
     approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
     ranges = [(entry.start, entry.end) for entry in work.entries if entry.start > 0.0 or entry.end < 1.0]
     if not approximate or not ranges:
@@ -280,7 +280,7 @@ def _time_ranges(layout: Layout, work: Work) -> Misfit | None:
     )
 
 
-def _references(layout: Layout, work: Work) -> Misfit | None:
+def _references(layout: Layout, work: RunFacts) -> Misfit | None:
     references = max((entry.references for entry in work.entries), default=0)
     if layout.pipefusion_degree == 1 or not references:
         return None

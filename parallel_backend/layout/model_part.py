@@ -25,7 +25,7 @@ ONE_STAGE = Stage()
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """The blocks of `stage`; of their linear layers the share `tensor`; of the bytes of that the share `shard`.
 
     With a `shard` (even one of one), blocks are put together when they are computed; with `offload` the share is kept
@@ -38,7 +38,7 @@ class Part:
     offload: bool = False
 
     @classmethod
-    def of(cls, layout: Layout, mesh: Mesh) -> Part:
+    def of(cls, layout: Layout, mesh: Mesh) -> ModelPart:
         """This rank's part in runs of `layout`."""
         return cls(
             Stage(mesh.pipefusion.rank, mesh.pipefusion.size, layout.stage_blocks),
@@ -48,4 +48,4 @@ class Part:
         )
 
 
-WHOLE = Part()
+WHOLE = ModelPart()

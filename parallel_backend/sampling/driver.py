@@ -68,22 +68,22 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
     noise = SlicedNoise(start.noise, [lambda draw: draw[job.part]]).part(0)
     solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise))
 
-    def answer(question: Denoise) -> Tensor:
-        step = StepContext(question.step, total, question.evaluation, sigmas)
-        x = question.x if held is None else held.before(question.x, question.sigma)
-        denoised = model(x, question.sigma, step).float()
-        check_finite(denoised, question, total)
+    def predict(call: Denoise) -> Tensor:
+        step = StepContext(call.step, total, call.evaluation, sigmas)
+        x = call.x if held is None else held.before(call.x, call.sigma)
+        denoised = model(x, call.sigma, step).float()
+        check_finite(denoised, call, total)
         denoised = denoised if held is None else held.after(denoised)
-        if on_step is not None and question.evaluation == 0:
-            on_step(question.step, total, denoised, question.x, question.sigma)
+        if on_step is not None and call.evaluation == 0:
+            on_step(call.step, total, denoised, call.x, call.sigma)
         return denoised
 
-    return job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, answer))
+    return job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, predict))
 
 
 @dataclass(frozen=True)
 class Start:
-    """A run before its first question: the part's `x` at `sigmas[0]`, what is held of it, the whole's `noise`."""
+    """A run before its first call: the part's `x` at `sigmas[0]`, what is held of it, the whole's `noise`."""
 
     sampler: Sampler
     sigmas: Tensor
@@ -116,12 +116,12 @@ def prepare(job: SamplingJob) -> Start:
     return Start(sampler, sigmas, x[job.part], held, source)
 
 
-def drive(solver: Solver, answer: Callable[[Denoise], Tensor]) -> Tensor:
-    """Answers a sampler's questions until it returns its x."""
+def drive(solver: Solver, predict: Callable[[Denoise], Tensor]) -> Tensor:
+    """Answers the calls of a sampler until it returns its x."""
     try:
-        question = next(solver)
+        call = next(solver)
         while True:
-            question = solver.send(answer(question))
+            call = solver.send(predict(call))
     except StopIteration as end:
         return end.value
 
@@ -207,15 +207,15 @@ def check_log_snr(sampler: Sampler, sigmas: Tensor, model_sampling: ModelSamplin
         )
 
 
-def check_finite(denoised: Tensor, question: Denoise, total: int) -> None:
+def check_finite(denoised: Tensor, call: Denoise, total: int) -> None:
     """Raises UserError naming the step and the sigma when a prediction holds NaN or infinity."""
     if not torch.isfinite(denoised).all():
-        raise not_finite(question, total, latent_is_finite=bool(torch.isfinite(question.x).all()))
+        raise not_finite(call, total, latent_is_finite=bool(torch.isfinite(call.x).all()))
 
 
-def not_finite(question: Denoise, total: int, *, latent_is_finite: bool) -> UserError:
+def not_finite(call: Denoise, total: int, *, latent_is_finite: bool) -> UserError:
     """What to tell of a prediction that holds NaN or infinity."""
-    where = f"step {question.step + 1} of {total} (sigma {float(question.sigma):.4g})"
+    where = f"step {call.step + 1} of {total} (sigma {float(call.sigma):.4g})"
     if not latent_is_finite:
         return UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)
     return UserError(

@@ -128,7 +128,7 @@ def noise_source(kind: NoiseKind, like: Tensor, seed: int, sigmas: Tensor) -> No
 class SlicedNoise:
     """One whole noise source shared by several samplers, each of which steps its own part of the latent.
 
-    The n-th question of every part is answered from the same n-th draw. A draw is kept until all parts had it.
+    The n-th call of every part is answered from the same n-th draw. A draw is kept until all parts had it.
     """
 
     def __init__(self, whole: NoiseSource, parts: Sequence[Cut]) -> None:

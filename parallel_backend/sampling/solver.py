@@ -16,9 +16,9 @@ NoiseSource = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Denoise:
-    """A sampler's question: the clean latent that `x` `[B, C, ...]` shows at noise level `sigma` (0-d, CPU).
+    """A sampler's call of the model: the clean latent that `x` `[B, C, ...]` shows at noise level `sigma` (0-d, CPU).
 
-    `step` counts from 0; `evaluation` counts the questions of one step, from 0.
+    `step` counts from 0; `evaluation` counts the calls of one step, from 0.
     """
 
     x: Tensor
@@ -34,7 +34,7 @@ class SolverContext:
 
 
 Solver = Generator[Denoise, Tensor, Tensor]
-"""Yields questions, is sent denoised latents, returns the final x."""
+"""Yields calls, is sent denoised latents, returns the final x."""
 
 SolverFunction = Callable[[Tensor, Tensor, SolverContext], Solver]
 """`f(x, sigmas, context)` with x at `sigmas[0]`; sigmas `[steps + 1]`, descending, fp32 on the CPU, so that reading

@@ -13,18 +13,18 @@ from .noise import SlicedNoise
 from .solver import Denoise, Solver, SolverContext
 
 
-def questions_of(start: Start, job: SamplingJob) -> list[Denoise]:
+def calls_of(start: Start, job: SamplingJob) -> list[Denoise]:
     """What the run's sampler will ask, apart from x: known from the start, as its noise levels do not depend on x."""
-    questions = []
+    calls = []
 
-    def answer(question: Denoise) -> Tensor:
-        questions.append(question)
-        return question.x
+    def note(call: Denoise) -> Tensor:
+        calls.append(call)
+        return call.x
 
     x = torch.zeros(1, 1, 1, 1)
     context = SolverContext(job.model_sampling, lambda sigma, sigma_next: x)
-    drive(start.sampler.function(x, start.sigmas, context), answer)
-    return questions
+    drive(start.sampler.function(x, start.sigmas, context), note)
+    return calls
 
 
 class Strips(Protocol):
@@ -56,19 +56,19 @@ class StripSamplers:
         noise = SlicedNoise(start.noise, [lambda draw, cut=cut: cut(draw[job.part]) for cut in cutters])
         self._held = [start.held.within(cut) if start.held else None for cut in cutters]
         self._solvers: list[Solver] = []
-        self._questions: list[Denoise] = []
+        self._calls: list[Denoise] = []
         self._results: list[Tensor | None] = [None] * len(strips)
         for number, cut in enumerate(cutters):
             context = SolverContext(job.model_sampling, noise.part(number))
             solver = start.sampler.function(cut(start.x), start.sigmas, context)
             self._solvers.append(solver)
-            self._questions.append(next(solver))
+            self._calls.append(next(solver))
 
     def asked(self, patches: Sequence[int]) -> Tensor:
         """The noisy latent of one strip, or of all, as their samplers ask about it."""
         return self._strips.join([self._asked(strip) for strip in patches])
 
-    def answer(self, patches: Sequence[int], denoised: Tensor) -> Tensor:
+    def receive(self, patches: Sequence[int], denoised: Tensor) -> Tensor:
         """Step one strip, or all; what they were answered, with the area that is held as it was."""
         parts = []
         for strip in patches:
@@ -76,7 +76,7 @@ class StripSamplers:
             held = self._held[strip]
             parts.append(part if held is None else held.after(part))
             try:
-                self._questions[strip] = self._solvers[strip].send(parts[-1])
+                self._calls[strip] = self._solvers[strip].send(parts[-1])
             except StopIteration as end:
                 self._results[strip] = end.value
         return self._strips.join(parts)
@@ -87,5 +87,5 @@ class StripSamplers:
         return self._model_sampling.inverse_noise_scaling(self._end_sigma, whole)
 
     def _asked(self, strip: int) -> Tensor:
-        question, held = self._questions[strip], self._held[strip]
-        return question.x if held is None else held.before(question.x, question.sigma)
+        call, held = self._calls[strip], self._held[strip]
+        return call.x if held is None else held.before(call.x, call.sigma)

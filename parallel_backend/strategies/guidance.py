@@ -12,13 +12,13 @@ from ..distributed.axis import Axis
 from ..families.condition import Condition
 from ..layout.split import split_sizes
 from ..sampling.model_sampling import ModelSampling
-from .weighted_prompts import Cut, Entry, everywhere, sum_of_weights, weighted_sum
+from .weighted_prompts import Cut, WeightedPrompt, everywhere, sum_of_weights, weighted_sum
 
 Predict = Callable[[Tensor, Tensor, Condition, Tensor | None], Tensor]
 """`predict(latent [B, C, ...], timestep, condition, next timestep)`: a transformer's output, however many ranks compute
 it."""
 
-Sided = tuple[int, Entry]
+Sided = tuple[int, WeightedPrompt]
 """An entry and the number of its side: 0 of the positive one, 1 of the negative one."""
 
 
@@ -35,8 +35,8 @@ class Guidance:
         predict: Predict,
         model_sampling: ModelSampling,
         axis: Axis,
-        positive: Sequence[Entry],
-        negative: Sequence[Entry],
+        positive: Sequence[WeightedPrompt],
+        negative: Sequence[WeightedPrompt],
         cfg: float,
         sigmas: Tensor | None = None,
     ) -> None:
@@ -125,7 +125,7 @@ class Guidance:
         edges = accumulate(split_sizes(len(entries), self.axis.size), initial=0)
         return [entries[start:end] for start, end in pairwise(edges)]
 
-    def _evaluated(self, entries: Sequence[Sided]) -> list[Entry]:
+    def _evaluated(self, entries: Sequence[Sided]) -> list[WeightedPrompt]:
         """This rank's share, and one of them again where others have more: weights are gathered by all together."""
         shares = self._shares(entries)
         own = [entry for _, entry in shares[self.axis.rank]]

@@ -59,7 +59,7 @@ class ShardedWeights:
             slot.wait()
             slot.block = None
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """Of gathers that may never end."""
         for slot in self._slots:
             slot.gather = None

@@ -51,7 +51,7 @@ class Area:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class WeightedPrompt:
     """One entry of a side.
 
     `weight` `[B or 1, 1, h, w]` over its area, or `[1, 1, 1, 1]`; without an `area` it is for the whole latent. It
@@ -65,16 +65,16 @@ class Entry:
     end: float = -math.inf
 
     @classmethod
-    def plain(cls, condition: Condition) -> Entry:
+    def plain(cls, condition: Condition) -> WeightedPrompt:
         """Of a prompt for the whole picture and run."""
         return cls(condition, torch.ones(1, 1, 1, 1, device=next(iter(condition.tensors.values())).device))
 
-    def part(self, part: slice, batch: int) -> Entry:
+    def part(self, part: slice, batch: int) -> WeightedPrompt:
         """For the pictures `part` of a batch."""
         weight = self.weight[part] if self.weight.shape[0] == batch else self.weight[:1]
         return replace(self, condition=self.condition.part(part, batch), weight=weight)
 
-    def again(self) -> Entry:
+    def again(self) -> WeightedPrompt:
         """The same, for an evaluation that shares nothing with this one's."""
         return replace(self, condition=replace(self.condition))
 
@@ -92,7 +92,7 @@ class Entry:
         return cut(self.weight.unsqueeze(2) if like.ndim == 5 else self.weight)
 
 
-def weighted_sum(predicted: Iterable[tuple[Entry, Tensor]], like: Tensor, cut: Cut) -> Tensor:
+def weighted_sum(predicted: Iterable[tuple[WeightedPrompt, Tensor]], like: Tensor, cut: Cut) -> Tensor:
     """The sum of entries' predictions, each of its area and weighted, for a latent or a strip of it: `[B, C, ...]`."""
     total = torch.zeros_like(like)
     for entry, prediction in predicted:
@@ -100,7 +100,7 @@ def weighted_sum(predicted: Iterable[tuple[Entry, Tensor]], like: Tensor, cut: C
     return total
 
 
-def sum_of_weights(entries: Sequence[Entry], like: Tensor, cut: Cut) -> Tensor:
+def sum_of_weights(entries: Sequence[WeightedPrompt], like: Tensor, cut: Cut) -> Tensor:
     """`[B, 1, ...]`: what divides a `weighted_sum` of all `entries` that count."""
     total = like.new_full((like.shape[0], 1, *like.shape[2:]), NO_WEIGHT)
     for entry in entries:

@@ -14,7 +14,7 @@ from transformers import (
 
 from ..errors import UserError
 from ..files.checkpoint import open_checkpoint
-from .recipes import FAMILIES, LoadedPart, Part, TextConditioning, TextFamily
+from .recipes import FAMILIES, EncoderSpec, LoadedEncoder, TextConditioning, TextFamily
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TextEncoders:
     """The text encoders of one folder on this rank's device."""
 
     family: TextFamily
-    parts: tuple[LoadedPart, ...]
+    parts: tuple[LoadedEncoder, ...]
 
     @property
     def default_length(self) -> int:
@@ -67,7 +67,7 @@ def _family(folder: Path) -> TextFamily:
     raise UserError(f"{folder} is a {pipeline}, whose prompts cannot be encoded here; known are {known}.")
 
 
-def _load_part(folder: Path, part: Part, device: torch.device | str, dtype: torch.dtype) -> LoadedPart:
+def _load_part(folder: Path, part: EncoderSpec, device: torch.device | str, dtype: torch.dtype) -> LoadedEncoder:
     place = folder / part.folder
     found = _read_json(place / "config.json").get("model_type")
     if found not in part.model_types:
@@ -90,7 +90,7 @@ def _load_part(folder: Path, part: Part, device: torch.device | str, dtype: torc
             f"{folder / part.tokenizer_folder} has {len(tokenizer)} tokens, {place} knows {encoder.config.vocab_size}.",
             "Take both from the same model.",
         )
-    return LoadedPart(encoder.to(device).eval().requires_grad_(False), tokenizer)
+    return LoadedEncoder(encoder.to(device).eval().requires_grad_(False), tokenizer)
 
 
 def _check_tokenizer(place: Path, tokenizer: type[PreTrainedTokenizerBase]) -> None:

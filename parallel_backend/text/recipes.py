@@ -41,7 +41,7 @@ class TextConditioning:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncoderSpec:
     """One encoder with its tokenizer: the subfolders, what its configuration may have as `model_type`, the classes."""
 
     folder: str
@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class LoadedPart:
+class LoadedEncoder:
     encoder: Any
     tokenizer: Any
 
@@ -73,7 +73,7 @@ class LoadedPart:
         return tokens.input_ids.to(self.encoder.device), tokens.attention_mask.to(self.encoder.device)
 
 
-Encode = Callable[[tuple[LoadedPart, ...], str, str, int], TextConditioning]
+Encode = Callable[[tuple[LoadedEncoder, ...], str, str, int], TextConditioning]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class TextFamily:
     """
 
     pipelines: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[EncoderSpec, ...]
     main_part: int
     default_length: int
     encode: Encode
 
 
-def _encode_flux(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+def _encode_flux(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
     clip, t5 = parts
     clip_length = min(clip.tokenizer.model_max_length, clip.encoder.config.max_position_embeddings)
     return TextConditioning(
@@ -100,7 +100,7 @@ def _encode_flux(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_
     )
 
 
-def _encode_sd3(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+def _encode_sd3(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
     *clips, t5 = parts
     encoded = [
         clip.encoder(clip.ids(prompt, clips[0].tokenizer.model_max_length), output_hidden_states=True) for clip in clips
@@ -114,7 +114,7 @@ def _encode_sd3(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_l
     )
 
 
-def _encode_pixart(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+def _encode_pixart(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
     # Its captions were in lower case.
     tokens, mask = parts[0].masked_tokens(prompt_2.lower().strip(), max_length)
     return TextConditioning(tokens=tokens, mask=mask)
@@ -123,14 +123,16 @@ def _encode_pixart(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, ma
 HUNYUAN_CLIP_LENGTH = 77
 
 
-def _encode_hunyuandit(parts: tuple[LoadedPart, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+def _encode_hunyuandit(
+    parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int
+) -> TextConditioning:
     tokens, mask = parts[0].masked_tokens(prompt, HUNYUAN_CLIP_LENGTH)
     tokens_2, mask_2 = parts[1].masked_tokens(prompt_2, max_length)
     return TextConditioning(tokens=tokens, mask=mask, tokens_2=tokens_2, mask_2=mask_2)
 
 
 def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
-    t5 = Part("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
+    t5 = EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
     return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
 
 
@@ -138,8 +140,8 @@ FAMILIES = (
     TextFamily(
         pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
         parts=(
-            Part("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModel, CLIPTokenizer),
-            Part("text_encoder_2", "tokenizer_2", ("t5",), T5EncoderModel, T5Tokenizer),
+            EncoderSpec("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModel, CLIPTokenizer),
+            EncoderSpec("text_encoder_2", "tokenizer_2", ("t5",), T5EncoderModel, T5Tokenizer),
         ),
         main_part=1,
         default_length=512,
@@ -148,9 +150,11 @@ FAMILIES = (
     TextFamily(
         pipelines=("StableDiffusion3Pipeline",),
         parts=(
-            Part("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer),
-            Part("text_encoder_2", "tokenizer_2", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer),
-            Part("text_encoder_3", "tokenizer_3", ("t5",), T5EncoderModel, T5Tokenizer),
+            EncoderSpec("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer),
+            EncoderSpec(
+                "text_encoder_2", "tokenizer_2", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer
+            ),
+            EncoderSpec("text_encoder_3", "tokenizer_3", ("t5",), T5EncoderModel, T5Tokenizer),
         ),
         main_part=2,
         default_length=256,
@@ -161,8 +165,8 @@ FAMILIES = (
     TextFamily(
         pipelines=("HunyuanDiTPipeline",),
         parts=(
-            Part("text_encoder", "tokenizer", ("bert",), BertModel, BertTokenizer),
-            Part("text_encoder_2", "tokenizer_2", ("mt5", "t5"), T5EncoderModel, T5Tokenizer),
+            EncoderSpec("text_encoder", "tokenizer", ("bert",), BertModel, BertTokenizer),
+            EncoderSpec("text_encoder_2", "tokenizer_2", ("mt5", "t5"), T5EncoderModel, T5Tokenizer),
         ),
         main_part=1,
         default_length=256,

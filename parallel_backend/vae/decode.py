@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..distributed.axis import Axis
 from ..errors import UserError
-from .distribute import Report, Side, Work
+from .distribute import Report, Side, VaeTask
 from .job import UNKNOWN, Memory, run
 from .kinds import check_side
 from .load import LoadedVAE
@@ -43,7 +43,7 @@ def decode(
         return sample.add_(1).div_(2).clamp_(0, 1)
 
     broken = torch.zeros((), dtype=torch.int64, device=vae.device)
-    work = Work(vae, vae.noised(latent), compute, Side(-2, 1), Side(-3, vae.scale))
+    work = VaeTask(vae, vae.noised(latent), compute, Side(-2, 1), Side(-3, vae.scale))
     pictures = run(work, "decode", axis, tiling, memory, on_progress, check)
     if axis.all_reduce(broken):
         raise UserError(

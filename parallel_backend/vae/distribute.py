@@ -14,7 +14,7 @@ from ..distributed.axis import Axis
 from ..distributed.row_bands import Bands
 from .linear_attention import summed_linear_attention
 from .load import LoadedVAE
-from .out_of_memory import Check, CountedAxis, HollowAxis, check_all_had_memory, unless_out_of_memory
+from .out_of_memory import Check, CountedAxis, CountingBands, check_all_had_memory, unless_out_of_memory
 from .tiles import Span, Window, blend_weights, spans, windows
 
 Report = Callable[[int, int], None]
@@ -44,7 +44,7 @@ class Side(NamedTuple):
         return shape
 
 
-class Work(NamedTuple):
+class VaeTask(NamedTuple):
     """`compute(vae, part)` turns what lies under a window of `batch[i]` (`taken`) into what lies there in the result
     (`given`). Results lie in the memory of the VAE's device."""
 
@@ -68,8 +68,8 @@ class Work(NamedTuple):
             mine = unless_out_of_memory(lambda: self.compute(self.vae, part).contiguous())
         if mine is None:
             # The others still expect halos and statistics of this rank.
-            vae, hollow = self.vae.hollow(), HollowAxis(axis, check, counted.begun, self.vae.device)
-            with Bands(hollow, rows, joint=vae.kind.joint), summed_linear_attention(vae.module, hollow):
+            vae, counting = self.vae.on_meta(), CountingBands(axis, check, counted.begun, self.vae.device)
+            with Bands(counting, rows, joint=vae.kind.joint), summed_linear_attention(vae.module, counting):
                 self.compute(vae, part.to("meta"))
         return mine
 
@@ -78,7 +78,7 @@ class Work(NamedTuple):
         return torch.zeros(len(self.batch), *self.given.shape(part, self.extent), dtype=part.dtype)
 
 
-def by_bands(work: Work, axis: Axis, rows: Sequence[int], report: Report, check: Check) -> Tensor | None:
+def by_bands(work: VaeTask, axis: Axis, rows: Sequence[int], report: Report, check: Check) -> Tensor | None:
     """Each picture by all ranks together, rank r having `rows[r]` latent rows. The result on the first rank.
 
     `check` is called now and then.
@@ -99,12 +99,12 @@ def by_bands(work: Work, axis: Axis, rows: Sequence[int], report: Report, check:
     return whole
 
 
-def by_pictures(work: Work, axis: Axis, report: Report) -> Tensor | None:
+def by_pictures(work: VaeTask, axis: Axis, report: Report) -> Tensor | None:
     """Each picture by one rank. The result on the first rank."""
     return _by_windows(work, axis, [work.extent], {work.extent: torch.ones(1, 1)}, report)
 
 
-def by_tiles(work: Work, axis: Axis, tile: int, overlap: int, report: Report) -> Tensor | None:
+def by_tiles(work: VaeTask, axis: Axis, tile: int, overlap: int, report: Report) -> Tensor | None:
     """Each tile of `tile` latent rows and columns by one rank, blended over `overlap`. The result on the first rank."""
     rows, columns = (spans(span.size, tile, overlap) for span in work.extent)
     row_weights, column_weights = (blend_weights(each, work.given.scale) for each in (rows, columns))
@@ -114,7 +114,7 @@ def by_tiles(work: Work, axis: Axis, tile: int, overlap: int, report: Report) ->
 
 
 def _by_windows(
-    work: Work, axis: Axis, places: list[Window], weights: dict[Window, Tensor], report: Report
+    work: VaeTask, axis: Axis, places: list[Window], weights: dict[Window, Tensor], report: Report
 ) -> Tensor | None:
     """`places` of every picture, all of one size; one per rank at a time."""
     jobs = [(index, place) for index in range(len(work.batch)) for place in places]

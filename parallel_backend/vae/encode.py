@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..distributed.axis import Axis
 from ..errors import UserError
-from .distribute import Report, Side, Work
+from .distribute import Report, Side, VaeTask
 from .job import UNKNOWN, Memory, run
 from .kinds import check_side
 from .load import LoadedVAE
@@ -41,7 +41,7 @@ def encode(
         return vae.encode(part.movedim(-1, 0)[None].to(vae.device).mul(2).sub_(1))[0].float()
 
     image = cropped(image, vae.scale, -3)
-    work = Work(vae, image, compute, Side(-3, vae.scale), Side(-2, 1))
+    work = VaeTask(vae, image, compute, Side(-3, vae.scale), Side(-2, 1))
     return run(work, "encode", axis, tiling, memory, on_progress, check)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..distributed.axis import Axis
 from ..errors import UserError
 from ..layout.split import split_sizes
-from .distribute import Report, Work, by_bands, by_pictures, by_tiles
+from .distribute import Report, VaeTask, by_bands, by_pictures, by_tiles
 from .kinds import Direction
 from .load import LoadedVAE
 from .out_of_memory import Check, OutOfMemory
@@ -36,7 +36,7 @@ UNKNOWN = Memory()
 
 
 def run(
-    work: Work,
+    work: VaeTask,
     direction: Direction,
     axis: Axis,
     tiling: Tiling,
@@ -75,7 +75,7 @@ def run(
         memory.say(reason)
 
 
-def _follow(plan: Plan, work: Work, axis: Axis, report: Report, check: Check) -> Tensor | None:
+def _follow(plan: Plan, work: VaeTask, axis: Axis, report: Report, check: Check) -> Tensor | None:
     match plan.way:
         case "pictures":
             return by_pictures(work, axis, report)
@@ -87,7 +87,7 @@ def _follow(plan: Plan, work: Work, axis: Axis, report: Report, check: Check) ->
             return by_tiles(work, axis, size, overlap, report)
 
 
-def _job(work: Work, direction: Direction, axis: Axis) -> Job:
+def _job(work: VaeTask, direction: Direction, axis: Axis) -> Job:
     vae, (height, width) = work.vae, (span.size for span in work.extent)
     frames = 1
     if vae.frames:

@@ -67,7 +67,7 @@ class LoadedVAE:
         """The directions whose side it has."""
         return tuple(way for way, side in SIDES.items() if getattr(self.module, side) is not None)
 
-    def hollow(self) -> LoadedVAE:
+    def on_meta(self) -> LoadedVAE:
         """The same VAE with shapes in place of weights, on the meta device."""
         with torch.device("meta"):
             module = type(self.module).from_config(self.module.config).to(self.dtype)

@@ -42,7 +42,7 @@ class CountedAxis(Axis):
             self._check()
 
 
-class HollowAxis(CountedAxis):
+class CountingBands(CountedAxis):
     """For going through a work once more with tensors on the meta device: shapes only, which need no memory.
 
     The first `begun` collectives, in which this rank took part before, are left out. To the others it gives zeros.

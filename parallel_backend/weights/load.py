@@ -19,10 +19,10 @@ from ..errors import UserError
 from ..families.spec import Shapes
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.detect import Detected, detect
-from ..layout.model_part import WHOLE, Part
+from ..layout.model_part import WHOLE, ModelPart
 from ..layout.stages import block_of, block_parameters, stage_parameters
 from .formats import BY_DTYPE, BY_NAME, StorageFormat
-from .reader import Entry, Reader
+from .reader import Reader, StoredTensor
 from .shards import BlockShards, load_shards
 from .stored_linear import store_linears
 from .tensor_cuts import TensorCuts
@@ -66,7 +66,7 @@ def load_transformer(
     *,
     device: torch.device | str,
     weight_dtype: str = "auto",
-    part: Part = WHOLE,
+    part: ModelPart = WHOLE,
 ) -> LoadedTransformer:
     """Loads the transformer in `path` (see `open_checkpoint`), of its parameters only those of `part`.
 
@@ -152,16 +152,16 @@ def empty_module(class_name: str, config: Mapping[str, Any]) -> nn.Module:
         return build(**config)
 
 
-def _by_block(entries: Sequence[Entry]) -> list[list[Entry]]:
+def _by_block(entries: Sequence[StoredTensor]) -> list[list[StoredTensor]]:
     """The entries of each block, in the order of computation."""
-    blocks: dict[tuple[int, int], list[Entry]] = {}
+    blocks: dict[tuple[int, int], list[StoredTensor]] = {}
     for entry in entries:
         if place := block_of(entry.name):
             blocks.setdefault(place, []).append(entry)
     return [blocks[place] for place in sorted(blocks)]
 
 
-def _load(entry: Entry, module: nn.Module, reader: Reader) -> int:
+def _load(entry: StoredTensor, module: nn.Module, reader: Reader) -> int:
     """Gives `module` the tensor of `entry`; returns how many of its bytes are the file's own pages."""
     tensor = reader.read(entry)
     entry.assign(module, tensor)

@@ -17,7 +17,7 @@ from .tensor_cuts import Slices
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """A parameter or buffer `name` as it is to be in memory: `slices` of the file's `pieces`, or all of them.
 
     `source`: how the file stores it; `format`: how memory does. `is_kept`: memory has the file's own numbers, with
@@ -63,7 +63,7 @@ class Reader:
     plain: tuple[str, ...]
     device: torch.device
 
-    def entry(self, module: nn.Module, name: str, pieces: list[Piece], slices: Slices | None) -> Entry:
+    def entry(self, module: nn.Module, name: str, pieces: list[Piece], slices: Slices | None) -> StoredTensor:
         """What `module`'s parameter or buffer `name` becomes. Raises UserError for an fp8 factor that cannot be one."""
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -77,9 +77,9 @@ class Reader:
         is_kept = source is format and not (format.is_plain and pieces[0].companions)
         dtype = self.compute.dtype if is_kept else torch.float32
         companions = {role: self._number(key).to(dtype) for role, key in pieces[0].companions.items()}
-        return Entry(name, pieces, slices, tuple(shape), source, format, companions, is_kept)
+        return StoredTensor(name, pieces, slices, tuple(shape), source, format, companions, is_kept)
 
-    def read(self, entry: Entry) -> Tensor:
+    def read(self, entry: StoredTensor) -> Tensor:
         """The tensor of `entry`, on the device. On the CPU a view of the file where that has it as it is to be.
 
         Columns are copied: their pages in the file hold the other ranks' columns too.
@@ -87,7 +87,7 @@ class Reader:
         raw = self._raw(entry)
         return self._convert(raw if entry.slices is None or entry.slices.dim == 0 else raw.contiguous(), entry)
 
-    def read_flat(self, entry: Entry, start: int, stop: int) -> Tensor:
+    def read_flat(self, entry: StoredTensor, start: int, stop: int) -> Tensor:
         """The numbers `[start, stop)` of the tensor of `entry`, row by row, on the device."""
         return self._convert(self._raw(entry).reshape(-1)[start:stop], entry)
 
@@ -98,7 +98,7 @@ class Reader:
             return source
         return self.storage if self.narrow and not has_companions else self.compute
 
-    def _convert(self, stored: Tensor, entry: Entry) -> Tensor:
+    def _convert(self, stored: Tensor, entry: StoredTensor) -> Tensor:
         stored = stored.to(self.device)
         if entry.is_kept:
             return stored
@@ -106,7 +106,7 @@ class Reader:
             stored = entry.source.dequantise(stored, entry.companions, torch.float32)
         return _cast(stored, entry.format.dtype, entry.name)
 
-    def _raw(self, entry: Entry) -> Tensor:
+    def _raw(self, entry: StoredTensor) -> Tensor:
         parts = [self.checkpoint.tensor(self.prefix + piece.key)[piece.start : piece.stop] for piece in entry.pieces]
         whole = parts[0]
         if len(parts) > 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout.model_part import Share
-from .reader import Entry, Reader
+from .reader import Reader, StoredTensor
 
 ALIGNMENT = 64
 """Where a parameter may begin, in bytes: no element crosses from one share to the next, and kernels can vectorize."""
@@ -32,7 +32,7 @@ class BlockShards:
 
 
 def load_shards(
-    blocks: Sequence[Sequence[Entry]], module: nn.Module, reader: Reader, share: Share, *, in_host_memory: bool
+    blocks: Sequence[Sequence[StoredTensor]], module: nn.Module, reader: Reader, share: Share, *, in_host_memory: bool
 ) -> BlockShards:
     """Reads this rank's share of each of `blocks`, and gives `module` parameters whose values come later."""
     offsets = [_offsets(entries) for entries in blocks]
@@ -77,7 +77,7 @@ def pieces_of(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
     return pieces
 
 
-def _offsets(entries: Sequence[Entry]) -> list[int]:
+def _offsets(entries: Sequence[StoredTensor]) -> list[int]:
     """Where each parameter of a block begins, and where the last one ends."""
     return list(accumulate((_rounded_up(entry.bytes, ALIGNMENT) for entry in entries), initial=0))
 

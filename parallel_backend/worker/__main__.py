@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..failures import Outcome
     from ..run_context import Run
-    from .server import Server, Work
+    from .server import Job, Server
     from .watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Engine(Protocol):
 
     def status(self) -> dict[str, object]: ...
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """This rank alone: give up all groups and what is under way in them, so that no rank waits there for it."""
         ...
 
@@ -78,7 +78,7 @@ class Rank:
         import torch
         import torch.distributed as dist
 
-        from ..distributed.control_group import Control
+        from ..distributed.control_group import ControlGroup
         from .heartbeat import Pulse, connect_store
 
         started = time.monotonic()
@@ -95,7 +95,7 @@ class Rank:
         self.backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
         self.can_regroup = not cuda
         dist.init_process_group(self.backend, timeout=timedelta(seconds=settings.compute_timeout))
-        self.control, self.within = Control(), Control()
+        self.control, self.within = ControlGroup(), ControlGroup()
         """Between requests, and within one: this group a rank can leave before the others do."""
         self.store = connect_store()
         Pulse(rank, settings.hang_timeout + LAST_WORDS_S).start()
@@ -152,11 +152,11 @@ class Rank:
             self.server.close()
         return not is_last
 
-    def _next(self) -> Work:
+    def _next(self) -> Job:
         """Rank 0's next request, on every rank."""
         from ..protocol.frames import parse
         from ..protocol.tensors import unpack
-        from .server import Work
+        from .server import Job
 
         work = self.server.next() if self.server else None
         header = bytearray(work.request.model_dump_json().encode()) if work else bytearray()
@@ -165,14 +165,14 @@ class Rank:
             return work
         request = parse(messages.FROM_CLIENT, bytes(header))
         assert not isinstance(request, messages.Cancel)
-        return Work(request, body, unpack(body))
+        return Job(request, body, unpack(body))
 
-    def _run_of(self, work: Work) -> Run:
+    def _run_of(self, work: Job) -> Run:
         from ..run_context import Run
 
         return Run(self.within, work.request.id, work.send, lambda: work.cancelled)
 
-    def _attempt(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
+    def _attempt(self, work: Job, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
         from ..failures import Outcome, describe
         from .heartbeat import report_failure
 
@@ -187,7 +187,7 @@ class Rank:
                 report_failure(self.store, self.sequence, self.rank, outcome)
             return {}, {}, outcome
 
-    def _handle(self, work: Work, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    def _handle(self, work: Job, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
         if isinstance(work.request, messages.Shutdown):
             return {}, {}
         if isinstance(work.request, messages.Status):
@@ -204,7 +204,7 @@ class Rank:
         }
         return {**self.last_status, "busy": None, "uptime_s": time.monotonic() - self.born}
 
-    def _busy_status(self, running: Work) -> dict[str, object]:
+    def _busy_status(self, running: Job) -> dict[str, object]:
         """What rank 0 knows while a request is under way: the ranks' state is that of the last idle status."""
         progress = running.progress
         busy = {"type": running.request.type} | (progress.model_dump(exclude={"type", "id"}) if progress else {})
@@ -233,14 +233,14 @@ class Rank:
 
     def _leave(self) -> None:
         gc.collect()
-        self.engine.leave()
-        self.within.leave()
+        self.engine.abandon()
+        self.within.abandon()
 
-    def _regroup(self, work: Work, *, has_left: bool) -> None:
+    def _regroup(self, work: Job, *, has_left: bool) -> None:
         """Form all groups anew. All ranks do, once they have left the request."""
         import torch.distributed as dist
 
-        from ..distributed.control_group import Control
+        from ..distributed.control_group import ControlGroup
 
         if not has_left:
             self._leave()
@@ -257,7 +257,7 @@ class Rank:
             world_size=self.settings.ranks,
             timeout=timedelta(seconds=self.settings.compute_timeout),
         )
-        self.control, self.within = Control(), Control()
+        self.control, self.within = ControlGroup(), ControlGroup()
         self.engine.rejoin(self._run_of(work))
         log.info("the ranks have formed their groups anew")
 

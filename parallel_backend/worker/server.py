@@ -30,7 +30,7 @@ Outgoing = tuple[messages.Message, Mapping[str, torch.Tensor]]
 
 
 @dataclass(eq=False)
-class Work:
+class Job:
     """One request on its way through the ranks."""
 
     request: messages.AnyRequest
@@ -97,7 +97,7 @@ class Server:
         token: str = "",
         max_body: int = frames.MAX_BODY,
         stall_timeout: float = 30.0,
-        status: Callable[[Work], dict[str, object]] = lambda running: {},
+        status: Callable[[Job], dict[str, object]] = lambda running: {},
     ) -> None:
         self._listener = listener
         self._welcome = welcome
@@ -106,10 +106,10 @@ class Server:
         self._stall_timeout = stall_timeout
         self._status = status
         self._state = threading.Condition()
-        self._queue: deque[Work] = deque()
+        self._queue: deque[Job] = deque()
         self._connections: set[Connection] = set()
         self._handshakes = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.running: Work | None = None
+        self.running: Job | None = None
         self.last_work = time.monotonic()
 
     @property
@@ -132,7 +132,7 @@ class Server:
         for connection in list(self._connections):
             connection.close()
 
-    def next(self) -> Work:
+    def next(self) -> Job:
         """Block until there is a request; it counts as running until `finish`."""
         with self._state:
             while not self._queue:
@@ -140,13 +140,13 @@ class Server:
             self.running = self._queue.popleft()
             return self.running
 
-    def finish(self, work: Work, reply: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    def finish(self, work: Job, reply: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         with self._state:
             self.running = None
             self.last_work = time.monotonic()
         work.send(reply, tensors)
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: Job) -> None:
         with self._state:
             self._queue.append(work)
             self._state.notify()
@@ -197,12 +197,12 @@ class Server:
             if isinstance(message, messages.Cancel):
                 self._cancel(connection, message.id)
             else:
-                self._enqueue(Work(message, frame.body, unpack(frame.body), connection))
+                self._enqueue(Job(message, frame.body, unpack(frame.body), connection))
         except ProtocolError as error:
             failure = messages.Failure(id=frames.request_id(frame.header), code="protocol", message=str(error))
             connection.send(failure)
 
-    def _enqueue(self, work: Work) -> None:
+    def _enqueue(self, work: Job) -> None:
         with self._state:
             known = [*self._queue, *([self.running] if self.running else [])]
             if any(w.connection is work.connection and w.request.id == work.request.id for w in known):
@@ -223,7 +223,7 @@ class Server:
         with self._state:
             self._drop(lambda work: work.connection is connection and work.request.id == request)
 
-    def _drop(self, chosen: Callable[[Work], bool]) -> None:
+    def _drop(self, chosen: Callable[[Job], bool]) -> None:
         """Cancel the running work if chosen (it leaves at its next step) and answer the chosen waiting ones now."""
         if self.running is not None and chosen(self.running):
             self.running.cancelled = True

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..failures import Outcome
 from ..protocol import messages, records
 from .heartbeat import Beats, connect_store
-from .server import Server, Work
+from .server import Job, Server
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,6 @@ class Watch(threading.Thread):
     def _farewell(self, reason: str) -> None:
         log.info("the sidecar ends: %s", reason)
         records.write_first(self._life / records.EndFile, records.End(clean=True, message=reason))
-        self._server.submit(Work(messages.Shutdown(id=0)))
+        self._server.submit(Job(messages.Shutdown(id=0)))
         time.sleep(FAREWELL_S)
         self.crash(Outcome("crash", "The ranks did not leave when they were asked to."), rank=0)

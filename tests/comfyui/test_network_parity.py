@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.nodes.request.conditioning import travelling
+from paralleldit.nodes.request.conditioning import to_message
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.attention.usp import AttentionCore
 from paralleldit.parallel_backend.distributed.axis import Axis
@@ -69,7 +69,7 @@ def test_prediction_equals_the_hosts(name, folder):
     weights = folder / f"{name}.safetensors"
     family = build_family(load_transformer(weights, device="cpu"), weights)
     latent, tokens, entry = host.inputs(family.name)
-    messages, tensors = travelling("positive", [[tokens, entry]], family.name, latent.shape)
+    messages, tensors = to_message("positive", [[tokens, entry]], family.name, latent.shape)
     sampling = family.model_sampling(None)
     positive = entries_of_side(messages, "positive", Inputs(tensors, family, sampling, latent.shape))
     alone = Axis("alone", [0], None, Ledger())

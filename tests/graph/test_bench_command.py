@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from paralleldit.cli.commands.bench import Measured, table, usual_layouts
-from paralleldit.parallel_backend.layout.fitting import Work, check_layout
+from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
 from paralleldit.parallel_backend.layout.layout import Layout
 
 PACK = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def test_usual_layouts_are_of_as_many_ranks(ranks, guided):
     layouts = usual_layouts(ranks, guided=guided)
     assert len(set(layouts)) == len(layouts) > 0
     for layout in layouts:
-        check_layout(layout, Work(ranks=ranks))
+        check_layout(layout, RunFacts(ranks=ranks))
     assert any(layout.cfg_degree == 2 for layout in layouts) == (guided and ranks % 2 == 0)
     assert any(layout == Layout(ulysses_degree=ranks) for layout in layouts)
 

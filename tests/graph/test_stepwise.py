@@ -64,10 +64,10 @@ def test_conditions_are_told_once_and_one_row_of_each(ask):
     first, second, third, end = ask.sent
     assert first[0].layout == Layout(cfg_degree=2)
     assert first[0].conditions == second[0].conditions == third[0].conditions
-    assert set(first[0].told) == set(first[0].conditions)
+    assert set(first[0].run_conditions) == set(first[0].conditions)
     assert [first[1][f"{key}.0.tokens"].shape for key in first[0].conditions] == [(1, 5, 8), (1, 5, 8)]
-    assert all(entry.guidance == 2.5 for entry in first[0].told.values())
-    assert (second[0].told, set(second[1])) == ({}, {"latent", "timestep"})
+    assert all(entry.guidance == 2.5 for entry in first[0].run_conditions.values())
+    assert (second[0].run_conditions, set(second[1])) == ({}, {"latent", "timestep"})
     assert end[0] == messages.EndRun(id=0, run=first[0].run)
 
 
@@ -77,7 +77,7 @@ def test_what_the_ranks_have_lost_is_told_again(ask):
     lost = [ask.sent[0][0].conditions[1]]
     MISSING.append(lost)
     assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1)), LATENT + 1)
-    assert [list(message.told) for message, _ in ask.sent[1:]] == [[], lost]
+    assert [list(message.run_conditions) for message, _ in ask.sent[1:]] == [[], lost]
 
 
 def test_texts_of_single_pictures_stay_apart(ask):
@@ -95,7 +95,7 @@ def test_a_new_run_is_told_all_again(ask):
         stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1))
     first, _, second = (message for message, _ in ask.sent)
     assert first.run != second.run
-    assert len(second.told) == 2
+    assert len(second.run_conditions) == 2
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_new_run_is_told_all_again(ask):
 )
 def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
     running(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, (0,))
-    told = ask.last(messages.Predict)[0].told
+    told = ask.last(messages.Predict)[0].run_conditions
     assert list(told.values()) == [messages.Prompt(**entry)]
 
 
@@ -123,8 +123,8 @@ def test_reference_latents_are_told_with_their_prompt(ask):
         given = inputs(ref_latents=references, ref_latents_method="uxo")
         stepwise.predict(LATENT, TIMESTEP, given, (0, 1))
     (first, tensors), (second, _) = ask.sent
-    assert second.told == {}
-    assert [(each.references, each.reference_places) for each in first.told.values()] == [(2, "uxo")] * 2
+    assert second.run_conditions == {}
+    assert [(each.references, each.reference_places) for each in first.run_conditions.values()] == [(2, "uxo")] * 2
     seen = [tensors[f"{key}.0.reference.1"] for key in first.conditions]
     assert [tuple(each.shape) for each in seen] == [(1, 16, 2, 2)] * 2
     assert [float(each.mean()) for each in seen] == [0.0, 1.0]
@@ -164,7 +164,7 @@ def test_residuals_for_a_model_that_takes_none_are_refused(ask):
 
 
 def shown(**changes: Any) -> ShownPicture:
-    message = messages.ImagePrompt(adapter=messages.IPAdapterRef(path="/models/picture"), **changes)
+    message = messages.ImagePromptUse(adapter=messages.IPAdapterRef(path="/models/picture"), **changes)
     return ShownPicture(message, (torch.ones(1, 8), torch.zeros(1, 8)))
 
 
@@ -174,7 +174,7 @@ def test_pictures_are_told_with_the_prompts_while_they_work(ask):
     stepwise.begin(replace(handle(), pictures=(always, early, shown(weight=0.0))), (), percent_to_sigma)
     for sigma in (0.9, 0.7, 0.3, 0.1):
         stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1), sigma)
-    told = [message.told for message, _ in ask.sent]
+    told = [message.run_conditions for message, _ in ask.sent]
     assert [len(each) for each in told] == [2, 0, 2, 0]
     assert [entry.image_prompts for entry in told[0].values()] == [(always.message, early.message)] * 2
     assert [entry.image_prompts for entry in told[2].values()] == [(always.message,)] * 2

@@ -5,13 +5,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from paralleldit.parallel_backend.distributed.control_group import Control
+from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.families.state import Evaluation
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.run_context import Run
 from paralleldit.parallel_backend.strategies import select
@@ -48,11 +48,11 @@ def sampled(world, model, layout, path=None, device=CPU):
     """What `request_of` asks for; by a part of the model that lies at `path`, on `device`."""
     tiny, mesh = TINY_MODELS[model], Mesh(layout)
     request, tensors = request_of(model, layout)
-    run = Run(Control(), request.id, lambda *_: None)
+    run = Run(ControlGroup(), request.id, lambda *_: None)
     if path is None:
         family = tiny.make_family(HEADS)
     else:
-        transformer = Transformer(path, torch.device(device), part=Part.of(layout, mesh))
+        transformer = Transformer(path, torch.device(device), part=ModelPart.of(layout, mesh))
         family = transformer.on(mesh)
         if layout.compile == "blocks":
             transformer.compile_blocks(run)

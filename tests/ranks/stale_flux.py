@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
-from paralleldit.parallel_backend.distributed.control_group import Control
+from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.families.family import TokenFamily
@@ -55,7 +55,7 @@ def run_of(request, *, cancel_at=None):
     def is_cancelled():
         return any(isinstance(event, messages.Progress) and event.step == cancel_at for event, _ in events)
 
-    return Run(Control(), request.id, lambda *event: events.append(event), is_cancelled), events
+    return Run(ControlGroup(), request.id, lambda *event: events.append(event), is_cancelled), events
 
 
 def sampled(world, layout, steps, size, sampler):

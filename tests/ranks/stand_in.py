@@ -23,7 +23,7 @@ class StandIn:
     def status(self) -> dict[str, object]:
         return {"models": [], "handled": self.handled}
 
-    def leave(self):
+    def abandon(self):
         """In vain: ranks wait for each other in the default group, which cannot be left."""
 
     def rejoin(self, run):

@@ -9,7 +9,7 @@ from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, sampled
 from paralleldit.tests.ranks.test_exact_layouts import guided_by
@@ -56,7 +56,7 @@ def compiled_in_turn(world, layout, dtype, backend, path, lora_sets):
     """With each set of LoRAs after the other: what plain blocks predict and what compiled ones do, and how many graphs
     there are by then; at the end, what was told."""
     mesh, run, store, seen = Mesh(layout), ToldRun(), AdapterStore(), []
-    transformer = Transformer(path, CPU, dtype, part=Part.of(layout, mesh))
+    transformer = Transformer(path, CPU, dtype, part=ModelPart.of(layout, mesh))
     torch._dynamo.reset()
     counters.clear()
     with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):

@@ -10,7 +10,7 @@ from paralleldit.parallel_backend.adapters.controlnet.nets import FluxControlNet
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.protocol.messages import Control, ControlNetRef, ModelRef, Predict, Sample
+from paralleldit.parallel_backend.protocol.messages import ControlNetRef, ControlUse, ModelRef, Predict, Sample
 from paralleldit.tests.ranks import controlnets
 from paralleldit.tests.ranks.controlnets import (
     BATCH,
@@ -79,7 +79,7 @@ def refusal_of(world, *args):
 
 def two_controls(name, folder):
     net = ControlNetRef(path=str(folder / name))
-    return [Control(net=net, strength=each, mode=mode) for each, mode in zip(STRENGTHS, modes_of(name), strict=True)]
+    return [ControlUse(net=net, strength=each, mode=mode) for each, mode in zip(STRENGTHS, modes_of(name), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def predicted(world, layout, model, path, residuals, tensors):
         layout=layout,
         run="c" * 32,
         conditions=keys,
-        told=dict(zip(keys, map(entry_of, (positive, negative)), strict=True)),
+        run_conditions=dict(zip(keys, map(entry_of, (positive, negative)), strict=True)),
         residuals=residuals,
     )
     both = torch.cat((latent, latent))

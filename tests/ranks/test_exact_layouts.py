@@ -14,12 +14,12 @@ from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.engine.sample import run_sampler, sample
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
-from paralleldit.parallel_backend.strategies.weighted_prompts import Entry
+from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
 
@@ -128,7 +128,7 @@ def guided_by_part(world, layout, cases, paths, dtype, device=CPU):
     mesh = Mesh(layout)
     answers = {}
     for case, path in zip(cases, paths, strict=True):
-        transformer = Transformer(path, torch.device(device), dtype, Part.of(layout, mesh))
+        transformer = Transformer(path, torch.device(device), dtype, ModelPart.of(layout, mesh))
         if layout.weights != "whole":
             guided_by(transformer.on(mesh), mesh, *case)
         answers[case] = guided_by(transformer.on(mesh), mesh, *case)
@@ -146,7 +146,12 @@ def guided_by(family, mesh, model, shape):
     predict = SequenceParallel(family, mesh.sequence, attention).predict
     positive, negative = (condition.part(own, batch) for condition in conditions)
     guide = Guidance(
-        predict, family.model_sampling(None), mesh.cfg, [Entry.plain(positive)], [Entry.plain(negative)], CFG
+        predict,
+        family.model_sampling(None),
+        mesh.cfg,
+        [WeightedPrompt.plain(positive)],
+        [WeightedPrompt.plain(negative)],
+        CFG,
     )
     denoised = guide.denoised(latent[own], torch.tensor(TINY_MODELS[model].sigma))
     return mesh.data.all_gather(denoised, counts, dim=0).cpu()

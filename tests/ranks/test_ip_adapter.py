@@ -11,7 +11,7 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.protocol.messages import ImagePrompt, IPAdapterRef, ModelRef, Predict, Sample
+from paralleldit.parallel_backend.protocol.messages import ImagePromptUse, IPAdapterRef, ModelRef, Predict, Sample
 from paralleldit.tests.ranks.stale_flux import relative_error, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
 from safetensors.torch import save_file
@@ -129,7 +129,7 @@ def prompts_of(model, folder, **changes):
     refs = [
         IPAdapterRef(path=str(folder / f"{model} {number}.safetensors")) for number in range(len(adapters_of(model)))
     ]
-    return tuple(ImagePrompt(adapter=ref, weight=WEIGHT - number, **changes) for number, ref in enumerate(refs))
+    return tuple(ImagePromptUse(adapter=ref, weight=WEIGHT - number, **changes) for number, ref in enumerate(refs))
 
 
 def sampled(world, layout, model, folder, prompts, sigmas, pictures=None, device=CPU):
@@ -211,7 +211,7 @@ def predicted(world, layout, model, folder, x, prompts):
         layout=layout,
         run="c" * 32,
         conditions=keys,
-        told=dict(zip(keys, entries, strict=True)),
+        run_conditions=dict(zip(keys, entries, strict=True)),
     )
     both = torch.cat((x, x))
     step = {
@@ -222,7 +222,7 @@ def predicted(world, layout, model, folder, x, prompts):
     for key, condition, factor in zip(keys, (positive, negative), (1, 0), strict=True):
         told |= {name.replace("told", key): each for name, each in tensors_of("told", condition).items()}
         told |= {f"{key}.0.image.{number}": factor * picture for number, picture in enumerate(pictures)}
-    for asked, tensors in ((request, step | told), (request.model_copy(update={"told": {}}), step)):
+    for asked, tensors in ((request, step | told), (request.model_copy(update={"run_conditions": {}}), step)):
         output = engine.handle(asked, tensors, run_of(asked)[0])[1]["prediction"]
     return sampling.denoised(output, both, sigma)
 

@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Predict, Sample, Schedule
 from paralleldit.tests import tiny_sd3
 from paralleldit.tests.lora_files import FORMATS, merged
@@ -123,7 +123,7 @@ def predicted(world, layout, cases, device=CPU):
     mesh = Mesh(layout)
     answers = []
     for (model, path), own in groupby(cases, key=lambda case: case[:2]):
-        transformer, store = Transformer(path, torch.device(device), part=Part.of(layout, mesh)), AdapterStore()
+        transformer, store = Transformer(path, torch.device(device), part=ModelPart.of(layout, mesh)), AdapterStore()
 
         def predict(loras, transformer=transformer, store=store, model=model):
             family = transformer.on(mesh)
@@ -193,7 +193,7 @@ def predicted_in_turn(world, layout, model, path, loras):
         layout=layout,
         run="c" * 32,
         conditions=(key,),
-        told={key: entry_of(condition)},
+        run_conditions={key: entry_of(condition)},
     )
     told = {name.replace("told", key): tensor for name, tensor in tensors_of("told", condition).items()}
     tensors = {"latent": latent, "timestep": torch.full((len(latent),), 500.0), **told}
@@ -201,7 +201,7 @@ def predicted_in_turn(world, layout, model, path, loras):
     for files in loras:
         asked = request.model_copy(update={"adapters": Adapters(files=files)})
         answers.append(engine.handle(asked, tensors, run_of(asked)[0])[1]["prediction"])
-        request, tensors = request.model_copy(update={"told": {}}), {name: tensors[name] for name in STEP}
+        request, tensors = request.model_copy(update={"run_conditions": {}}), {name: tensors[name] for name in STEP}
     return answers
 
 

@@ -12,7 +12,7 @@ from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.strategies import select
@@ -140,7 +140,7 @@ def cells():
 def sampled_by_part(world, layout, path, steps):
     request, tensors = request_of(layout, steps, (11, 9), "euler")
     mesh = Mesh(layout)
-    family = Transformer(path, CPU, part=Part.of(layout, mesh)).on(mesh)
+    family = Transformer(path, CPU, part=ModelPart.of(layout, mesh)).on(mesh)
     return sample.sample(request, tensors, family, mesh, run_of(request)[0])["latent"]
 
 

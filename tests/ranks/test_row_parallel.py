@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
-from paralleldit.parallel_backend.strategies.weighted_prompts import Entry
+from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.tiny_unet import TinyUNet, condition, network
 from torch import Tensor, nn
 
@@ -102,7 +102,7 @@ def guided(world: Axis, layout: Layout) -> Tensor:
     strategy = in_rows(mesh)
     counts = split_sizes(2, mesh.data.size)
     own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
-    sides = [[Entry.plain(condition(2, seed)).part(own, 2)] for seed in (5, 6)]
+    sides = [[WeightedPrompt.plain(condition(2, seed)).part(own, 2)] for seed in (5, 6)]
     guidance = Guidance(strategy.predict, strategy.family.model_sampling(None), mesh.cfg, *sides, CFG)
     try:
         return mesh.data.all_gather(guidance.denoised(latent(2, 13, 9)[own], SIGMA), counts, dim=0)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.parallel_backend.distributed.control_group import Control
+from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.engine.sample import sample
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.layout.model_part import Part
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.layout.stages import Stage, block_parameters
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
 from paralleldit.parallel_backend.run_context import Run
@@ -93,7 +93,7 @@ def traffic_per_step(world, layout: Layout, model: str, path: Path):
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny, mesh = TINY_MODELS[model], Mesh(layout)
     condition = tiny.condition(draw, 1, TEXT)
-    transformer = Transformer(path, CPU, part=Part.of(layout, mesh))
+    transformer = Transformer(path, CPU, part=ModelPart.of(layout, mesh))
     tensors = {"latent": draw(BATCH, tiny.family.latents[0].channels, SIDE, SIDE)}
     tensors |= tensors_of("positive", condition) | tensors_of("negative", condition)
     sent = []
@@ -110,7 +110,7 @@ def traffic_per_step(world, layout: Layout, model: str, path: Path):
             seed=42,
         )
         mesh.ledger.reset()
-        sample(request, tensors, transformer.on(mesh), mesh, Run(Control(), request.id, lambda *_: None))
+        sample(request, tensors, transformer.on(mesh), mesh, Run(ControlGroup(), request.id, lambda *_: None))
         sent.append({axis: (mesh.ledger.bytes_on(axis), mesh.ledger.messages_on(axis)) for axis in AXES})
     fewer, more = sent
     steps = STEPS[1] - STEPS[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from paralleldit.nodes.request.conditioning import travelling
+from paralleldit.nodes.request.conditioning import to_message
 from paralleldit.nodes.request.regions import placed_sides
 from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.distributed.ledger import Ledger
@@ -15,7 +15,7 @@ from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.families.spec import LatentSpec
-from paralleldit.parallel_backend.layout.fitting import Work, misfit_of
+from paralleldit.parallel_backend.layout.fitting import RunFacts, misfit_of
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
@@ -114,7 +114,7 @@ def test_a_side_is_the_weighted_mean_of_its_entries(positive, negative, sigma):
     sides = placed_sides(prompts(positive, 0), prompts(negative, 5), SHAPE)
     entries = {}
     for side, each in sides.items():
-        messages, tensors = travelling(side, each, FAMILY.name, SHAPE)
+        messages, tensors = to_message(side, each, FAMILY.name, SHAPE)
         entries[side] = entries_of_side(messages, side, Inputs(tensors, FAMILY, SAMPLING, SHAPE))
     alone = Axis("alone", [0], None, Ledger())
     guidance = Guidance(predict, SAMPLING, alone, entries["positive"], entries["negative"], CFG)
@@ -145,7 +145,7 @@ def test_an_area_gets_the_prompt_of_the_smallest_area_around_on_the_other_side()
     assert torch.equal(added[0][1]["mask"], LEFT)
     # The positive side's only prompt is for less than the other areas of the negative one.
     assert len(sides["positive"]) == 1
-    messages, tensors = travelling("negative", sides["negative"], FAMILY.name, SHAPE)
+    messages, tensors = to_message("negative", sides["negative"], FAMILY.name, SHAPE)
     assert [message.prompt for message in messages] == [None, None, None, None, 2]
     assert set(tensors) == {"negative.4.region", *(f"negative.{index}.tokens" for index in range(4))}
 
@@ -163,7 +163,7 @@ def test_an_area_gets_the_prompt_of_the_smallest_area_around_on_the_other_side()
 def test_what_is_no_place_in_the_picture_is_refused(entry, words):
     shape = torch.Size((4, *SHAPE[1:]))
     with pytest.raises(UserError) as error:
-        travelling("positive", placed_sides(prompts([entry], 0), [], shape)["positive"], FAMILY.name, shape)
+        to_message("positive", placed_sides(prompts([entry], 0), [], shape)["positive"], FAMILY.name, shape)
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -209,6 +209,6 @@ PIPED, LATE = Layout(pipefusion_degree=2), Layout(distrifusion_degree=2)
     ],
 )
 def test_what_goes_on_from_the_step_before_takes_only_what_is_there_in_every_step(layout, entry, words):
-    reason, _ = misfit_of(layout, Work(entries=(Conditioning(), Conditioning(**entry)))) or ("", "")
+    reason, _ = misfit_of(layout, RunFacts(entries=(Conditioning(), Conditioning(**entry)))) or ("", "")
     assert words in reason
     assert bool(reason) == bool(words)

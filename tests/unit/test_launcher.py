@@ -226,7 +226,7 @@ def test_the_rank_that_died_first_is_named(deaths, text):
 )
 def test_a_failed_start_is_explained_from_the_logs(tmp_path, log, text):
     (tmp_path / records.AgentLog).write_text(f"Traceback ...\n{log}\n")
-    assert text in instance.Life(tmp_path).why_not_started()[0]
+    assert text in instance.SidecarInstance(tmp_path).why_not_started()[0]
 
 
 def test_a_process_is_not_taken_for_a_later_one_of_the_same_pid():

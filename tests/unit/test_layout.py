@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.capabilities import ROWS_ALONE, Capabilities
-from paralleldit.parallel_backend.layout.fitting import Work, check_layout, nearest_layouts
+from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout, nearest_layouts
 from paralleldit.parallel_backend.layout.layout import Layout, largest_exact_layout, layouts_of, patches_of
 from paralleldit.parallel_backend.layout.stages import (
     BLOCK_LISTS,
@@ -26,12 +26,12 @@ def test_layouts_of_ranks_fit_them(ranks, stages, tensor, late):
     found = layouts_of(ranks, pipefusion_degree=stages, tensor_degree=tensor, distrifusion_degree=late)
     assert bool(found) == (ranks % (stages * tensor * late) == 0)
     for layout in found:
-        check_layout(layout, Work(ranks=ranks))
+        check_layout(layout, RunFacts(ranks=ranks))
         assert (layout.pipefusion_degree, layout.tensor_degree, layout.distrifusion_degree) == (stages, tensor, late)
 
 
 def test_a_network_without_blocks_takes_rows_cfg_and_data():
-    check_layout(Layout(ulysses_degree=2, ring_degree=2, cfg_degree=2, data_degree=2), Work(can=ROWS_ALONE))
+    check_layout(Layout(ulysses_degree=2, ring_degree=2, cfg_degree=2, data_degree=2), RunFacts(can=ROWS_ALONE))
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -91,7 +91,7 @@ ELEMENTWISE = ("euler", "heun")
     ids=str,
 )
 def test_a_layout_that_does_not_fit_is_refused_with_its_numbers_and_what_fits(layout, work, words):
-    layout, work = Layout(**layout), Work(**KNOWN | work, elementwise=ELEMENTWISE)
+    layout, work = Layout(**layout), RunFacts(**KNOWN | work, elementwise=ELEMENTWISE)
     with pytest.raises(UserError) as refused:
         check_layout(layout, work)
     assert all(word in str(refused.value) for word in words), str(refused.value)
@@ -116,11 +116,11 @@ def test_a_layout_that_does_not_fit_is_refused_with_its_numbers_and_what_fits(la
     ids=str,
 )
 def test_a_layout_that_fits_is_let_through(layout):
-    check_layout(Layout(**layout), Work(**KNOWN, elementwise=ELEMENTWISE, ranks=Layout(**layout).ranks))
+    check_layout(Layout(**layout), RunFacts(**KNOWN, elementwise=ELEMENTWISE, ranks=Layout(**layout).ranks))
 
 
 def test_what_is_not_known_yet_is_not_judged():
-    check_layout(Layout(cfg_degree=2, data_degree=9, pipefusion_degree=99, num_patches=99), Work())
+    check_layout(Layout(cfg_degree=2, data_degree=9, pipefusion_degree=99, num_patches=99), RunFacts())
 
 
 @pytest.mark.parametrize("sizes", [(), "even"])

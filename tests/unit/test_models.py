@@ -12,7 +12,7 @@ import torch
 from paralleldit.parallel_backend.adapters.controlnet import nets
 from paralleldit.parallel_backend.engine import model, model_store
 from paralleldit.parallel_backend.engine.model_store import KEPT_FREE, ModelStore
-from paralleldit.parallel_backend.layout.model_part import WHOLE, Part, Share
+from paralleldit.parallel_backend.layout.model_part import WHOLE, ModelPart, Share
 from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol.messages import ControlNetRef, ModelRef
 
@@ -124,7 +124,7 @@ def test_models_make_room_for_the_work_of_one(store, refs, wanted, stay, free):
 def test_a_part_of_a_model_needs_its_share_of_the_room(store, refs):
     store.taken = int(TOTAL * (1 - KEPT_FREE)) - SIZE - SIZE // 2
     run = Run()
-    for part in (WHOLE, Part(tensor=Share(0, 2))):
+    for part in (WHOLE, ModelPart(tensor=Share(0, 2))):
         store.transformer(refs[0], run, part)
     assert not run.said
 

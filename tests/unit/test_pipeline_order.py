@@ -24,7 +24,7 @@ def stage_work(stage, stages, units, patches, prompts, links, ahead):
     leaving = [link for link in links if link.source == stage]
     back = [link for link in leaving if link.target < stage]
     for link in back:
-        link.sent = sum(unit.question == 0 for unit in units)
+        link.sent = sum(unit.call == 0 for unit in units)
     for number, unit in enumerate(units):
         for link in arriving:
             further = ahead(stages, patches, link.distance) if len(unit.patches) == 1 else 0
@@ -36,8 +36,7 @@ def stage_work(stage, stages, units, patches, prompts, links, ahead):
                 link.sent += link not in back
         for link in back:
             link.sent = sum(
-                each.question <= unit.question
-                or (each.question == unit.question + 1 and each.patches[-1] <= unit.patches[-1])
+                each.call <= unit.call or (each.call == unit.call + 1 and each.patches[-1] <= unit.patches[-1])
                 for each in units
             )
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout.fitting import Work, check_layout
+from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
 from paralleldit.parallel_backend.layout.layout import Layout, parse_layout
 from paralleldit.tools.demo_model.scenes import draw, make_scene
 from paralleldit.tools.quality.methods import PRESETS, name_of
@@ -107,4 +107,4 @@ def test_presets_fit_the_demo_model_at_128_px():
     for layouts in PRESETS.values():
         assert len({name_of(layout) for layout in layouts}) == len(layouts)
         for layout in layouts:
-            check_layout(layout, Work(blocks=9, token_rows=8, sampler="euler", elementwise=("euler",)))
+            check_layout(layout, RunFacts(blocks=9, token_rows=8, sampler="euler", elementwise=("euler",)))

@@ -45,7 +45,7 @@ def exact_flow(model: ModelSampling, x: Tensor, start: Tensor, end: Tensor) -> T
 def solve(function: SolverFunction, model: ModelSampling, x: Tensor, sigmas: Tensor, noise=None) -> Tensor:
     noise = noise or (lambda sigma, sigma_next: torch.zeros_like(x))
     solver = function(x, sigmas, SolverContext(model, noise))
-    return drive(solver, lambda question: ideal_denoiser(model, question.x, question.sigma))
+    return drive(solver, lambda call: ideal_denoiser(model, call.x, call.sigma))
 
 
 ORDERS = [
@@ -125,12 +125,12 @@ def test_questions_tell_step_and_evaluation(sampler: Sampler) -> None:
     sigmas = sampler.end_levels(sigmas_for(model, "simple", 5, sampler=sampler.name))
     asked = []
 
-    def answer(question):
-        asked.append((question.step, question.evaluation))
-        return ideal_denoiser(model, question.x, question.sigma)
+    def predict(call):
+        asked.append((call.step, call.evaluation))
+        return ideal_denoiser(model, call.x, call.sigma)
 
     x = torch.ones(1, 1, 2, 2)
-    drive(sampler.function(x, sigmas, SolverContext(model, GaussianNoise(x, 0))), answer)
+    drive(sampler.function(x, sigmas, SolverContext(model, GaussianNoise(x, 0))), predict)
     last = [(4, 0)]
     assert asked == [(step, e) for step in range(4) for e in range(sampler.evaluations)] + last
 
@@ -151,11 +151,11 @@ def test_elementwise_samplers_step_strip_by_strip(sampler: Sampler, model: Model
         sampler.function(x[strip], sigmas, SolverContext(model, shared.part(number)))
         for number, strip in enumerate(strips)
     ]
-    questions, finished = [next(solver) for solver in solvers], [None] * len(strips)
+    calls, finished = [next(solver) for solver in solvers], [None] * len(strips)
     while None in finished:
-        for number, (solver, question) in enumerate(zip(solvers, questions, strict=True)):
+        for number, (solver, call) in enumerate(zip(solvers, calls, strict=True)):
             try:
-                questions[number] = solver.send(ideal_denoiser(model, question.x, question.sigma))
+                calls[number] = solver.send(ideal_denoiser(model, call.x, call.sigma))
             except StopIteration as end:
                 finished[number] = end.value
     torch.testing.assert_close(torch.cat(finished, dim=2), whole, rtol=1e-6, atol=1e-6)

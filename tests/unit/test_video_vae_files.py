@@ -319,7 +319,7 @@ def test_a_file_with_one_side_works_in_its_direction(side, named, tmp_path):
     vae = load_vae(file, device="cpu", dtype=torch.float32)
 
     header = read_header(file)
-    assert header.sides == vae.sides == vae.hollow().sides
+    assert header.sides == vae.sides == vae.on_meta().sides
     assert (header.scale, header.frames, vae.latent_channels, vae.image_channels) == (8, 6, 4, 3)
     latent, video = torch.randn(1, 4, 2, 2, 2), torch.rand(1, 7, 16, 16, 3)
     if side == "decoder":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.parallel_backend.layout.model_part import WHOLE, Part, Share
+from paralleldit.parallel_backend.layout.model_part import WHOLE, ModelPart, Share
 from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.weights.load import LoadedTransformer, load_transformer
 from paralleldit.parallel_backend.weights.reader import Reader
@@ -33,12 +33,12 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return {dtype: folder / f"{dtype}.safetensors" for dtype in ("bf16", "fp8")}
 
 
-def load(path: Path, part: Part = WHOLE) -> LoadedTransformer:
+def load(path: Path, part: ModelPart = WHOLE) -> LoadedTransformer:
     return load_transformer(path, device="cpu", part=part)
 
 
-def tensor_share(index: int, count: int) -> Part:
-    return Part(tensor=Share(index, count))
+def tensor_share(index: int, count: int) -> ModelPart:
+    return ModelPart(tensor=Share(index, count))
 
 
 def in_blocks(loaded: LoadedTransformer) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def test_rows_are_the_files_pages_and_columns_are_copied(files) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_shares_of_a_block_put_together_are_the_block(files, monkeypatch, dtype, count, tensor) -> None:
-    whole = load(files[dtype], Part(tensor=tensor))
+    whole = load(files[dtype], ModelPart(tensor=tensor))
     read = []
 
     def spied(self, entry, start, stop):
@@ -123,7 +123,7 @@ def test_shares_of_a_block_put_together_are_the_block(files, monkeypatch, dtype,
     shares = []
     for index in range(count):
         read.append(0)
-        shares.append(load(files[dtype], Part(tensor=tensor, shard=Share(index, count))))
+        shares.append(load(files[dtype], ModelPart(tensor=tensor, shard=Share(index, count))))
     assert sum(read) == sum(value.nbytes for value in in_blocks(whole).values())
     assert max(read) <= 1.02 * sum(read) / count
 
@@ -137,12 +137,12 @@ def test_shares_of_a_block_put_together_are_the_block(files, monkeypatch, dtype,
 
 
 def test_a_rank_of_many_holds_its_share_and_two_blocks(files) -> None:
-    whole, share = load(files["bf16"]), load(files["bf16"], Part(shard=Share(2, 4)))
+    whole, share = load(files["bf16"]), load(files["bf16"], ModelPart(shard=Share(2, 4)))
     sizes = [
         sum(value.nbytes for name, value in in_blocks(whole).items() if name.startswith(prefix)) for prefix in BLOCKS
     ]
     assert share.bytes <= whole.bytes - sum(sizes) + 1.02 * (sum(sizes) / 4 + 2 * max(sizes))
-    stage = load(files["bf16"], Part(Stage(1, 2), shard=Share(0, 2)))
+    stage = load(files["bf16"], ModelPart(Stage(1, 2), shard=Share(0, 2)))
     assert len(stage.shards.shares) == 3
     assert {name for name, value in in_blocks(stage).items() if not value.is_meta} == {
         name for name in in_blocks(whole) if name.startswith(tuple(BLOCKS[2:]))

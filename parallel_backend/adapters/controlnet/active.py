@@ -17,7 +17,7 @@ from .nets import ControlledEvaluation, ControlNet
 
 
 @dataclass(frozen=True)
-class Control:
+class ActiveControl:
     """A ControlNet at work on a control picture. `picture`: what it sees of it, `[B, C, H, W]`.
 
     It works while the model's clock is from `start` down to `end`.
@@ -30,7 +30,7 @@ class Control:
     start: float
     end: float
 
-    def part(self, part: slice, batch: int) -> Control:
+    def part(self, part: slice, batch: int) -> ActiveControl:
         """For the pictures `part` of a batch; one control picture for all of them stays one."""
         return replace(self, picture=self.picture[part] if len(self.picture) == batch else self.picture[:1])
 

@@ -11,9 +11,9 @@ from .base import PROTOCOL_VERSION, Hello, Message, Welcome
 from .events import FROM_SIDECAR, Failure, Heartbeat, Log, Memory, Phase, Progress, Result
 from .references import (
     Adapters,
-    Control,
     ControlNetRef,
-    ImagePrompt,
+    ControlUse,
+    ImagePromptUse,
     IPAdapterRef,
     LoraRef,
     ModelRef,

@@ -64,7 +64,7 @@ class ControlNetRef(Message):
 Percent = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Control(Message):
+class ControlUse(Message):
     """A ControlNet at work, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
 
     Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it, of the size of the
@@ -90,7 +90,7 @@ class IPAdapterRef(Message):
     dtype: str = ""
 
 
-class ImagePrompt(Message):
+class ImagePromptUse(Message):
     """A picture that an IP-Adapter shows the model, from `start` to `end` of the run.
 
     In a `Predict`, whose run the client knows, it is named while it is to work, and works.

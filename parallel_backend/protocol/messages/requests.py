@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from ...layout.layout import Layout
 from .base import Message
-from .references import Adapters, Control, Digest, ImagePrompt, ModelRef, Percent, Strength, TextRef, VaeRef
+from .references import Adapters, ControlUse, Digest, ImagePromptUse, ModelRef, Percent, Strength, TextRef, VaeRef
 
 OnOutOfMemory = Literal["error", "tiles"]
 
@@ -69,7 +69,7 @@ class Prompt(Message):
     target_size: Size | None = None
     references: int = Field(default=0, ge=0, le=16)
     reference_places: ReferencePlaces = "offset"
-    image_prompts: tuple[ImagePrompt, ...] = Field(default=(), max_length=16)
+    image_prompts: tuple[ImagePromptUse, ...] = Field(default=(), max_length=16)
 
 
 Cells = Annotated[int, Field(ge=0, le=1 << 17)]
@@ -131,7 +131,7 @@ class Sample(Request):
     )
     preview: bool = False
     adapters: Adapters = Adapters()
-    controls: tuple[Control, ...] = Field(default=(), max_length=16)
+    controls: tuple[ControlUse, ...] = Field(default=(), max_length=16)
 
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -144,8 +144,8 @@ ResidualNumber = Annotated[int, Field(ge=0, le=1024)]
 class Predict(Request):
     """One prediction of the transformer for a sampler that runs in the client, for one or more conditions at once.
 
-    `run` names the sampler's run. Its conditions are told once, in `told`, and named by their keys from then on; those
-    of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
+    `run` names the sampler's run. Its conditions come once, in `run_conditions`, and are named by their keys from then
+    on; those of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
     `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Prompt`
     that is told (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own ControlNets,
     which `residuals` puts where ComfyUI's lists "input" and "output" have them.
@@ -158,7 +158,7 @@ class Predict(Request):
     layout: Layout
     run: Key
     conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
-    told: dict[Key, Prompt] = Field(default_factory=dict, max_length=256)
+    run_conditions: dict[Key, Prompt] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
     residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
 
@@ -169,7 +169,7 @@ def entries_of(request: Request) -> tuple[Prompt, ...]:
         case Sample():
             return (*request.positive, *request.negative)
         case Predict():
-            return tuple(request.told.values())
+            return tuple(request.run_conditions.values())
     return ()
 
 

@@ -23,7 +23,7 @@ Key = tuple[tuple[int, int], ...]
 
 
 class StagedControls:
-    """The controls of one run. `clocks`: the model's clock at each question of the sampler."""
+    """The controls of one run. `clocks`: the model's clock at each call of the sampler."""
 
     def __init__(
         self,
@@ -47,33 +47,33 @@ class StagedControls:
         }
         self._patches = patches
 
-    def added(self, question: int, index: int) -> dict[int, Key]:
-        """What is added behind the model's blocks, by their numbers, for a question under the condition `index`."""
+    def added(self, call: int, index: int) -> dict[int, Key]:
+        """What is added behind the model's blocks, by their numbers, for a call under the condition `index`."""
         added: dict[int, Key] = {}
-        for number in self._active(question, index):
+        for number in self._active(call, index):
             for block, residual in self._conditions[index].controls[number].targets(self._family).items():
                 added[block] = (*added.get(block, ()), (number, residual))
         return added
 
-    def needed(self, question: int, index: int, first_block: int) -> list[Key]:
+    def needed(self, call: int, index: int, first_block: int) -> list[Key]:
         """What the blocks from `first_block` on need, without repetition, in the order of their need."""
-        added = self.added(question, index)
+        added = self.added(call, index)
         return list(dict.fromkeys(added[block] for block in sorted(added) if block >= first_block))
 
     def make(
-        self, question: int, index: int, patches: Sequence[int], rank: int, evaluation: Evaluation
+        self, call: int, index: int, patches: Sequence[int], rank: int, evaluation: Evaluation
     ) -> dict[Key, Tensor]:
         """Everything that is needed for `patches`, of this rank's tokens of the grid, for the whole `evaluation`."""
         condition = self._conditions[index]
         made = {}
-        for number in self._active(question, index):
+        for number in self._active(call, index):
             attention, control = self._attentions[index, number], condition.controls[number]
-            has_begun = question and control.is_active(self._clocks[question - 1])
+            has_begun = call and control.is_active(self._clocks[call - 1])
             attention.begin(0, patches, seen=self._patches if has_begun else patches[-1] + 1)
             shard = attention.plan(0).shard(rank, patches)
             made[number] = control.residuals(replace(evaluation, shard=shard), attention)
         residuals: dict[Key, Tensor] = {}
-        for key in self.needed(question, index, 0):
+        for key in self.needed(call, index, 0):
             parts = [made[number][residual] for number, residual in key]
             residuals[key] = sum(parts[1:], start=parts[0])
         return residuals
@@ -83,6 +83,6 @@ class StagedControls:
         for attention in self._attentions.values():
             attention.forget()
 
-    def _active(self, question: int, index: int) -> list[int]:
+    def _active(self, call: int, index: int) -> list[int]:
         controls = self._conditions[index].controls
-        return [number for number, control in enumerate(controls) if control.is_active(self._clocks[question])]
+        return [number for number, control in enumerate(controls) if control.is_active(self._clocks[call])]

@@ -27,7 +27,7 @@ from ...families.family import TokenFamily
 from ...families.state import Evaluation
 from ...layout.stages import Stage
 from ...sampling.driver import SamplingJob, check_result, not_finite, prepare
-from ...sampling.strips import StripSamplers, questions_of
+from ...sampling.strips import StripSamplers, calls_of
 from ...tokens.grid import Packing
 from ...tokens.plan import TokenPlan
 from ...tokens.strips import Strips
@@ -74,8 +74,8 @@ class PipeFusion:
         own = self.stage.blocks(family.block_parameters)
         self.blocks, self.first_block = family.blocks[own], own.start
         self.start = prepare(job)
-        self.questions = questions_of(self.start, job)
-        self.units = units_of(self.questions, patches, warmup_steps)
+        self.calls = calls_of(self.start, job)
+        self.units = units_of(self.calls, patches, warmup_steps)
         self.latent = torch.empty_like(self.start.x, memory_format=torch.contiguous_format)
         self.preview = torch.zeros_like(self.latent[: int(preview)])
         self.strips = Strips(packing, {spec.name: spec.patch for spec in family.latents}, patches)
@@ -83,7 +83,7 @@ class PipeFusion:
         conditions, ranks = guidance.own_conditions, mesh.sequence.size
         self.plans = [TokenPlan(family.segments(each, self.grids), ranks, patches) for each in conditions]
         self.attention = PatchAttention(attention, self.plans)
-        clocks = [float(guidance.timestep(question.sigma, self.latent)[0]) for question in self.questions]
+        clocks = [float(guidance.timestep(call.sigma, self.latent)[0]) for call in self.calls]
         self.controls = StagedControls(family, conditions, clocks, self.grids, attention, ranks, patches)
         self.samplers = StripSamplers(self.start, job, self.strips) if self.stage.is_last else None
         self.transport = Transport(
@@ -115,7 +115,7 @@ class PipeFusion:
             self._announce(0, len(self.strips) - 1)
         check = run.start_check(self.failures.tolist())
         for number, unit in enumerate(self.units):
-            if number and unit.patches[0] == 0 and self.questions[unit.question].evaluation == 0:
+            if number and unit.patches[0] == 0 and self.calls[unit.call].evaluation == 0:
                 self._finish(run, check, number)
                 check = run.start_check(self.failures.tolist())
             self.transport.expect(number)
@@ -139,8 +139,8 @@ class PipeFusion:
         self.strips.put(self.latent, unit.patches, received[:batch])
         if len(self.preview):
             self.strips.put(self.preview, unit.patches, received[batch:])
-        if unit.question and unit.patches[-1] == len(self.strips) - 1:
-            answered = self.questions[unit.question - 1]
+        if unit.call and unit.patches[-1] == len(self.strips) - 1:
+            answered = self.calls[unit.call - 1]
             if answered.evaluation == 0:
                 on_step(answered.step + 1, self.start.total, self.preview)
 
@@ -186,58 +186,58 @@ class PipeFusion:
     ) -> list[Tensor]:
         """The tokens to send to the next stage and the skips to send to others; on the last stage, its predictions."""
         family, plan, condition = self.family, self.plans[index], self.guidance.own_conditions[index]
-        rank, question = self.mesh.sequence.rank, self.questions[unit.question]
+        rank, call = self.mesh.sequence.rank, self.calls[unit.call]
         evaluation = Evaluation(
             {},
             self.grids,
-            self.guidance.timestep(question.sigma, self.latent),
+            self.guidance.timestep(call.sigma, self.latent),
             condition,
             plan.shard(rank, unit.patches),
-            self.guidance.next_timestep(question.sigma, self.latent),
+            self.guidance.next_timestep(call.sigma, self.latent),
         )
         if received is not None:
             streams, residuals = self.transport.unpack(received, unit, index)
             state = family.resume(evaluation, streams)
         else:
             # The whole latent, as of now: a half token at its lower border takes its other half from the first row.
-            sigma = question.sigma.to(self.latent.device)
+            sigma = call.sigma.to(self.latent.device)
             latent = self.guidance.model_sampling.calculate_input(sigma, self.latent)
             evaluation = replace(evaluation, tokens=family.tokenise(self.packing.unpack(latent)))
-            residuals = self.controls.make(unit.question, index, unit.patches, rank, evaluation)
+            residuals = self.controls.make(unit.call, index, unit.patches, rank, evaluation)
             state = family.embed(evaluation)
-        # Without a warm-up, the first question finds no keys and values of the patches that are still to come.
-        seen = len(self.strips) if unit.question else unit.patches[-1] + 1
+        # Without a warm-up, the first call finds no keys and values of the patches that are still to come.
+        seen = len(self.strips) if unit.call else unit.patches[-1] + 1
         self.attention.begin(index, unit.patches, seen=seen)
         state = replace(state, skips=skips, prompts=condition.prompts_at(evaluation.timestep, self.attention))
-        added = self.controls.added(unit.question, index)
+        added = self.controls.added(unit.call, index)
         by_block = {number: residuals[key] for number, key in added.items() if key in residuals}
         state = run_blocks(family, state, self.blocks, policy=COMPUTE_ALL, first=self.first_block, residuals=by_block)
         if self.stage.is_last:
             predicted = {spec.name: plan.predicted(spec.name, rank, unit.patches) for spec in family.latents}
             outputs = family.head(state, predicted)
             return [outputs[spec.name] for spec in family.latents]
-        following = self.controls.needed(unit.question, index, self.first_block + len(self.blocks))
+        following = self.controls.needed(unit.call, index, self.first_block + len(self.blocks))
         return self.transport.pack(state, [residuals[key] for key in following])
 
     def _answer(self, unit: Unit, outputs: Sequence[Tensor], samplers: StripSamplers) -> None:
         """The last stage's work: guidance, the sampler's step, and the new latent on its way to the first stage."""
-        question = self.questions[unit.question]
+        call = self.calls[unit.call]
         x = samplers.asked(unit.patches)
-        denoised = self.guidance.combine(outputs, x, question.sigma, lambda whole: self.strips.cut(whole, unit.patches))
+        denoised = self.guidance.combine(outputs, x, call.sigma, lambda whole: self.strips.cut(whole, unit.patches))
         is_broken, is_latent = ~torch.isfinite(denoised).all(), ~torch.isfinite(x).all()
         found = torch.stack((is_broken & is_latent, is_broken & ~is_latent))
-        self.failures[:LAST_STEP].clamp_(min=(len(self.questions) - unit.question) * found)
-        denoised = samplers.answer(unit.patches, denoised)
-        if question.evaluation == 0 and len(self.preview):
+        self.failures[:LAST_STEP].clamp_(min=(len(self.calls) - unit.call) * found)
+        denoised = samplers.receive(unit.patches, denoised)
+        if call.evaluation == 0 and len(self.preview):
             self.strips.put(self.preview, unit.patches, denoised[: len(self.preview)])
-        self._announce(unit.question + 1, unit.patches[-1])
+        self._announce(unit.call + 1, unit.patches[-1])
 
-    def _announce(self, question: int, patch: int) -> None:
-        """Send the first stage what it needs for `question`, as far as the strips up to `patch` go."""
+    def _announce(self, call: int, patch: int) -> None:
+        """Send the first stage what it needs for `call`, as far as the strips up to `patch` go."""
         assert self.samplers is not None
         while self.announced < len(self.units):
             unit = self.units[self.announced]
-            if unit.question != question or unit.patches[-1] > patch:
+            if unit.call != call or unit.patches[-1] > patch:
                 return
             preview = self.strips.cut(self.preview, unit.patches) if len(self.preview) else self.preview
             asked = self.samplers.asked(unit.patches)
@@ -260,5 +260,5 @@ class PipeFusion:
             check_result(torch.tensor(torch.nan), self.start.total)
         first = max(failures[:LAST_STEP])
         if first:
-            question = self.questions[len(self.questions) - first]
-            raise not_finite(question, self.start.total, latent_is_finite=failures[LATENT] < first)
+            call = self.calls[len(self.calls) - first]
+            raise not_finite(call, self.start.total, latent_is_finite=failures[LATENT] < first)

@@ -10,17 +10,17 @@ from ...sampling.solver import Denoise
 
 @dataclass(frozen=True)
 class Unit:
-    """What goes through a stage at once: neighbouring `patches`, for the sampler's question of that number."""
+    """What goes through a stage at once: neighbouring `patches`, for the sampler's call of that number."""
 
-    question: int
+    call: int
     patches: tuple[int, ...]
 
 
-def units_of(questions: Sequence[Denoise], patches: int, warmup_steps: int) -> list[Unit]:
+def units_of(calls: Sequence[Denoise], patches: int, warmup_steps: int) -> list[Unit]:
     """The order of work, the same in every stage: the whole picture while warming up, then patch by patch."""
     units = []
-    for number, question in enumerate(questions):
-        whole = question.step < warmup_steps
+    for number, call in enumerate(calls):
+        whole = call.step < warmup_steps
         parts = [tuple(range(patches))] if whole else [(patch,) for patch in range(patches)]
         units += [Unit(number, part) for part in parts]
     return units

@@ -115,7 +115,7 @@ class Transport:
         }
         residuals = {
             key: part.view(len(part), -1 if part.numel() else 0, widths[family.controlled])
-            for key, part in zip(self._controls.needed(unit.question, index, first), parts[count:], strict=True)
+            for key, part in zip(self._controls.needed(unit.call, index, first), parts[count:], strict=True)
         }
         return streams, residuals
 
@@ -131,10 +131,10 @@ class Transport:
     def settle(self, unit: int) -> None:
         """End all channels before `unit`: what was sent, or has its receive posted, arrives.
 
-        The latent of the unit's whole question is on its way back already.
+        The latent of the unit's whole call is on its way back already.
         """
-        question = self._units[unit].question if unit < len(self._units) else None
-        back = unit + sum(each.question == question for each in self._units)
+        call = self._units[unit].call if unit < len(self._units) else None
+        back = unit + sum(each.call == call for each in self._units)
         for channel in sorted(self._channels, key=lambda channel: channel.is_sender):
             channel.settle(back if channel is self._back else self._expected(channel, unit - 1))
         for channel in self._channels:
@@ -144,7 +144,7 @@ class Transport:
         """How many numbers of each picture a message to the stage that begins with `first_block` has, part by part."""
         plan, family, widths = self._plans[index], self._family, self._family.widths
         streams = [plan.size(name, self._rank, unit.patches) * widths[name] for name in family.streams]
-        residuals = self._controls.needed(unit.question, index, first_block)
+        residuals = self._controls.needed(unit.call, index, first_block)
         grid = plan.size(family.controlled, self._rank, unit.patches) * widths[family.controlled] if residuals else 0
         return [*streams, *[grid] * len(residuals)]
 
