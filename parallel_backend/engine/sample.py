@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import IPAdapter
 from ..attention.usp import AttentionCore, make_attention
+from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
 from ..families.family import TokenFamily
@@ -64,7 +65,7 @@ def sample(
     start = sum(counts[: mesh.data.rank])
     own = slice(start, start + counts[mesh.data.rank])
     job = _job(request, tensors, family, latents, packing, model_sampling, own)
-    strategy = strategy_of(request.layout, family, mesh, attention, packing)
+    strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     guidance = Guidance(
         strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, job.sigmas.float().cpu()
@@ -108,6 +109,7 @@ def sample(
             guidance,
             job,
             packing,
+            COMPUTE_ALL,
             stage=Stage(mesh.pipefusion.rank, mesh.pipefusion.size, request.layout.stage_blocks),
             patches=patches_of(request.layout, _token_rows(family, latents)),
             warmup_steps=request.layout.warmup_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..attention.site import Attention
 from ..attention.usp import AttentionCore
+from ..caches.policy import BlockPolicy
 from ..distributed.mesh import Mesh
 from ..families.family import TokenFamily
 from ..layout.layout import Layout
@@ -13,11 +14,11 @@ from .sequence import SequenceParallel
 
 
 def strategy_of(
-    layout: Layout, family: TokenFamily, mesh: Mesh, attention: Attention, packing: Packing
+    layout: Layout, family: TokenFamily, mesh: Mesh, attention: Attention, packing: Packing, policy: BlockPolicy
 ) -> SequenceParallel:
     """What predicts for whole latents."""
     if mesh.distrifusion.size == 1:
-        return SequenceParallel(family, mesh.sequence, attention, packing)
+        return SequenceParallel(family, mesh.sequence, attention, packing, policy)
     assert isinstance(attention, AttentionCore)
     in_turn = layout.refresh == "in_turn"
-    return DistriFusion(family, mesh, attention, packing, warmup_steps=layout.warmup_steps, in_turn=in_turn)
+    return DistriFusion(family, mesh, attention, packing, policy, warmup_steps=layout.warmup_steps, in_turn=in_turn)

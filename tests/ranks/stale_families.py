@@ -9,6 +9,7 @@ from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.families.blocks import run_blocks
 from paralleldit.parallel_backend.families.state import Evaluation
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
@@ -120,8 +121,7 @@ class StaleModel:
             self.attention.begin(prompt, places, {("text", "image"): length + grid.count, ("image",): grid.count})
             shard = {"text": text, "image": at}
             state = family.embed(Evaluation(tokens, grids, timestep, condition, shard))
-            for block in family.blocks:
-                state = block(state)
+            state = run_blocks(family, state, family.blocks, policy=sample.COMPUTE_ALL)
             answer[:, at] = family.head(state, {"image": slice(None)})["image"]
             self.end_part()
         self.attention.keep()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...attention.patch_kv import PatchAttention
 from ...attention.usp import AttentionCore
-from ...caches.policy import COMPUTE_ALL
+from ...caches.policy import BlockPolicy
 from ...distributed.mesh import Mesh
 from ...errors import Cancelled, UserError
 from ...failures import STAY_READY, describe
@@ -61,6 +61,7 @@ class PipeFusion:
         guidance: Guidance,
         job: SamplingJob,
         packing: Packing,
+        policy: BlockPolicy,
         *,
         stage: Stage,
         patches: int,
@@ -70,6 +71,7 @@ class PipeFusion:
     ) -> None:
         """`has_lone_stages`: as `Layout.has_lone_stages`. One that fails then takes no other rank along."""
         self.family, self.mesh, self.guidance, self.packing = family, mesh, guidance, packing
+        self.policy = policy
         self.stage = stage
         own = self.stage.blocks(family.block_parameters)
         self.blocks, self.first_block = family.blocks[own], own.start
@@ -211,7 +213,7 @@ class PipeFusion:
         state = replace(state, skips=skips, prompts=condition.prompts_at(evaluation.timestep, self.attention))
         added = self.controls.added(unit.call, index)
         by_block = {number: residuals[key] for number, key in added.items() if key in residuals}
-        state = run_blocks(family, state, self.blocks, policy=COMPUTE_ALL, first=self.first_block, residuals=by_block)
+        state = run_blocks(family, state, self.blocks, policy=self.policy, first=self.first_block, residuals=by_block)
         if self.stage.is_last:
             predicted = {spec.name: plan.predicted(spec.name, rank, unit.patches) for spec in family.latents}
             outputs = family.head(state, predicted)
