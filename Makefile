@@ -1,5 +1,6 @@
-# `make demo` makes a picture, `make test` runs the tests, `make matrix` those of the support matrix and writes it
-# (docs/MATRIX.md), `make check` formats, lints and checks types.
+# `make demo` makes a picture, `make test` runs the tests, with a part of the tables of layouts and families in which all
+# of their pairs meet; `make matrix` runs the whole of them and writes the support matrix (docs/MATRIX.md); `make check`
+# checks format, lint and types.
 # Each sets up what it needs in .venv; nothing is installed anywhere else.
 
 PYTHON ?= python3.11
@@ -18,7 +19,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 matrix: $(VENV)/ready
-	PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks
+	PARALLELDIT_WHOLE_MATRIX=1 PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import torch
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.strategies import select
+from paralleldit.tests.covering import covering, pairs_of
 from paralleldit.tests.ranks import stale_families
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
@@ -149,7 +150,15 @@ def sampled_by_late_family(world, model, layout):
     return stale_families.sampled_by(LateFamily, world, model, layout)
 
 
-@pytest.mark.parametrize(("layout", "model"), [*FAMILY_CASES, *PARTS_CASES], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    covering(
+        [*FAMILY_CASES, *PARTS_CASES],
+        lambda case: pairs_of(*case, case[0].warmup_steps < WARM),
+        lambda case: case[0].ranks,
+    ),
+    ids=str,
+)
 def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, figures, tmp_path, layout, model):
     (alone,) = ranks.once(1, stale_families.sampled, model, Layout())
     expected = alone

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from math import prod
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Sch
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
+from paralleldit.tests.covering import covering, pairs_of, ranks_of
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
 
@@ -185,7 +187,11 @@ def expected():
     return of
 
 
-@pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: "ulysses{}-ring{}-cfg{}-data{}".format(*degrees))
+@pytest.mark.parametrize(
+    "degrees",
+    covering(LAYOUTS, lambda degrees: pairs_of(layout_of(degrees)), prod),
+    ids=lambda degrees: "ulysses{}-ring{}-cfg{}-data{}".format(*degrees),
+)
 def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees):
     layout = layout_of(degrees)
     for answers in ranks.run(layout.ranks, guided, degrees, cases_of(layout), torch.float32):
@@ -234,7 +240,7 @@ def cells():
             yield cell(table, layout, TINY_MODELS[model].family.name)
 
 
-@pytest.mark.parametrize("layout", sorted(SPREAD, key=lambda layout: layout.ranks), ids=str)
+@pytest.mark.parametrize("layout", sorted(covering(SPREAD, pairs_of, ranks_of), key=ranks_of), ids=str)
 def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout):
     paths = [model_path(model, shape[0]) for model, shape in SPREAD_CASES]
     for answers in ranks.run(layout.ranks, guided_by_part, layout, SPREAD_CASES, paths, "auto"):

@@ -1,10 +1,12 @@
 """PipeFusion with the other families: exact where nothing is old, else equal to a serial model of stale attention."""
 
 from itertools import product
+from math import prod
 
 import pytest
 import torch
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.tests.covering import covering, pairs_of
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_families import STEPS, StaleModel, relative_error, sampled, sampled_by
@@ -40,6 +42,11 @@ def cells():
             yield cell(table, layout_of(degrees, plan), TINY_MODELS[model].family.name)
 
 
+def covering_cases(cases):
+    cases = [(degrees, plan, model) for (degrees, plan), model in product(cases, MODELS)]
+    return covering(cases, lambda case: pairs_of(layout_of(*case[:2]), case[2]), lambda case: prod(case[0]))
+
+
 class StripModel(StaleModel):
     """Strips of the picture, each seeing what was computed of those before it."""
 
@@ -56,8 +63,7 @@ def sampled_strip_by_strip(world, model, layout):
     return sampled_by(StripModel, world, model, layout)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("degrees", "plan"), EXACT, ids=str)
+@pytest.mark.parametrize(("degrees", "plan", "model"), covering_cases(EXACT), ids=str)
 def test_run_without_old_keys_equals_one_rank(ranks, figures, model, degrees, plan):
     layout = layout_of(degrees, plan)
     (alone,) = ranks.once(1, sampled, model, Layout())
@@ -67,8 +73,7 @@ def test_run_without_old_keys_equals_one_rank(ranks, figures, model, degrees, pl
         assert error <= 1e-5
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("degrees", "plan"), STALE, ids=str)
+@pytest.mark.parametrize(("degrees", "plan", "model"), covering_cases(STALE), ids=str)
 def test_run_with_old_keys_equals_a_serial_model_of_them(ranks, figures, model, degrees, plan):
     layout = layout_of(degrees, plan)
     (alone,) = ranks.once(1, sampled, model, Layout())
