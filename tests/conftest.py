@@ -1,8 +1,12 @@
-"""Loads the pack, whatever its folder is called, as the package `paralleldit`."""
+"""Loads the pack, whatever its folder is called, as the package `paralleldit`, to compute with one thread."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+# What tests compute is small: a second thread would spend its time waiting for the first. For ranks, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PACK = Path(__file__).resolve().parent.parent
 
