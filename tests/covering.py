@@ -61,8 +61,3 @@ def pairs_of(layout: Layout, *others: Hashable) -> Meetings:
     degrees = [(axis, layout.degree(axis)) for axis in used]
     beside = [*((name, getattr(layout, name)) for name in OPTIONS), *others]
     return pairs([*(used or ["one rank"]), *beside]) | {frozenset(each) for each in product(degrees, beside)}
-
-
-def ranks_of(layout: Layout) -> int:
-    """What a case costs."""
-    return layout.ranks

@@ -1,8 +1,7 @@
 """Every exact layout gives what the plain diffusers transformer gives in one process."""
 
 from dataclasses import replace
-from itertools import product
-from math import prod
+from itertools import groupby, product
 from unittest import mock
 
 import pytest
@@ -21,7 +20,7 @@ from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Sch
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
-from paralleldit.tests.covering import covering, pairs_of, ranks_of
+from paralleldit.tests.covering import covering, pairs_of
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
 
@@ -118,9 +117,9 @@ def make_inputs(model, height, width, text, batch):
     return latent, *(replace(each, size=each.size or (8 * height, 8 * width)) for each in conditions)
 
 
-def guided(world, degrees, cases, dtype):
+def guided(world, layout, cases, dtype):
     """One guided prediction of each model and shape."""
-    mesh = Mesh(layout_of(degrees))
+    mesh = Mesh(layout)
     return {case: guided_by(TINY_MODELS[case[0]].make_family(case[1][0], dtype, DEPTH), mesh, *case) for case in cases}
 
 
@@ -164,6 +163,16 @@ def layout_of(degrees) -> Layout:
     return Layout(ulysses_degree=ulysses, ring_degree=ring, cfg_degree=cfg, data_degree=data)
 
 
+def covering_by_layout(rows):
+    """(layout, its models and shapes), of the rows (layout, model, shape) that cover the whole table."""
+    part = covering(rows, lambda row: pairs_of(*row), lambda row: row[0].ranks)
+    return [(layout, [tuple(case) for _, *case in of_it]) for layout, of_it in groupby(part, key=lambda row: row[0])]
+
+
+def layout_alone(parameter):
+    return str(parameter) if isinstance(parameter, Layout) else "tiny"
+
+
 def relative_error(actual, expected) -> float:
     return float((actual - expected).norm() / expected.norm())
 
@@ -188,13 +197,12 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    "degrees",
-    covering(LAYOUTS, lambda degrees: pairs_of(layout_of(degrees)), prod),
-    ids=lambda degrees: "ulysses{}-ring{}-cfg{}-data{}".format(*degrees),
+    ("layout", "cases"),
+    covering_by_layout((layout, *case) for layout in map(layout_of, LAYOUTS) for case in cases_of(layout)),
+    ids=layout_alone,
 )
-def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees):
-    layout = layout_of(degrees)
-    for answers in ranks.run(layout.ranks, guided, degrees, cases_of(layout), torch.float32):
+def test_layout_equals_plain_diffusers(ranks, figures, expected, layout, cases):
+    for answers in ranks.run(layout.ranks, guided, layout, cases, torch.float32):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
             figures.note(EXACT, layout, TINY_MODELS[model].family.name, error)
@@ -204,9 +212,9 @@ def test_layout_equals_plain_diffusers(ranks, figures, expected, degrees):
 @pytest.mark.parametrize("degrees", IN_BF16, ids=str)
 def test_layout_in_bf16_stays_within_its_rounding(ranks, figures, degrees):
     cases = [(model, SHAPES[0]) for model in WHOLE_RUNS]
-    (alone,) = ranks.once(1, guided, (1, 1, 1, 1), cases, torch.bfloat16)
-    (exact,) = ranks.once(1, guided, (1, 1, 1, 1), cases, torch.float32)
-    answers = ranks.run(layout_of(degrees).ranks, guided, degrees, cases, torch.bfloat16)[0]
+    (alone,) = ranks.once(1, guided, Layout(), cases, torch.bfloat16)
+    (exact,) = ranks.once(1, guided, Layout(), cases, torch.float32)
+    answers = ranks.run(layout_of(degrees).ranks, guided, layout_of(degrees), cases, torch.bfloat16)[0]
     for case, answer in answers.items():
         error = relative_error(answer, exact[case])
         figures.note(BF16, layout_of(degrees), TINY_MODELS[case[0]].family.name, error)
@@ -240,10 +248,16 @@ def cells():
             yield cell(table, layout, TINY_MODELS[model].family.name)
 
 
-@pytest.mark.parametrize("layout", sorted(covering(SPREAD, pairs_of, ranks_of), key=ranks_of), ids=str)
-def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout):
-    paths = [model_path(model, shape[0]) for model, shape in SPREAD_CASES]
-    for answers in ranks.run(layout.ranks, guided_by_part, layout, SPREAD_CASES, paths, "auto"):
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    covering_by_layout(
+        (layout, *case) for layout in sorted(SPREAD, key=lambda layout: layout.ranks) for case in SPREAD_CASES
+    ),
+    ids=layout_alone,
+)
+def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_path, layout, cases):
+    paths = [model_path(model, shape[0]) for model, shape in cases]
+    for answers in ranks.run(layout.ranks, guided_by_part, layout, cases, paths, "auto"):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
             figures.note(EXACT, layout, TINY_MODELS[model].family.name, error)
@@ -254,8 +268,8 @@ def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_
 def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, figures, model_path, layout):
     cases = [(model, SHAPES[0]) for model in WHOLE_RUNS]
     paths = [model_path(model, shape[0]) for model, shape in cases]
-    (alone,) = ranks.once(1, guided, (1, 1, 1, 1), cases, torch.bfloat16)
-    (exact,) = ranks.once(1, guided, (1, 1, 1, 1), cases, torch.float32)
+    (alone,) = ranks.once(1, guided, Layout(), cases, torch.bfloat16)
+    (exact,) = ranks.once(1, guided, Layout(), cases, torch.float32)
     answers = ranks.run(layout.ranks, guided_by_part, layout, cases, paths, "bf16")[0]
     for case, answer in answers.items():
         error = relative_error(answer, exact[case])
