@@ -16,6 +16,7 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Predict, Sample, Schedule
 from paralleldit.tests import tiny_sd3
+from paralleldit.tests.covering import covering, pairs_of
 from paralleldit.tests.lora_files import FORMATS, merged
 from paralleldit.tests.ranks.stale_flux import run_of
 from paralleldit.tests.ranks.test_exact_layouts import QuietRun, guided_by, make_inputs, relative_error
@@ -143,15 +144,23 @@ CASES = [
 ]
 
 
+TABLE = [
+    (layout, *case)
+    for layout in LAYOUTS
+    for case in CASES
+    if layout in THOROUGH or case[2] in ("kohya", "dora_of_outputs")
+]
+COVERING = covering(TABLE, lambda row: pairs_of(*row), lambda row: row[0].ranks)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_lora_equals_merged_weights_and_leaves_no_trace(ranks, files, layout):
-    cases = CASES if layout in THOROUGH else [case for case in CASES if case[2] in ("kohya", "dora_of_outputs")]
-    (expected,) = ranks.once(1, predicted, Layout(), [(case[0], files.lora(*case)[1], ()) for case in CASES])
-    wanted = dict(zip(CASES, expected, strict=True))
+    cases = [case for of_layout, *case in COVERING if of_layout == layout]
+    (expected,) = ranks.run(1, predicted, Layout(), [(case[0], files.lora(*case)[1], ()) for case in cases])
     adapted = [(case[0], files.base(*case[:2]), [LoraRef(path=str(files.lora(*case)[0]))]) for case in cases]
     for answers in ranks.run(layout.ranks, predicted, layout, adapted):
-        for case, (answer, is_restored) in zip(cases, answers, strict=True):
-            error = relative_error(answer, wanted[case][0])
+        for case, (answer, is_restored), (wanted, _) in zip(cases, answers, expected, strict=True):
+            error = relative_error(answer, wanted)
             assert error <= 1e-5, case
             assert is_restored, case
 
