@@ -19,7 +19,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 matrix: $(VENV)/ready
-	PARALLELDIT_WHOLE_MATRIX=1 PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks
+	PARALLELDIT_WHOLE_MATRIX=1 PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks tests/unit/test_compiled_blocks.py
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

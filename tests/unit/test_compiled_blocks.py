@@ -11,18 +11,19 @@ from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.families.blocks import compiled
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.tests.covering import WHOLE
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 from torch._dynamo.utils import counters
 
 
 # Flux: a double block, the first single block, and the others, whose text and image lie in one tensor. SD3.5: blocks
-# with a second attention, without, and the last one. HunyuanDiT: blocks that take a skip, and the others. Those of the
-# "eager" backend are traced like the others, and computed as they were: code is made of them in a tenth of the time.
-# That of PixArt's blocks is run in tests/ranks/test_compiled.py.
+# with a second attention, without, and the last one. HunyuanDiT: blocks that take a skip, and the others. With the
+# "eager" backend they are traced, and computed as they were: to make code of what was traced takes ten times as long.
+# Code of PixArt's blocks is run in tests/ranks/test_compiled.py, that of Flux' in `make matrix`.
 @pytest.mark.parametrize(
     ("model", "kinds", "backend"),
     [
-        ("flux dev", 3, "inductor"),
+        ("flux dev", 3, "inductor" if WHOLE else "eager"),
         ("pixart alpha", 1, "eager"),
         ("sd3.5 medium", 3, "eager"),
         ("hunyuandit 1.1", 2, "eager"),
