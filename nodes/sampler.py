@@ -7,8 +7,8 @@ from typing import Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.layout.fitting import RunFacts, check_layout
-from ..parallel_backend.protocol.messages import Adapters, Sample
-from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
+from ..parallel_backend.protocol.messages import MAX_STEPS, Adapters, Sample
+from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES, check_part
 from . import host
 from .handles import handle_of
 from .layout_choice import LayoutChoice
@@ -76,12 +76,54 @@ class ParallelDiTSampler:
                     },
                 ),
             },
-            "optional": {"negative": ("CONDITIONING", {"tooltip": "What to avoid. Needed when cfg is not 1."})},
+            "optional": {
+                "negative": ("CONDITIONING", {"tooltip": "What to avoid. Needed when cfg is not 1."}),
+                "add_noise": (
+                    ["enable", "disable"],
+                    {
+                        "default": "enable",
+                        "advanced": True,
+                        "tooltip": "Disabled: the latent has its noise already, left over by the sampler before.",
+                    },
+                ),
+                "start_at_step": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": MAX_STEPS,
+                        "advanced": True,
+                        "tooltip": "The first of the steps to take, counted from 0: those before are another "
+                        "sampler's.",
+                    },
+                ),
+                "end_at_step": (
+                    "INT",
+                    {
+                        "default": MAX_STEPS,
+                        "min": 0,
+                        "max": MAX_STEPS,
+                        "advanced": True,
+                        "tooltip": "The step before which to stop. At or beyond steps the run is taken to its end.",
+                    },
+                ),
+                "return_with_leftover_noise": (
+                    ["disable", "enable"],
+                    {
+                        "default": "disable",
+                        "advanced": True,
+                        "tooltip": "Enabled: a run that stops before its end keeps its noise, for a sampler that goes "
+                        "on from there. Disabled: its last step removes all noise.",
+                    },
+                ),
+            },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, sampler_name: str, scheduler: str) -> bool | str:
-        return verdict(_check_names, sampler_name, scheduler)
+    def VALIDATE_INPUTS(
+        cls, sampler_name: str, scheduler: str, start_at_step: int = 0, end_at_step: int = MAX_STEPS
+    ) -> bool | str:
+        return verdict(_check_inputs, sampler_name, scheduler, start_at_step, end_at_step)
 
     def sample(
         self,
@@ -95,16 +137,24 @@ class ParallelDiTSampler:
         latent_image: dict[str, Any],
         denoise: float,
         negative: list[Any] | None = None,
+        add_noise: str = "enable",
+        start_at_step: int = 0,
+        end_at_step: int = MAX_STEPS,
+        return_with_leftover_noise: str = "disable",
     ) -> tuple[dict[str, Any]]:
         here = host.current()
         handle = handle_of(model)
         here.check_model(model)
-        _check_names(sampler_name, scheduler)
+        _check_inputs(sampler_name, scheduler, start_at_step, end_at_step)
         if cfg != 1.0 and negative is None:
             raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
 
-        tensors = latent.to_message(latent_image, handle)
-        shape = tensors["latent"].shape
+        specs = latent.specs_of(handle)
+        latents, tensors = latent.to_message(latent_image, specs, handle.family)
+        first = latents[specs[0].name]
+        shape = first.shape
+        if len(specs) > 1:
+            regions.refuse_places({"positive": positive, "negative": negative or []}, handle.family)
         sides = regions.placed_sides(positive, negative or [], shape)
         if cfg == 1.0:
             del sides["negative"]
@@ -115,7 +165,7 @@ class ParallelDiTSampler:
             tensors |= prompt_tensors | shown
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= {} if sigmas is None else {"sigmas": sigmas}
-        batch = len(tensors["latent"])
+        batch = len(first)
         changes = here.changes(model)
 
         choice = handle.layout or LayoutChoice()
@@ -129,7 +179,7 @@ class ParallelDiTSampler:
             entries=tuple(chain.from_iterable(named.values())),
         )
         check_layout(layout, work)
-        tensors |= {f"control.{index}": control.picture(tensors["latent"]) for index, control in enumerate(placed)}
+        tensors |= {f"control.{index}": control.picture(first) for index, control in enumerate(placed)}
         weight_delivery.deliver(client, changes)
         message = Sample(
             id=0,
@@ -143,16 +193,21 @@ class ParallelDiTSampler:
             sampling_shift=shift,
             seed=seed,
             batch_index=latent.batch_index(latent_image),
+            add_noise=add_noise == "enable",
+            start_step=min(start_at_step, MAX_STEPS),
+            end_step=min(end_at_step, MAX_STEPS),
+            leftover_noise=return_with_leftover_noise == "enable",
             cpu_noise_offset=here.cpu_noise_offset,
             preview=here.wants_previews(model),
             controls=tuple(control.message for control in placed),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )
         reply = session.ask(client, message, tensors, model)
-        return ({**latent_image, "samples": reply.tensors["latent"]},)
+        return (latent.from_reply(latent_image, specs, reply.tensors),)
 
 
-def _check_names(sampler_name: str, scheduler: str) -> None:
+def _check_inputs(sampler_name: str, scheduler: str, start_at_step: int, end_at_step: int) -> None:
+    check_part(start_at_step, end_at_step)
     for what, name, known in (("sampler", sampler_name, SAMPLER_NAMES), ("scheduler", scheduler, SCHEDULER_NAMES)):
         if name not in known:
             raise UserError(f"Unknown {what} {name!r}.", f"Known {what}s: {', '.join(known)}.")

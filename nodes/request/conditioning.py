@@ -73,8 +73,8 @@ def to_message(
 ) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
     """The message's entries and tensors of one `side` (positive or negative), for a model of `family`.
 
-    `entries`: as `regions.placed` gives them for a latent of `shape` `[B, C, H, W]`. What several of them share is sent
-    once. Raises `UserError` naming what Parallel Sampler cannot do with them.
+    `entries`: as `regions.placed_sides` gives them for a latent of `shape` `[B, C, (T,) H, W]`. What several of them
+    share is sent once. Raises `UserError` naming what Parallel Sampler cannot do with them.
     """
     if not entries:
         raise UserError(f"The {side} conditioning has no entries.", "Connect a prompt.")
@@ -157,7 +157,7 @@ def _percent(share: float) -> float:
 
 
 def _region(side: str, mask: Tensor, batch: int) -> Tensor:
-    """A mask `[n, H, W]` for a batch: one row, or one for each picture."""
+    """A mask `[n, (T,) H, W]` for a batch: one row, or one for each picture or video."""
     mask = mask[:batch]
     if batch % len(mask):
         raise UserError(

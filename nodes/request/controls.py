@@ -69,8 +69,8 @@ class PlacedControl:
         return self.control.message
 
     def picture(self, like: Tensor) -> Tensor:
-        """What travels of the picture for a run over the latent `like` `[B, C, h, w]`."""
-        height, width = self.size or like.shape[2:]
+        """What travels of the picture for a run over the latent `like` `[B, C, ..., h, w]`."""
+        height, width = self.size or like.shape[-2:]
         return self.control.picture(height, width)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.families.spec import LatentSpec
 from ..handles import ModelHandle
 
 LATENT_CHANNELS: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -20,22 +21,91 @@ LATENT_CHANNELS: dict[str, Callable[[dict[str, Any]], int]] = {
 }
 """Per family: the latent's channels from the model's config."""
 
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+"""Of an empty LATENT in ComfyUI since 2026: pixels and frames to a cell, where the node that made it assumed some."""
 
-def to_message(latent_image: dict[str, Any], handle: ModelHandle) -> dict[str, Tensor]:
-    """Tensors `latent` `[B, C, H, W]` and, if there is one, `noise_mask` `[B or 1, 1, H', W']`.
 
-    An empty latent gets the model's number of channels. Raises `UserError` for a latent that cannot be sampled.
+def specs_of(handle: ModelHandle) -> tuple[LatentSpec, ...]:
+    """The latents that a model samples."""
+    return (LatentSpec(LATENT_CHANNELS[handle.family](handle.config)),)
+
+
+def to_message(
+    latent_image: Mapping[str, Any], specs: Sequence[LatentSpec], family: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By name the latents of a LATENT, and the request's tensors of them: `latent` and, if there is one, `noise_mask`;
+    of a model of several latents `latent.<name>` and `noise_mask.<name>`.
+
+    As in ComfyUI, an empty latent gets the model's number of channels and, where it says what it is made for, its
+    compression; a picture's latent `[B, C, H, W]` is one frame to a model of videos `[B, C, T, H, W]`. Raises
+    `UserError` for a latent that cannot be sampled.
     """
-    latent = latent_image["samples"]
+    parts, masks = _parts(latent_image["samples"]), _parts(latent_image.get("noise_mask"))
+    if len(parts) != len(specs):
+        raise UserError(
+            f"The LATENT holds {_counted(len(parts))}, but {family} samples {_counted(len(specs))}: "
+            f"{', '.join(spec.name for spec in specs)}.",
+            "Use the empty latent nodes of this model's kind, put together as its workflows do.",
+        )
+    latents = {
+        spec.name: _fitted(part, spec, family, latent_image if len(specs) == 1 else {})
+        for spec, part in zip(specs, parts, strict=True)
+    }
+    suffixes = {spec.name: "" if len(specs) == 1 else f".{spec.name}" for spec in specs}
+    tensors = {f"latent{suffixes[name]}": latent for name, latent in latents.items()}
+    # Masks may be fewer: the rest of several latents is sampled anew.
+    for spec, mask in zip(specs, masks, strict=False):
+        tensors[f"noise_mask{suffixes[spec.name]}"] = _placed(mask, spec)
+    return latents, tensors
+
+
+def from_reply(
+    latent_image: Mapping[str, Any], specs: Sequence[LatentSpec], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The LATENT of a reply: that which was sent, with other samples, nested again where there are several."""
+    if len(specs) == 1:
+        samples = tensors["latent"]
+    else:
+        samples = type(latent_image["samples"])([tensors[f"latent.{spec.name}"] for spec in specs])
+    return {**{key: value for key, value in latent_image.items() if key not in RATIOS}, "samples": samples}
+
+
+def batch_index(latent_image: Mapping[str, Any]) -> tuple[int, ...] | None:
+    indices = latent_image.get("batch_index")
+    return None if indices is None else tuple(int(index) for index in indices)
+
+
+def _parts(samples: Any) -> list[Tensor]:
+    """The latents, or the masks, of a LATENT: ComfyUI nests those of video and sound in one object."""
+    if samples is None:
+        return []
+    return list(samples.unbind()) if samples.is_nested else [samples]
+
+
+def _placed(mask: Tensor, spec: LatentSpec) -> Tensor:
+    """A noise mask with the dims of its latent; the first dim of a smaller one counts pictures, of a video frames."""
+    if spec.dims == 3:
+        return mask if mask.ndim == 5 else mask.reshape(1, 1, -1, *mask.shape[-2:])
+    return mask.reshape(-1, 1, *mask.shape[-2:])
+
+
+def _counted(number: int) -> str:
+    return "one latent" if number == 1 else f"{number} latents"
+
+
+def _fitted(latent: Tensor, spec: LatentSpec, family: str, latent_image: Mapping[str, Any]) -> Tensor:
+    """A latent of a LATENT as the model takes it."""
     if latent.numel() == 0:
         raise UserError(
             f"The latent is empty: its shape is {list(latent.shape)}.",
             "Give a batch, a width and a height of at least 1.",
         )
-    if latent.ndim != 4:
+    dims = 2 + spec.dims
+    if latent.ndim not in (4, dims):
+        wanted = "batch, channels, rows, columns" if dims == 4 else "batch, channels, frames, rows, columns"
         raise UserError(
-            f"The latent has {latent.ndim} dims; this model takes 4: batch, channels, rows, columns.",
-            "Use a latent for pictures, not for video or sound.",
+            f"The latent has {latent.ndim} dims; this model takes {dims}: {wanted}.",
+            "Use a latent for pictures, not for video or sound." if dims == 4 else "Use a latent for videos.",
         )
     broken = int(latent.numel() - torch.isfinite(latent).sum())
     if broken:
@@ -43,24 +113,24 @@ def to_message(latent_image: dict[str, Any], handle: ModelHandle) -> dict[str, T
             f"The latent is not finite: {broken} of {latent.numel()} values are NaN or infinite.",
             "Look at the node that made it: a VAE in float16 does this.",
         )
-    tensors = {"latent": _with_channels(latent, LATENT_CHANNELS[handle.family](handle.config), handle.family)}
-    mask = latent_image.get("noise_mask")
-    if mask is not None:
-        tensors["noise_mask"] = mask.reshape(-1, 1, *mask.shape[-2:])
-    return tensors
-
-
-def batch_index(latent_image: dict[str, Any]) -> tuple[int, ...] | None:
-    indices = latent_image.get("batch_index")
-    return None if indices is None else tuple(int(index) for index in indices)
-
-
-def _with_channels(latent: Tensor, channels: int, family: str) -> Tensor:
-    if latent.shape[1] == channels:
-        return latent
-    if latent.any():
+    if latent.ndim < dims:
+        latent = latent.unsqueeze(2)
+    if not latent.any():
+        return latent.new_zeros(_empty_shape(latent.shape, spec, latent_image))
+    if latent.shape[1] != spec.channels:
         raise UserError(
-            f"The latent has {latent.shape[1]} channels, but {family} samples latents of {channels}.",
+            f"The latent has {latent.shape[1]} channels, but {family} samples latents of {spec.channels}.",
             "Encode the picture with the VAE that belongs to the model.",
         )
-    return latent.new_zeros(latent.shape[0], channels, *latent.shape[2:])
+    return latent
+
+
+def _empty_shape(shape: Sequence[int], spec: LatentSpec, latent_image: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of an empty latent of `shape`, which may be made for a model of other channels and another compression."""
+    batch, _, *frames, rows, columns = shape
+    spatial, temporal = (latent_image.get(ratio) for ratio in RATIOS)
+    if spatial is not None:
+        rows, columns = (round(cells * (spatial / spec.stride[1])) for cells in (rows, columns))
+    if temporal is not None and frames:
+        frames = [max(1, round(frames[0] * (temporal / spec.stride[0])))]
+    return (batch, spec.channels, *frames, rows, columns)

@@ -34,13 +34,14 @@ Area = tuple[int, int, int, int]
 
 
 def placed_sides(positive: Sequence[Any], negative: Sequence[Any], shape: Sequence[int]) -> dict[str, list[Any]]:
-    """Both sides' entries, with areas in cells, and masks of the size of a latent of `shape` `[B, C, H, W]`.
+    """Both sides' entries, with areas in cells, and masks of the size of a latent of `shape` `[B, C, (T,) H, W]`.
 
-    For each area of one side the other one gets an entry too, where it has none: that of its prompt which is for the
-    smallest area around. Raises `UserError` for a mask or an area that is none of a picture.
+    An area of a video is the same rows and columns of all its frames; the first dim of a mask counts pictures, of a
+    video frames. For each area of one side the other one gets an entry too, where it has none: that of its prompt which
+    is for the smallest area around. Raises `UserError` for a mask or an area that is none of a picture or a video.
     """
     sides = {
-        side: [[tokens, _placed(side, entry, shape[2], shape[3])] for tokens, entry in conditioning]
+        side: [[tokens, _placed(side, entry, shape[2:])] for tokens, entry in conditioning]
         for side, conditioning in (("positive", positive), ("negative", negative))
     }
     first, second = sides.values()
@@ -50,12 +51,24 @@ def placed_sides(positive: Sequence[Any], negative: Sequence[Any], shape: Sequen
     return sides
 
 
+def refuse_places(sides: Mapping[str, Sequence[Any]], family: str) -> None:
+    """Raise `UserError` for a prompt with an area or a mask: a model of several latents has no one place for it."""
+    for side, conditioning in sides.items():
+        for key in ("area", "mask"):
+            if any(entry.get(key) is not None for _, entry in conditioning):
+                raise UserError(
+                    f"The {side} conditioning has one {key} or more, which a {family} model of several latents does "
+                    "not take.",
+                    f"Remove the node that sets the {key}.",
+                )
+
+
 def area_within(side: str, entry: Mapping[str, Any], shape: Sequence[int]) -> Area | None:
     """The entry's area as far as it is within a latent of `shape`; None where that is all of it."""
     if entry.get("area") is None:
         return None
     height, width, top, left = entry["area"]
-    rows, columns = shape[2:]
+    rows, columns = shape[-2:]
     height, width = min(height, rows - top), min(width, columns - left)
     if min(height, width) < 1 or min(top, left) < 0:
         raise UserError(
@@ -66,44 +79,63 @@ def area_within(side: str, entry: Mapping[str, Any], shape: Sequence[int]) -> Ar
     return None if (height, width) == (rows, columns) else (height, width, top, left)
 
 
-def _placed(side: str, entry: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+def _placed(side: str, entry: Mapping[str, Any], cells: Sequence[int]) -> dict[str, Any]:
     entry = {key: value for key, value in entry.items() if key not in ("area", "mask") or value is not None}
     if "area" in entry:
-        entry["area"] = _in_cells(side, entry["area"], height, width)
+        entry["area"] = _in_cells(side, entry["area"], cells)
     if "mask" in entry:
-        mask = entry["mask"] = _resized(side, entry["mask"], height, width)
+        mask = entry["mask"] = _resized(side, entry["mask"], cells)
         if entry.get("set_area_to_bounds"):
+            if mask.ndim > 3:
+                raise UserError(
+                    f"The {side} conditioning is for the bounds of a mask, of which a video has none.",
+                    "Set set_cond_area to default.",
+                )
             entry["area"] = _around(mask)
     return entry
 
 
-def _in_cells(side: str, area: Sequence[Any], height: int, width: int) -> Area:
+def _in_cells(side: str, area: Sequence[Any], cells: Sequence[int]) -> Area:
     of_percents = area[0] == "percentage"
     numbers = area[1:] if of_percents else area
     if len(numbers) != 4:
         raise UserError(
-            f"The {side} conditioning is for an area of {len(numbers)} numbers; one of a picture has 4.",
-            "Use a node that sets the area of a picture, not of a video.",
+            f"The {side} conditioning is for an area of {len(numbers)} numbers; one of a picture, or of all frames of "
+            "a video, has 4.",
+            "Use Conditioning (Set Area): it sets the area of a picture, not of a video.",
+        )
+    if of_percents and len(cells) > 2:
+        raise UserError(
+            f"The {side} conditioning is for an area in percents, which ComfyUI has for pictures only.",
+            "Use Conditioning (Set Area), in pixels: it counts in all frames.",
         )
     rows, columns, top, left = numbers
     if of_percents:
+        height, width = cells
         rows, columns = max(1, round(rows * height)), max(1, round(columns * width))
         top, left = round(top * height), round(left * width)
     return int(rows), int(columns), int(top), int(left)
 
 
-def _resized(side: str, mask: Tensor, height: int, width: int) -> Tensor:
-    """`[B, H, W]` of cells."""
-    if mask.ndim not in (2, 3) or not mask.numel():
+def _resized(side: str, mask: Tensor, cells: Sequence[int]) -> Tensor:
+    """`[B, H, W]` of cells, of a video `[B or 1, T or 1, H, W]`."""
+    dims = 1 + len(cells)
+    if mask.ndim not in range(2, dims + 1) or not mask.numel():
+        kind = "pictures is [batch, height, width]" if dims == 3 else "a video is [frames, height, width]"
         raise UserError(
-            f"The {side} conditioning has a mask of the shape {list(mask.shape)}; one of pictures is [batch, height, "
-            "width].",
+            f"The {side} conditioning has a mask of the shape {list(mask.shape)}; one of {kind}.",
             "Look at the node that made it.",
         )
-    mask = mask.float().reshape(-1, 1, *mask.shape[-2:])
-    if mask.shape[2:] != (height, width):
-        mask = F.interpolate(mask, size=(height, width), mode="bilinear")
-    return mask[:, 0]
+    mask = mask.float().reshape(*[1] * (dims - mask.ndim), *mask.shape)
+    if dims > 3 and mask.shape[1] not in (1, cells[0]):
+        raise UserError(
+            f"The {side} conditioning has masks for {mask.shape[1]} frames; the latent has {cells[0]}.",
+            f"Give one mask, or {cells[0]}.",
+        )
+    if list(mask.shape[-2:]) != list(cells[-2:]):
+        resized = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=tuple(cells[-2:]), mode="bilinear")
+        mask = resized.reshape(*mask.shape[:-2], *cells[-2:])
+    return mask
 
 
 def _around(mask: Tensor) -> Area:

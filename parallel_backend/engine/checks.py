@@ -18,7 +18,7 @@ from ..sampling.driver import not_finite
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.noise import GaussianNoise
 from ..sampling.samplers import NoiseKind, find_sampler
-from ..sampling.schedules import sigmas_for
+from ..sampling.schedules import part_of, sigmas_for
 from ..sampling.solver import Denoise, NoiseSource
 
 if TYPE_CHECKING:
@@ -122,7 +122,13 @@ def noise_of(request: Sample, like: Tensor) -> NoiseSource | None:
 
 
 def sigmas_of(request: Sample, tensors: Mapping[str, Tensor], model_sampling: ModelSampling) -> Tensor:
-    """The noise levels: the graph's own where it sent them, else the family's for the named schedule."""
+    """The noise levels of the steps asked for: the graph's own where it sent them, else those of the named schedule."""
+    return part_of(
+        _levels_of(request, tensors, model_sampling), request.start_step, request.end_step, request.leftover_noise
+    )
+
+
+def _levels_of(request: Sample, tensors: Mapping[str, Tensor], model_sampling: ModelSampling) -> Tensor:
     if request.schedule is None:
         sigmas = needed("sigmas", tensors)
         if sigmas.ndim != 1:

@@ -52,11 +52,12 @@ def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Wei
     owner = index if entry.prompt is None else entry.prompt
     if owner > index:
         raise UserError(f"The {side} entry {index} names the prompt of entry {owner}, which does not come before it.")
-    area = _area_of(entry, side, height, width)
-    if area is not None and len(family.latents) > 1:
+    area, region = _area_of(entry, side, height, width), inputs.tensors.get(f"{side}.{index}.region")
+    if (area is not None or region is not None) and len(family.latents) > 1:
         raise UserError(
-            f"A {side} prompt is for an area; a {family.name} model of {len(family.latents)} latents takes none.",
-            "Remove the area.",
+            f"A {side} prompt is for an area or has a mask; a {family.name} model of {len(family.latents)} latents "
+            "takes neither.",
+            "Remove the area or the mask.",
         )
     condition = prompt_of(entry, f"{side}.{owner}.", side, inputs.tensors, family, inputs.shape)
     pictures = pictures_of(entry, f"{side}.{owner}.", inputs.tensors, family)
@@ -69,7 +70,7 @@ def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Wei
     )
     return WeightedPrompt(
         condition,
-        _weight_of(entry, inputs.tensors.get(f"{side}.{index}.region"), area, side, inputs.shape).to(family.device),
+        _weight_of(entry, region, area, side, inputs.shape).to(family.device),
         area,
         start=inputs.model_sampling.percent_to_sigma(entry.start) if entry.start > 0.0 else math.inf,
         end=inputs.model_sampling.percent_to_sigma(entry.end) if entry.end < 1.0 else -math.inf,
@@ -95,10 +96,11 @@ def _weight_of(
     batch, (height, width) = shape[0], shape[-2:]
     if region is None:
         return entry.strength * (torch.ones(1, 1, 1, 1) if area is None else area.faded(height, width))
-    if list(region.shape) not in ([1, height, width], [batch, height, width]):
+    cells = [batch, *shape[2:]]
+    fits = region.ndim == len(cells) and list(region.shape[-2:]) == [height, width]
+    if not fits or any(given not in (1, cell) for given, cell in zip(region.shape, cells[:-2], strict=False)):
         raise UserError(
-            f"The mask of a {side} prompt has the shape {list(region.shape)}; the latent's cells are "
-            f"{[batch, height, width]}.",
+            f"The mask of a {side} prompt has the shape {list(region.shape)}; the latent's cells are {cells}.",
             "Use one version of this node pack on all sides.",
         )
     if not torch.isfinite(region).all():

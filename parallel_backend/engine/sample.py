@@ -72,8 +72,11 @@ def sample(
     )
 
     def preview(x: Tensor) -> Tensor | None:
-        name = family.latent.name
-        return family.process_out(packing.unpack(x)[name]) if request.preview else None
+        """The first picture, of a video its first frame, as what it is now."""
+        if not request.preview:
+            return None
+        picture = packing.unpack(x[:1])[family.latent.name]
+        return family.process_out(picture[:, :, :1] if picture.ndim == 5 else picture)
 
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
@@ -83,7 +86,7 @@ def sample(
         return denoised
 
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
-        run.progress("sample", step + 1, total, preview(denoised[:1]))
+        run.progress("sample", step + 1, total, preview(denoised))
 
     def on_piped_step(done: int, total: int, picture: Tensor) -> None:
         run.progress("sample", done, total, preview(picture))
@@ -194,14 +197,6 @@ def _job(
         for spec in family.latents
         for latent in (latents[spec.name],)
     }
-    mask = None
-    if "noise_mask" in tensors:
-        if len(latents) > 1:
-            raise UserError(
-                f"The latent has a noise mask, which a {family.name} model of {len(latents)} latents does not take.",
-                "Remove the mask.",
-            )
-        mask = latent_mask(tensors["noise_mask"], latents[family.latent.name].shape)
     return SamplingJob(
         sampler=request.sampler,
         model_sampling=model_sampling,
@@ -209,7 +204,19 @@ def _job(
         noise=(noise if request.add_noise else torch.zeros_like(noise)).to(family.device),
         latent=packing.pack(inner).to(family.device),
         seed=request.seed,
-        mask=mask,
+        mask=_mask(tensors, latents, packing),
         part=own,
         noise_source=noise_of(request, noise.to(family.device)),
     )
+
+
+def _mask(tensors: Mapping[str, Tensor], latents: Mapping[str, Tensor], packing: Packing) -> Tensor | None:
+    """Where the latents are to change; all of one of several that has no mask, None where none has."""
+    keys = {name: "noise_mask" if len(latents) == 1 else f"noise_mask.{name}" for name in latents}
+    if not tensors.keys() & set(keys.values()):
+        return None
+    masks = {
+        name: latent_mask(tensors[keys[name]], latent.shape) if keys[name] in tensors else torch.ones_like(latent)
+        for name, latent in latents.items()
+    }
+    return packing.pack(masks)

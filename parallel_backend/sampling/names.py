@@ -1,4 +1,6 @@
-"""The names of all samplers and schedulers, in the order in which a menu shows them. No torch here: nodes read this."""
+"""What a sampler node's widgets offer and may hold: names in the order of a menu, steps. No torch: nodes read this."""
+
+from ..errors import UserError
 
 SAMPLER_NAMES = (
     "euler",
@@ -33,3 +35,12 @@ SCHEDULER_NAMES = (
     "linear_quadratic",
     "kl_optimal",
 )
+
+
+def check_part(start: int, end: int) -> None:
+    """Raise `UserError` for a part of a run that ends before it starts."""
+    if not 0 <= start <= end:
+        raise UserError(
+            f"The part of the run from step {start} to step {end} ends before it starts.",
+            f"Set start_at_step to at most {max(end, 0)}, or end_at_step to at least {max(start, 0)}.",
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .model_sampling import ModelSampling
+from .names import check_part
 from .samplers import find_sampler
 
 Scheduler = Callable[[ModelSampling, int], Tensor]
@@ -123,6 +124,18 @@ SCHEDULERS: dict[str, Scheduler] = {
         kl_optimal,
     )
 }
+
+
+def part_of(sigmas: Tensor, start: int, end: int, leftover_noise: bool) -> Tensor:
+    """The levels of a run's steps number `start` to `end`, without this last one; fewer than 2 where there are none.
+
+    A part that ends before the run does goes down to zero in its last step, unless `leftover_noise` keeps what noise
+    there is at that level, for a run that starts at `end`. Raises `UserError` as `check_part`.
+    """
+    check_part(start, end)
+    if end < len(sigmas) - 1:
+        sigmas = sigmas[: end + 1] if leftover_noise else _ending_at_zero(sigmas[:end])
+    return sigmas[start:]
 
 
 def sigmas_for(

@@ -54,8 +54,8 @@ class Area:
 class WeightedPrompt:
     """One entry of a side.
 
-    `weight` `[B or 1, 1, h, w]` over its area, or `[1, 1, 1, 1]`; without an `area` it is for the whole latent. It
-    counts while the noise level is from `start` down to `end`.
+    `weight` `[B or 1, 1, h, w]` over its area, of a video also `[B or 1, 1, T or 1, h, w]`, or `[1, 1, 1, 1]`; without
+    an `area` it is for the whole latent. It counts while the noise level is from `start` down to `end`.
     """
 
     condition: Condition
@@ -89,7 +89,7 @@ class WeightedPrompt:
         """The weight for what is `like` the latent, or like the strip that `cut` cuts out of it."""
         if self.weight.numel() == 1:
             return self.weight.view([1] * like.ndim)
-        return cut(self.weight.unsqueeze(2) if like.ndim == 5 else self.weight)
+        return cut(self.weight.unsqueeze(2) if like.ndim > self.weight.ndim else self.weight)
 
 
 def weighted_sum(predicted: Iterable[tuple[WeightedPrompt, Tensor]], like: Tensor, cut: Cut) -> Tensor:

@@ -202,6 +202,30 @@ def test_the_sampler_sends_one_request_and_keeps_the_rest_of_the_latent(client):
     assert torch.equal(latent["samples"], torch.ones(2, 16, 4, 4))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "fields"),
+    [
+        ({}, (True, 0, 10_000, False)),
+        ({"end_at_step": 2, "return_with_leftover_noise": "enable"}, (True, 0, 2, True)),
+        ({"add_noise": "disable", "start_at_step": 2}, (False, 2, 10_000, False)),
+    ],
+    ids=["the whole run", "the first of two samplers", "the second"],
+)
+def test_a_part_of_the_steps_travels(client, inputs, fields):
+    sample(**inputs)
+    message, _ = client.last(messages.Sample)
+    assert (message.add_noise, message.start_step, message.end_step, message.leftover_noise) == fields
+
+
+def test_a_part_of_the_steps_that_ends_before_it_starts_is_refused_before_anything_runs(client):
+    answer = NODE_CLASS_MAPPINGS["ParallelDiTSampler"].VALIDATE_INPUTS("euler", "simple", 5, 3)
+    assert "from step 5 to step 3" in answer
+    assert NODE_CLASS_MAPPINGS["ParallelDiTSampler"].VALIDATE_INPUTS("euler", "simple") is True
+    with pytest.raises(UserError, match="from step 5 to step 3"):
+        sample(start_at_step=5, end_at_step=3)
+    assert not client.sent
+
+
 def test_at_cfg_1_the_negative_prompt_does_not_travel(client):
     sample(negative=conditioning())
     message, tensors = client.last(messages.Sample)

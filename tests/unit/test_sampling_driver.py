@@ -11,7 +11,7 @@ from paralleldit.parallel_backend.sampling.driver import SamplingJob, StepContex
 from paralleldit.parallel_backend.sampling.model_sampling import EpsPrediction, FluxFlow
 from paralleldit.parallel_backend.sampling.noise import BrownianNoise, GaussianNoise, SlicedNoise, initial_noise
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
-from paralleldit.parallel_backend.sampling.schedules import sigmas_for
+from paralleldit.parallel_backend.sampling.schedules import part_of, sigmas_for
 from torch import Tensor
 
 SHAPE = (3, 2, 4, 4)
@@ -99,6 +99,15 @@ def test_run_from_the_highest_level_starts_with_unit_signal_to_noise_of_the_mode
     (full, highest), (partial, level) = first
     torch.testing.assert_close(full, noise * (1 + highest**2) ** 0.5)
     torch.testing.assert_close(partial, noise * level)
+
+
+@pytest.mark.parametrize("model_sampling", [FLOW, EPS], ids=["flow", "eps"])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "dpm_2"])
+def test_two_parts_of_a_run_are_the_whole_where_the_first_leaves_its_noise(sampler: str, model_sampling) -> None:
+    whole = job(sampler, model_sampling)
+    first = run(model, replace(whole, sigmas=part_of(whole.sigmas, 0, 2, leftover_noise=True)))
+    rest = {"noise": torch.zeros(SHAPE), "sigmas": part_of(whole.sigmas, 2, 4, leftover_noise=False)}
+    torch.testing.assert_close(run(model, replace(whole, latent=first, **rest)), run(model, whole))
 
 
 def test_no_steps_return_the_latent() -> None:

@@ -12,7 +12,7 @@ from paralleldit.parallel_backend.sampling.model_sampling import (
     FluxFlow,
     VPrediction,
 )
-from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS, sigmas_for
+from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS, part_of, sigmas_for
 
 MODELS = {"flux": FluxFlow(), "sd3": DiscreteFlow(shift=3.0), "eps": EpsPrediction()}
 
@@ -71,6 +71,36 @@ def test_levels_fall_to_zero_in_the_steps_asked_for(model: str, scheduler: str) 
             assert sigmas[-1] == 0
             if not (scheduler == "ddim_uniform" and denoise == 1.0):
                 assert len(sigmas) == steps + 1
+
+
+FOUR = [1.0, 0.9, 0.75, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "leftover_noise", "levels"),
+    [
+        (0, 10_000, False, FOUR),
+        (0, 4, True, FOUR),
+        (1, 10_000, False, FOUR[1:]),
+        (0, 2, True, FOUR[:3]),
+        (0, 2, False, [1.0, 0.9, 0.0]),
+        (1, 3, True, [0.9, 0.75, 0.5]),
+        (1, 3, False, [0.9, 0.75, 0.0]),
+        (2, 2, True, [0.75]),
+        (4, 10_000, False, [0.0]),
+        (7, 9, False, []),
+        (0, 0, False, [0.0]),
+    ],
+)
+def test_a_part_of_a_run_has_the_levels_of_its_steps(start, end, leftover_noise, levels) -> None:
+    assert part_of(torch.tensor(FOUR), start, end, leftover_noise).tolist() == pytest.approx(levels)
+
+
+@pytest.mark.parametrize(("start", "end"), [(3, 2), (-1, 2), (1, 0)])
+def test_a_part_that_ends_before_it_starts_is_refused_with_both_steps(start: int, end: int) -> None:
+    with pytest.raises(UserError, match=f"from step {start} to step {end}") as error:
+        part_of(torch.tensor(FOUR), start, end, leftover_noise=False)
+    assert f"at most {end}" in error.value.hint
 
 
 def test_nothing_to_denoise_gives_no_levels() -> None:

@@ -42,11 +42,14 @@ Pixels = Annotated[int, Field(ge=1, le=1 << 20)]
 Size = tuple[Pixels, Pixels]
 
 
+MAX_STEPS = 10_000
+
+
 class Schedule(Message):
     """Sigmas by name, computed in the ranks. `denoise` below 1 keeps the last part of a longer schedule."""
 
     scheduler: str
-    steps: int = Field(ge=1, le=10_000)
+    steps: int = Field(ge=1, le=MAX_STEPS)
     denoise: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
@@ -80,7 +83,7 @@ class Conditioning(Prompt):
 
     `prompt`: the earlier entry of this side whose tensors it shares; without one it has its own. `area`: height, width,
     top and left, in cells of the latent. It counts from `start` to `end` of the run. Tensor `<side>.<index>.region`
-    [B or 1, H, W]: how much it counts in each cell of the latent, times `strength`.
+    [B or 1, H, W], of a video [B or 1, T or 1, H, W]: how much it counts in each cell of the latent, times `strength`.
     """
 
     prompt: int | None = Field(default=None, ge=0)
@@ -106,10 +109,16 @@ class KeepChanges(Request):
 
 
 class Sample(Request):
-    """Sample a latent. Tensors: `latent` [B, C, H, W] (unscaled), optionally `noise_mask` [B or 1, 1, H', W'],
-    `sigmas` [steps + 1] when `schedule` is None, and those of every `Conditioning` (side = positive | negative).
+    """Sample a latent. Tensors: `latent` (unscaled), [B, C, H, W] of pictures or [B, C, T, H, W] of videos, optionally
+    `noise_mask` [B or 1, 1, H', W'] or [B or 1, 1 or C, T', H', W'], `sigmas` [steps + 1] when `schedule` is None, and
+    those of every `Conditioning` (side = positive | negative). A model of several latents has `latent.<name>` and
+    `noise_mask.<name>` instead, by the names in its family's spec.
 
-    Reply tensor: `latent` [B, C, H, W]. Events: `Progress` per step, with tensor `preview` [1, C, H, W] if asked.
+    Of the run's steps those from `start_step` to before `end_step` are taken, the last of them down to no noise unless
+    `leftover_noise`. Without `add_noise` the latent has its noise already.
+
+    Reply tensors: as the latents. Events: `Progress` per step, with tensor `preview` [1, C, H, W] if asked, of a video
+    [1, C, 1, H, W]: its first frame.
     """
 
     type: Literal["sample"] = "sample"
@@ -126,6 +135,9 @@ class Sample(Request):
     seed: int = Field(ge=0, lt=2**64)
     batch_index: tuple[int, ...] | None = None
     add_noise: bool = True
+    start_step: int = Field(default=0, ge=0, le=MAX_STEPS)
+    end_step: int = Field(default=MAX_STEPS, ge=0, le=MAX_STEPS)
+    leftover_noise: bool = False
     cpu_noise_offset: int = Field(
         default=1, ge=0, le=1, description="from the seed to that of a stochastic sampler's noise, where a CPU draws it"
     )
@@ -145,12 +157,15 @@ class Predict(Request):
     """One prediction of the transformer for a sampler that runs in the client, for one or more conditions at once.
 
     `run` names the sampler's run. Its conditions come once, in `run_conditions`, and are named by their keys from then
-    on; those of another run are forgotten. Tensors: `latent` [N * B, C, H, W], one after the other for each of the N
-    `conditions`, scaled as the model takes it; `timestep` [N * B] on the model's clock; those of every `Prompt`
-    that is told (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own ControlNets,
-    which `residuals` puts where ComfyUI's lists "input" and "output" have them.
+    on; those of another run are forgotten. Tensors: `latent` [N * B, C, H, W] or [N * B, C, T, H, W], one after the
+    other for each of the N `conditions`, scaled as the model takes it; `timestep` [N * B] or [N * B, frames] on the
+    model's clock, and that of the run's next level, `next_timestep` [N * B], for models that are given it; those of
+    every `Prompt` that comes (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own
+    ControlNets, which `residuals` puts where ComfyUI's lists "input" and "output" have them.
 
-    Reply tensor: `prediction` [N * B, C, H, W]; or `data` {"missing": [keys]} of conditions that are not held.
+    A model of several latents has `latent.<name>` instead, and `prediction.<name>` is answered.
+
+    Reply tensor: `prediction`, of the latent's shape; or `data` {"missing": [keys]} of conditions that are not held.
     """
 
     type: Literal["predict"] = "predict"
