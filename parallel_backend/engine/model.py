@@ -42,6 +42,7 @@ def build_family(loaded: LoadedTransformer, path: Path) -> TokenFamily:
     make = getattr(import_module(f"{families.__name__}.{module}"), view)
     family: TokenFamily = make(loaded.module, loaded.compute_dtype, device, **scale)
     family.block_parameters = loaded.block_parameters
+    family.heads = loaded.cuts.heads
     return family
 
 
@@ -52,8 +53,8 @@ class Transformer:
         """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
         loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part)
         self.bytes = loaded.bytes
-        self.family = build_family(loaded, path)
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
+        self.family = build_family(loaded, path)
         self.cuts = loaded.cuts
         self.names = Names(loaded.family, loaded.shapes)
         self.adapted = AdaptedLayers(loaded, self._tensor)

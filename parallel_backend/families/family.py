@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from ..tokens.grid import Grid, Packing, tokenise, untokenise
 from ..tokens.plan import Places, Segment
 from .blocks import Block
 from .condition import Condition
-from .spec import LatentSpec
+from .heads import OwnHeads
+from .spec import HEADS, HeadGroup, LatentSpec
 from .state import Evaluation, State
 
 
@@ -34,8 +36,8 @@ class TokenFamily(ABC):
 
     `latents`: what it samples. `streams`: those of its tokens that go through the blocks, in the order in which they
     travel from one pipeline stage to the next. `controlled`: the stream of the grid, to which controls add residuals.
-    `max_side`: the most rows or columns of image tokens that the model has
-    positions for. `takes_references`: whether image tokens of reference pictures may follow the picture's.
+    `max_side`: the most rows or columns of image tokens that the model has positions for. `takes_references`: whether
+    image tokens of reference pictures may follow the picture's. `head_groups`: as in the spec.
     """
 
     name: str
@@ -45,6 +47,7 @@ class TokenFamily(ABC):
     controlled: str = "image"
     max_side: int | None = None
     takes_references: bool = False
+    head_groups: Mapping[str, HeadGroup] = HEADS
 
     def __init__(
         self,
@@ -103,6 +106,18 @@ class TokenFamily(ABC):
 
         `predicted`: by the latent's name, where in their stream the state's tokens are at which it is predicted.
         """
+
+    @cached_property
+    def heads(self) -> OwnHeads:
+        """Which attention heads this rank has. All, unless a tensor-parallel part of a model says otherwise."""
+        return OwnHeads(self.head_groups, self.transformer.config)
+
+    def own_heads(self, group: str = "heads") -> range:
+        """The heads of `group` that this rank has: the ones to take of a table with angles of each (`Rotary.heads`).
+
+        Which of its key and value heads serve its query heads says `heads.serves(group)`, for `Attention.send`.
+        """
+        return self.heads.own(group)
 
     def make_prelude(self, condition: Condition) -> Any:
         """What the model makes of a condition whatever the time and the latent: computed once, see `prelude`."""

@@ -55,18 +55,36 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class HeadGroup:
+    """Attention heads that are cut alike. `count`, `width`: what the config calls their number and their channels.
+
+    `serves`: the group of the query heads that attend to these, where they are fewer (grouped-query attention). A rank
+    has those that its own query heads attend to, so that ranks repeat them rather than cut them.
+    """
+
+    count: str
+    width: str | int
+    serves: str | None = None
+
+
+HEADS: Mapping[str, HeadGroup] = {"heads": HeadGroup("num_attention_heads", "attention_head_dim")}
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
 class Cut:
-    """How the linear layers of a block are cut whose names within it match the regular expression `layers`.
+    """How the layers of a block are cut whose names within it match the regular expression `layers`.
 
     "column": a rank computes some of the outputs, and keeps them. "row": a rank takes the inputs that it has, and the
     outputs of all ranks are added up; the bias is the first rank's. "gathered": as "column", and every rank gets the
-    outputs of all. `spans`: what the cut dim consists of, in order, each cut by itself: "heads" (the attention's inner
-    width, whole heads to a rank) or "features" (an even part of what remains).
+    outputs of all. "norm": a root mean square norm over heads that the ranks have parts of; they add up the squares.
+    `spans`: what the cut dim consists of, in order, each cut by itself: a group of heads by its name, or "features" (an
+    even part of what remains). A norm has one group of heads.
     """
 
     layers: str
-    style: Literal["column", "row", "gathered"]
-    spans: tuple[Literal["heads", "features"], ...] = ("features",)
+    style: Literal["column", "row", "gathered", "norm"]
+    spans: tuple[str, ...] = (FEATURES,)
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -77,10 +95,10 @@ class FileFamily:
     """What loading knows of a family: how to recognise its files, its config from their shapes, its key rules.
 
     `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
-    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the linear
-    layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row. `older_class_names`: what
-    config.json of an older diffusers calls the class; `not_weights`: keys of tensors that the module does not need;
-    `never_fp8`: modules whose matrices other modules use.
+    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the layers
+    of its blocks, by the groups of `heads` that they name; tensor-parallel ranks hold all of a layer that is in no row.
+    `older_class_names`: what config.json of an older diffusers calls the class; `not_weights`: keys of tensors that the
+    module does not need; `never_fp8`: modules whose matrices other modules use.
     """
 
     name: str
@@ -89,6 +107,7 @@ class FileFamily:
     rules: tuple[Rule, ...]
     derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
     cuts: tuple[Cut, ...] = ()
+    heads: Mapping[str, HeadGroup] = field(default_factory=lambda: HEADS)
     older_class_names: tuple[str, ...] = ()
     not_weights: tuple[str, ...] = ()
     never_fp8: tuple[str, ...] = ()

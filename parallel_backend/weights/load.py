@@ -39,7 +39,7 @@ class LoadedTransformer:
 
     `bytes`: its tensors in memory; `shared_bytes`: those of them that are the file's pages, shared by all ranks of the
     host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
-    its linear layers hold; `shards`: its blocks, where they are put together only while they are computed.
+    its layers hold; `shards`: its blocks, where they are put together only while they are computed.
     `block_parameters`: how many parameters each block of the whole model has. `shapes`: its parameters, and those
     buffers that files hold, whole, as diffusers names them. `lent`: how the names of modules begin whose matrices other
     modules multiply with.
@@ -94,7 +94,7 @@ def load_transformer(
             f"{checkpoint.source}: a {found.family} model cannot be cut over tensor_degree={part.tensor.count} ranks.",
             "Use tensor_degree=1, and ulysses_degree or weights=sharded instead.",
         )
-    cuts = TensorCuts(found.row.cuts, found.config, part.tensor)
+    cuts = TensorCuts(found.row.cuts, found.row.heads, found.config, part.tensor)
     entries = []
     for name in sorted(stage_parameters(expected, part.stage)):
         if cuts.holds(name):

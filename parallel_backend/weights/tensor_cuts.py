@@ -1,4 +1,4 @@
-"""How tensor-parallel ranks cut linear layers (Megatron-LM, arXiv 1909.08053, section 3), by a family's table."""
+"""How tensor-parallel ranks cut layers (Megatron-LM, arXiv 1909.08053, section 3), by a family's table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.spec import Cut
+from ..families.heads import OwnHeads
+from ..families.spec import FEATURES, Cut, HeadGroup
 from ..layout.model_part import Share
 from ..layout.split import split_sizes
 
@@ -40,19 +41,21 @@ class Slices:
 
 
 class TensorCuts:
-    """What share `share` of a model holds of its linear layers.
+    """What share `share` of a model holds of its layers: `heads` of its attention, and parts of features.
 
-    `config`: the arguments of the diffusers class, which tell the number and the width of its attention heads.
+    `groups`: those that the cuts of `table` name. `config`: the arguments of the diffusers class, which tell the number
+    and the width of their heads.
     """
 
-    def __init__(self, table: Sequence[Cut], config: Mapping[str, Any], share: Share) -> None:
+    def __init__(
+        self, table: Sequence[Cut], groups: Mapping[str, HeadGroup], config: Mapping[str, Any], share: Share
+    ) -> None:
         self.share = share
+        self.heads = OwnHeads(groups, config, share)
         self._table = [(re.compile(cut.layers), cut) for cut in table]
-        self._head_dim = config["attention_head_dim"]
-        self._heads_width = config["num_attention_heads"] * self._head_dim
 
     def cut_of(self, layer: str) -> Cut | None:
-        """How the linear layer of that name in the model is cut."""
+        """How the layer of that name in the model is cut."""
         inside = IN_BLOCK.fullmatch(layer)
         if self.share.count == 1 or inside is None:
             return None
@@ -78,16 +81,19 @@ class TensorCuts:
         return [sum(map(len, self._ranges(cut, size, index))) for index in range(self.share.count)]
 
     def _ranges(self, cut: Cut, size: int, index: int) -> tuple[range, ...]:
-        heads = cut.spans.count("heads")
-        features = (size - heads * self._heads_width) // max(1, len(cut.spans) - heads)
+        heads = self.heads
+        widths = {span: heads.count(span) * heads.dim(span) for span in cut.spans if span != FEATURES}
+        rest = size - sum(widths[span] for span in cut.spans if span != FEATURES)
+        features = widths[FEATURES] = rest // max(1, cut.spans.count(FEATURES))
         ranges, start = [], 0
         for span in cut.spans:
-            is_heads = span == "heads"
-            width = self._heads_width if is_heads else features
-            unit = self._head_dim if is_heads else gcd(features, FEATURE_UNIT)
-            # The shares that get more of the heads get less of the features.
-            counts = split_sizes(width // unit, self.share.count)[:: 1 if is_heads else -1]
-            first = start + sum(counts[:index]) * unit
-            ranges.append(range(first, first + counts[index] * unit))
-            start += width
+            if span == FEATURES:
+                unit = gcd(features, FEATURE_UNIT)
+                # The shares that get more of the heads get less of the features.
+                counts = split_sizes(features // unit, self.share.count)[::-1]
+                own = range(sum(counts[:index]), sum(counts[: index + 1]))
+            else:
+                unit, own = heads.dim(span), heads.own(span, index)
+            ranges.append(range(start + own.start * unit, start + own.stop * unit))
+            start += widths[span]
         return tuple(ranges)

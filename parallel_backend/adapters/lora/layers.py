@@ -167,13 +167,9 @@ class AdaptedLayers:
             kept = torch.cat([torch.arange(part.start, part.stop) for part in slices.ranges])
             rows, columns = (rows[kept], columns) if slices.dim == 0 else (rows, kept)
             if magnitude and magnitude.of_rows == (slices.dim == 1):
-                add_up = self._add_up
+                add_up = self._tensor.add_up
         own_magnitude = magnitude.part(rows, columns, device) if magnitude else None
         return OwnChange(change.delta.part(rows, columns, device), own_magnitude, change.strength, add_up)
-
-    def _add_up(self, squares: Tensor) -> Tensor:
-        assert self._tensor.axis is not None
-        return self._tensor.axis.all_reduce(squares)
 
     def _device(self, name: str) -> torch.device:
         parameter = self._own(name)
