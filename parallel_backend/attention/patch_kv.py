@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.plan import Patches, TokenPlan
+from .halo import edges_of, gathered, with_halo
 from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 from .usp import AttentionCore
 
@@ -31,6 +32,7 @@ class PatchAttention:
         self._plans = plans
         self._kept: dict[Place, Tensor] = {}
         self._sums: dict[tuple[int, SiteId], dict[int, Tensor]] = {}
+        self._edges: dict[tuple[int, SiteId], dict[int, Tensor]] = {}
         self._condition = 0
         self._patches: Patches = ()
         self._seen: Patches = ()
@@ -51,6 +53,7 @@ class PatchAttention:
         """Free what is kept."""
         self._kept.clear()
         self._sums.clear()
+        self._edges.clear()
 
     def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
         self._core.set_lengths(lengths)
@@ -89,6 +92,21 @@ class PatchAttention:
         kept = self._sums.setdefault((self._condition, site), {})
         kept.update(zip(self._patches, self._core.reduce(torch.stack(parts)), strict=True))
         return torch.stack([kept[patch] for patch in self._seen]).sum(dim=0)
+
+    def halo(self, site: SiteId, stream: str, x: Tensor, row: int) -> list[Tensor]:
+        """The neighbours are the newest of all patches; where none were seen yet, zeros."""
+        core, sizes = self._core, self._plan.sizes[stream]
+        runs = x.split([sizes[patch][self._rank] for patch in self._patches], dim=1)
+        fresh = gathered(edges_of(runs, row), (core.ulysses, core.ring))
+        kept = self._edges.setdefault((self._condition, site), {})
+        kept.update({patch: fresh[:, number] for number, patch in enumerate(self._patches)})
+        ranks = self._plan.ranks
+        edges = [kept[patch][rank] for patch in self._seen for rank in range(ranks)]
+        held = [sizes[patch][rank] for patch in self._seen for rank in range(ranks)]
+        return [
+            with_halo(run, patch * ranks + self._rank, edges, held)
+            for patch, run in zip(self._patches, runs, strict=True)
+        ]
 
     @property
     def _plan(self) -> TokenPlan:

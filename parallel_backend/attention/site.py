@@ -105,3 +105,11 @@ class Attention(Protocol):
     def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
         """The sum over all tokens of `stream`, equal on every rank. `of` is asked for parts of this rank's tokens."""
         ...
+
+    def halo(self, site: SiteId, stream: str, x: Tensor, row: int) -> list[Tensor]:
+        """This rank's tokens `x` `[B, S, c]` of a stream of one grid, given out in whole rows of `row` tokens.
+
+        Each run of them that is one in the grid comes with the rows before and after it, `[B, S' + 2 * row, c]`: zeros
+        at the ends of the grid. There is one run for each patch at hand.
+        """
+        ...

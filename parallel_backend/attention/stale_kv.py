@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.axis import Axis, Exchange
+from .halo import edges_of, gathered, with_halo
 from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 from .usp import AttentionCore
 
@@ -30,7 +31,7 @@ class KeptKeys:
 
 
 @dataclass
-class KeptSum:
+class KeptParts:
     """What one site keeps for one condition: the part `[N, …]` of each of the N ranks, and what is under way."""
 
     parts: Tensor
@@ -52,7 +53,7 @@ class StaleAttention:
         self._axis = axis
         self._in_turn = in_turn
         self._kept: dict[Place, KeptKeys] = {}
-        self._sums: dict[tuple[int, SiteId], KeptSum] = {}
+        self._parts_of_sites: dict[tuple[int, SiteId], KeptParts] = {}
         self._lengths: Mapping[str, Sequence[int]] = {}
         self._condition = self._evaluation = 0
         self._is_synchronous = True
@@ -67,7 +68,7 @@ class StaleAttention:
 
     def finish(self) -> None:
         """Wait for what is under way, and free what is kept."""
-        for kept in (*self._kept.values(), *self._sums.values()):
+        for kept in (*self._kept.values(), *self._parts_of_sites.values()):
             if kept.coming:
                 kept.coming.wait()
         self.forget()
@@ -75,7 +76,7 @@ class StaleAttention:
     def forget(self) -> None:
         """Free what is kept."""
         self._kept.clear()
-        self._sums.clear()
+        self._parts_of_sites.clear()
 
     def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
         """As `Attention.set_lengths`, over the ranks of `axis` too: they change slowest."""
@@ -115,20 +116,31 @@ class StaleAttention:
 
     def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
         """The sum over this rank's tokens as they are, and over others' as they were in the evaluation before."""
-        own = self._core.total(site, stream, of)
-        place = (self._condition, site)
-        if place not in self._sums:
-            self._sums[place] = KeptSum(own.new_zeros((self._axis.size, *own.shape)))
-        kept = self._sums[place]
-        self._take_in_sum(kept)
-        kept.parts[self._axis.rank] = own
-        gathered = own.new_empty(self._axis.size * own.numel())
-        kept.coming = self._axis.start_all_gather(own.flatten(), gathered)
-        if self._is_synchronous:
-            self._take_in_sum(kept)
-        return kept.parts.sum(dim=0)
+        return self._with_late_parts(site, self._core.total(site, stream, of)).sum(dim=0)
 
-    def _take_in_sum(self, kept: KeptSum) -> None:
+    def halo(self, site: SiteId, stream: str, x: Tensor, row: int) -> list[Tensor]:
+        """The neighbours within `core` are fresh, those beyond are from the evaluation before."""
+        core = self._core
+        own = gathered(edges_of([x], row), (core.ulysses, core.ring))[:, 0]
+        edges = self._with_late_parts(site, own.contiguous()).flatten(0, 1)
+        rank = self._axis.rank * len(own) + core.ring.rank * core.ulysses.size + core.ulysses.rank
+        return [with_halo(x, rank, edges, self._lengths[stream])]
+
+    def _with_late_parts(self, site: SiteId, own: Tensor) -> Tensor:
+        """`[N, …]`: this rank's part `own` as it is, and those of the others of `axis` as they were."""
+        place = (self._condition, site)
+        if place not in self._parts_of_sites:
+            self._parts_of_sites[place] = KeptParts(own.new_zeros((self._axis.size, *own.shape)))
+        kept = self._parts_of_sites[place]
+        self._take_in_parts(kept)
+        kept.parts[self._axis.rank] = own
+        gathering = own.new_empty(self._axis.size * own.numel())
+        kept.coming = self._axis.start_all_gather(own.flatten(), gathering)
+        if self._is_synchronous:
+            self._take_in_parts(kept)
+        return kept.parts
+
+    def _take_in_parts(self, kept: KeptParts) -> None:
         if kept.coming is not None:
             kept.parts.copy_(kept.coming.wait().view(kept.parts.shape))
         kept.coming = None

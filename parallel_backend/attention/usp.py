@@ -19,6 +19,7 @@ from torch import Tensor
 from ..distributed.axis import Axis
 from ..layout.layout import AttentionKernel
 from ..layout.split import split_sizes
+from .halo import edges_of, gathered, with_halo
 from .kernels import Kernel, select_kernel
 from .site import Attention, KeySet, KeysValues, Sent, SiteId, Streams, Sum
 from .yunchang import YunchangAttention
@@ -125,6 +126,11 @@ class AttentionCore:
 
     def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
         return self.reduce(of(slice(None)).contiguous())
+
+    def halo(self, site: SiteId, stream: str, x: Tensor, row: int) -> list[Tensor]:
+        edges = gathered(edges_of([x], row), (self.ulysses, self.ring))[:, 0]
+        rank = self.ring.rank * self.ulysses.size + self.ulysses.rank
+        return [with_halo(x, rank, edges, self._lengths[stream])]
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of contiguous `x` over all ranks, in its place."""

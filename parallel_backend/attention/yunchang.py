@@ -16,6 +16,7 @@ from torch import Tensor
 from ..distributed.axis import Axis
 from ..distributed.groups import new_group
 from ..errors import UserError
+from .halo import edges_of, gathered, with_halo
 from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 
 
@@ -84,6 +85,11 @@ class YunchangAttention:
 
     def total(self, site: SiteId, stream: str, of: Sum) -> Tensor:
         return self._ring.all_reduce(self._ulysses.all_reduce(of(slice(None)).contiguous()))
+
+    def halo(self, site: SiteId, stream: str, x: Tensor, row: int) -> list[Tensor]:
+        edges = gathered(edges_of([x], row), (self._ulysses, self._ring))[:, 0]
+        rank = self._ring.rank * self._ulysses.size + self._ulysses.rank
+        return [with_halo(x, rank, edges, self._lengths[stream])]
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:

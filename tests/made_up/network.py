@@ -3,8 +3,9 @@
 Two latents: a video whose frames have times of their own, and a sound. A block attends, in one softmax, to learned pads
 and the video, to the sound with another weight, to keys of the text that stay for the whole run, and to tokens that
 only this block has. Every second block attends within each frame, and over the frames of each place. The sound attends
-linearly to itself, then to itself and the video. There are fewer key heads than query heads, norms across heads, and a
-rotary table for each head. The head of the network reads a layer that lies in block 0.
+linearly to itself, is normed in groups and mixed with its neighbours, and attends to itself and the video. There are
+fewer key heads than query heads, norms across heads, and a rotary table for each head. The head of the network reads a
+layer that lies in block 0.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Block(nn.Module):
         self.static = nn.Linear(TEXT, 2 * KV_INNER)
         self.linear = nn.ModuleDict({name: nn.Linear(SOUND, INNER) for name in ("q", "k", "v")})
         self.linear_out = nn.Linear(INNER, SOUND)
+        self.group_norm, self.mix = nn.GroupNorm(4, SOUND), nn.Conv1d(SOUND, SOUND, 3, padding=1, groups=SOUND)
         self.modulation = nn.Linear(16, 3 * VIDEO)
         self.sound_modulation = nn.Linear(16, SOUND)
         self.ff_in, self.ff_out = nn.Linear(VIDEO, 48), nn.Linear(48, VIDEO)
@@ -113,6 +115,7 @@ class MadeUpNetwork(nn.Module):
             image = image + gate * block.video.to_out(attended.flatten(2))
             image = image + block.ff_out(F.gelu(block.ff_in(F.layer_norm(image, (VIDEO,)))))
             heard = heard + block.linear_out(linear_attention(block, heard))
+            heard = heard + block.mix(block.group_norm(heard.transpose(1, 2))).transpose(1, 2)
             sound_q, sound_k, sound_v = projected(block.sound, heard)
             seen = attend(sound_q, torch.cat((sound_k, k), dim=1), torch.cat((sound_v, v), dim=1))
             heard = heard + block.sound.to_out(seen.flatten(2))
@@ -153,9 +156,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def linear_attention(block: Block, x: Tensor) -> Tensor:
-    """`[B, S, 16]` -> `[B, S, 32]` (arXiv 2006.16236), with ReLU as the kernel's map."""
+    """`[B, S, 16]` -> `[B, S, 32]` (arXiv 2006.16236, eq. 7)."""
     q, k, v = (block.linear[name](x).unflatten(2, (-1, HEAD_DIM)) for name in ("q", "k", "v"))
-    q, k = q.relu(), k.relu()
+    q, k = F.elu(q) + 1, F.elu(k) + 1
     sums = torch.einsum("bshd,bshe->bhde", k, F.pad(v, (0, 1), value=1.0))
     found = torch.einsum("bshd,bhde->bshe", q, sums)
     return (found[..., :-1] / (found[..., -1:] + 1e-6)).flatten(2)

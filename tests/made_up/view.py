@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from paralleldit.parallel_backend.attention.group_norm import group_norm
 from paralleldit.parallel_backend.attention.site import Attention, KeySet
 from paralleldit.parallel_backend.families.blocks import Block
 from paralleldit.parallel_backend.families.condition import Condition, check_widths
@@ -165,6 +166,10 @@ class MadeUp(TokenFamily):
         image = image + gate * layer.video.to_out(attended.flatten(2))
         image = image + layer.ff_out(F.gelu(layer.ff_in(F.layer_norm(image, (VIDEO,)).to(dtype))))
         heard = heard + layer.linear_out(self._linear(number, layer, attention, heard.to(dtype)))
+        normed = group_norm(attention, (number, "norm"), "sound", heard.to(dtype), layer.group_norm)
+        runs = attention.halo((number, "mix"), "sound", normed, 1)
+        mixed = [_mixed(layer.mix, run) for run in runs]
+        heard = heard + torch.cat(mixed, dim=1)
         q, k, v = self._projected(layer.sound, heard.to(dtype))
         own = KeySet(attention.send(k, HEARD, serves), attention.send(v, HEARD, serves))
         seen = attention((number, "sound"), attention.send(q, HEARD), own, joint)
@@ -200,11 +205,18 @@ class MadeUp(TokenFamily):
 
     def _linear(self, number: int, layer: Any, attention: Attention, x: Tensor) -> Tensor:
         q, k, v = (layer.linear[name](x).unflatten(2, (-1, HEAD_DIM)) for name in ("q", "k", "v"))
-        q, k, v = q.relu(), k.relu(), F.pad(v, (0, 1), value=1.0)
+        q, k, v = F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0)
         products = lambda own: torch.einsum("bshd,bshe->bhde", k[:, own].float(), v[:, own].float())  # noqa: E731
         sums = attention.total((number, "linear"), "sound", products)
         found = torch.einsum("bshd,bhde->bshe", q.float(), sums)
         return (found[..., :-1] / (found[..., -1:] + 1e-6)).flatten(2).to(x.dtype)
+
+
+def _mixed(layer: nn.Conv1d, run: Tensor) -> Tensor:
+    """The convolution of `[B, S + 2, C]`, in which the neighbours of both ends stand: `[B, S, C]`."""
+    if run.shape[1] == 2:
+        return run[:, :0]
+    return F.conv1d(run.transpose(1, 2), layer.weight, layer.bias, groups=layer.groups).transpose(1, 2)
 
 
 def _coordinates(grid: Grid) -> Tensor:
