@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.attention.site import Attention, KeySet
 from paralleldit.parallel_backend.families.blocks import Block
 from paralleldit.parallel_backend.families.condition import Condition, check_widths
 from paralleldit.parallel_backend.families.family import TokenFamily
-from paralleldit.parallel_backend.families.spec import LatentSpec
+from paralleldit.parallel_backend.families.spec import HeadGroup, LatentSpec
 from paralleldit.parallel_backend.families.state import Evaluation, State
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow, ModelSampling
 from paralleldit.parallel_backend.tokens.grid import Grid
@@ -22,7 +22,6 @@ from paralleldit.parallel_backend.tokens.rotary import Rotary
 from paralleldit.tests.made_up.network import (
     HEAD_DIM,
     HEADS,
-    KV_HEADS,
     PAD_MULTIPLE,
     SOUND,
     SOUND_WEIGHT,
@@ -34,6 +33,8 @@ from paralleldit.tests.made_up.network import (
 from torch import Tensor, nn
 
 JOINT, HEARD = ("pad", "video"), ("sound",)
+
+GROUPS = {"heads": HeadGroup("heads", "head_dim"), "kv_heads": HeadGroup("kv_heads", "head_dim", serves="heads")}
 
 
 @dataclass
@@ -66,10 +67,10 @@ class MadeUp(TokenFamily):
     streams = ("pad", "video", "sound")
     controlled = "video"
     hidden_size = VIDEO
+    head_groups = GROUPS
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
         super().__init__(transformer, dtype, device, **latent)
-        self.own_heads = lambda group: range(HEADS if group == "heads" else KV_HEADS)
         self.blocks = [self._as_block(number) for number in range(len(self.transformer.blocks))]
 
     @property
@@ -188,8 +189,7 @@ class MadeUp(TokenFamily):
 
     def _serves(self) -> list[int]:
         """For each of this rank's query heads, which of its own key heads serves it."""
-        first = self.own_heads("kv_heads").start
-        return [head * KV_HEADS // HEADS - first for head in self.own_heads("heads")]
+        return list(self.heads.serves("kv_heads"))
 
     def _extra_kv(
         self, number: int, layer: Any, companion: nn.Module, prelude: dict[Any, Any], batch: int
