@@ -25,10 +25,14 @@ def add_workflow_options(parser: argparse.ArgumentParser) -> None:
     add("--models", type=Path, help="a folder laid out as ComfyUI's models folder")
 
 
+EXIF_MODEL = 0x0110
+"""The tag in which ComfyUI writes the workflow of a moving picture."""
+
+
 def read_workflow(path: Path) -> dict[str, Any]:
     """A workflow in API format, from its file or from a picture that was saved by it. Raises `UserError`."""
     try:
-        if path.suffix == ".png":
+        if path.suffix in (".png", ".webp"):
             return json.loads(_prompt_of_picture(path))
         api = json.loads(path.read_text())
     except OSError as error:
@@ -44,7 +48,7 @@ def _prompt_of_picture(path: Path) -> str:
     from PIL import Image
 
     with Image.open(path) as picture:
-        text = picture.info.get("prompt")
+        text = picture.info.get("prompt") or picture.getexif().get(EXIF_MODEL, "").removeprefix("prompt:")
     if not text:
         raise UserError(f"The picture {path} holds no workflow.")
     return text

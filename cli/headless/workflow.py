@@ -213,8 +213,8 @@ def _ask_node(node: Node) -> None:
     names = _validated_names(node)
     if not names:
         return
-    constants = {name: None if isinstance(value, Link) else value for name, value in node.inputs.items()}
-    answer = node.node_class.VALIDATE_INPUTS(**{name: constants.get(name) for name in names})  # type: ignore[attr-defined]
+    given = {name: None if isinstance(value, Link) else value for name, value in node.inputs.items() if name in names}
+    answer = node.node_class.VALIDATE_INPUTS(**given)  # type: ignore[attr-defined]
     if answer is not True:
         raise UserError(f"{node}: {answer}")
 

@@ -8,7 +8,7 @@ ComfyUI's samplers ask of it is asked of the ranks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UserError
 from ..handles import ATTACHMENT, POSITIVE, ModelHandle, handle_of
+from ..request.network_inputs import one_time
 from ..request.weight_patches import changes_of
 from .model_checks import check_options, check_stepwise
 from .stepwise import StepwiseModel
@@ -101,7 +102,7 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     config.custom_operations = Operations
     model = config.get_model({}, device=META)
     model.stepwise = StepwiseModel()
-    _ask_ranks(model.diffusion_model, model.stepwise)
+    _ask_ranks(model)
     model.memory_required = _no_memory
     model.state_dict_for_saving = _refuse_weights
     patcher = RemotePatcher(
@@ -118,24 +119,44 @@ def with_handle(patcher: RemotePatcher, handle: ModelHandle) -> RemotePatcher:
     return clone
 
 
-def _ask_ranks(network: Any, stepwise: StepwiseModel) -> None:
-    """Let the `network` answer with a prediction of the ranks."""
+def _ask_ranks(model: Any) -> None:
+    """Let the network of `model` answer with a prediction of the ranks."""
+    network = model.diffusion_model
     # Networks that take wrappers around them call `_forward` inside.
     name = "_forward" if hasattr(network, "_forward") else "forward"
     signature = inspect.signature(getattr(network, name))
     latent_name, timestep_name = list(signature.parameters)[:2]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
         inputs = signature.bind(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         options = inputs.pop("transformer_options", {})
         check_options(options)
-        latent, timestep = inputs.pop(latent_name), inputs.pop(timestep_name)
-        sigmas = options.get("sigmas")
-        sigma = 0.0 if sigmas is None else float(sigmas[0])
-        return stepwise.predict(latent, timestep, inputs, options.get("cond_or_uncond", (POSITIVE,)), sigma)
+        given, timestep = inputs.pop(latent_name), one_time(inputs.pop(timestep_name))
+        latents = [given] if isinstance(given, Tensor) else given
+        sides = options.get("cond_or_uncond", (POSITIVE,))
+        level, following = _levels(options)
+        next_timestep = None
+        if following is not None:
+            next_timestep = model.model_sampling.timestep(following).float().expand(len(latents[0]))
+        predictions = model.stepwise.predict(latents, timestep, inputs, sides, level, next_timestep)
+        return predictions[0] if isinstance(given, Tensor) else predictions
 
     setattr(network, name, MethodType(forward, network))
+
+
+def _levels(options: Mapping[str, Any]) -> tuple[float, Tensor | None]:
+    """The noise level at hand, 0 where no sampler says it, and that of the run after it.
+
+    There is none between two levels, where some samplers ask the model too.
+    """
+    sigmas, levels = options.get("sigmas"), options.get("sample_sigmas")
+    if sigmas is None:
+        return 0.0, None
+    if levels is None:
+        return float(sigmas[0]), None
+    places = (levels[:-1] == sigmas[0].to(levels.device)).nonzero()
+    return float(sigmas[0]), levels[places[0, 0] + 1] if len(places) else None
 
 
 def _no_memory(*args: Any, **kwargs: Any) -> int:

@@ -16,6 +16,7 @@ from .. import host
 from ..handles import OWN_LOADER, ModelHandle, SentChange
 from ..layout_choice import LayoutChoice
 from ..request import image_prompts
+from ..request.latent import names_of, specs_of
 from ..request.network_inputs import TAKES, entry_of_inputs, is_repeated, refuse_inputs, residuals_of
 from ..session import session, weight_delivery
 
@@ -83,12 +84,20 @@ class StepwiseModel:
             session.ask(run.client, EndRun(id=0, run=run.key))
 
     def predict(
-        self, latent: Tensor, timestep: Tensor, inputs: Mapping[str, Any], sides: Sequence[int], sigma: float = 0.0
-    ) -> Tensor:
-        """The network's output for `latent` `[N * B, C, H, W]` at `timestep` `[N * B]`, the noise level `sigma`.
+        self,
+        latents: Sequence[Tensor],
+        timestep: Tensor,
+        inputs: Mapping[str, Any],
+        sides: Sequence[int],
+        sigma: float = 0.0,
+        next_timestep: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The network's output for each of its `latents`, `[N * B, C, H, W]` or `[N * B, C, T, H, W]`.
 
-        `inputs`: what ComfyUI's network would be given beside them, for each of N conditions after the other, which are
-        of the `sides` POSITIVE or NEGATIVE. Raises `UserError` naming what cannot be sent to the ranks.
+        `timestep`: `[N * B]` or `[N * B, frames]`, at the noise level `sigma`; `next_timestep` `[N * B]`: that of the
+        run's level after it, where there is one. `inputs`: what ComfyUI's network would be given beside them, for each
+        of N conditions after the other, which are of the `sides` POSITIVE or NEGATIVE. Raises `UserError` naming what
+        cannot be sent to the ranks.
         """
         run = self._run
         if run is None:
@@ -97,9 +106,10 @@ class StepwiseModel:
                 f"Remove that node, or {OWN_LOADER}",
             )
         refuse_inputs(inputs)
+        names = names_of(len(latents), specs_of(run.handle), run.handle.family)
         residuals, residual_tensors = residuals_of(inputs.get("control"), run.handle.family)
         conditions = len(sides)
-        batch = latent.shape[0] // conditions
+        batch = latents[0].shape[0] // conditions
         rows = [slice(start, start + batch) for start in range(0, batch * conditions, batch)]
         keys = tuple(self._key(run, inputs, own, side, sigma) for own, side in zip(rows, sides, strict=True))
         choice = run.handle.layout or LayoutChoice()
@@ -123,8 +133,11 @@ class StepwiseModel:
             adapters=Adapters(files=run.handle.loras, changes=changes),
             residuals=residuals,
         )
-        tensors = {"latent": latent, "timestep": timestep, **residual_tensors}
-        return self._ask(run, message, tensors).to(latent.device)
+        tensors = {f"latent{name}": latent for name, latent in zip(names, latents, strict=True)}
+        tensors |= {"timestep": timestep, **residual_tensors}
+        tensors |= {} if next_timestep is None else {"next_timestep": next_timestep}
+        answered = self._ask(run, message, tensors)
+        return [answered[f"prediction{name}"].to(latents[0].device) for name in names]
 
     def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice, side: int, sigma: float) -> str:
         """The key of the condition of these rows; the ranks hear of it when they need it."""
@@ -148,7 +161,7 @@ class StepwiseModel:
         run.prompts.append(prompt)
         return prompt.key
 
-    def _ask(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _ask(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tells what the ranks do not hold: what is new in this run, then what they say that they miss."""
         unknown = set(message.conditions) - run.sent
         while True:
@@ -159,8 +172,8 @@ class StepwiseModel:
                 run.client, message.model_copy(update={"run_conditions": run_conditions}), {**tensors, **bodies}
             )
             run.sent |= unknown
-            if "prediction" in reply.tensors:
-                return reply.tensors["prediction"]
+            if reply.tensors:
+                return reply.tensors
             missing = reply.result.data["missing"]
             assert isinstance(missing, list)
             unknown |= set(missing)

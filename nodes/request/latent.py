@@ -41,22 +41,30 @@ def to_message(
     `UserError` for a latent that cannot be sampled.
     """
     parts, masks = _parts(latent_image["samples"]), _parts(latent_image.get("noise_mask"))
-    if len(parts) != len(specs):
-        raise UserError(
-            f"The LATENT holds {_counted(len(parts))}, but {family} samples {_counted(len(specs))}: "
-            f"{', '.join(spec.name for spec in specs)}.",
-            "Use the empty latent nodes of this model's kind, put together as its workflows do.",
-        )
+    names = names_of(len(parts), specs, family)
     latents = {
         spec.name: _fitted(part, spec, family, latent_image if len(specs) == 1 else {})
         for spec, part in zip(specs, parts, strict=True)
     }
-    suffixes = {spec.name: "" if len(specs) == 1 else f".{spec.name}" for spec in specs}
-    tensors = {f"latent{suffixes[name]}": latent for name, latent in latents.items()}
-    # Masks may be fewer: the rest of several latents is sampled anew.
-    for spec, mask in zip(specs, masks, strict=False):
-        tensors[f"noise_mask{suffixes[spec.name]}"] = _placed(mask, spec)
+    tensors = {f"latent{name}": latent for name, latent in zip(names, latents.values(), strict=True)}
+    # Masks may be fewer: what has none is sampled anew.
+    for name, spec, mask in zip(names, specs, masks, strict=False):
+        tensors[f"noise_mask{name}"] = _placed(mask, spec)
     return latents, tensors
+
+
+def names_of(count: int, specs: Sequence[LatentSpec], family: str) -> list[str]:
+    """What the names of a request's tensors end with, for each of `count` latents: nothing where there is one.
+
+    Raises `UserError` where the model samples fewer or more.
+    """
+    if count != len(specs):
+        raise UserError(
+            f"The LATENT holds {_counted(count)}, but {family} samples {_counted(len(specs))}: "
+            f"{', '.join(spec.name for spec in specs)}.",
+            "Use the empty latent nodes of this model's kind, put together as its workflows do.",
+        )
+    return [""] if count == 1 else [f".{spec.name}" for spec in specs]
 
 
 def from_reply(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ CONTROLLED = ("flux", "sd3", "hunyuandit")
 CANNOT_TRAVEL = {
     "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
     "style": ("a style", "Remove the node that sets it"),
+    "time_dim_concat": ("latents behind its own frames", "Remove the node that adds them (Phantom)"),
+    "context_latents": ("latents to look at", "Remove the node that adds them"),
 }
 """Inputs of ComfyUI's networks that would change the picture, and what to do instead."""
 
@@ -53,6 +55,19 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> None:
             f"The model is given reference_latents_method={places}, which the ranks do not know.",
             f"Use one of {', '.join(REFERENCE_PLACES)}, or {OWN_LOADER}",
         )
+
+
+def one_time(timestep: Tensor | Sequence[Tensor]) -> Tensor:
+    """The network's time. ComfyUI gives a model of several latents one for each, of which the ranks take but one."""
+    if isinstance(timestep, Tensor):
+        return timestep
+    first, *others = timestep
+    if any(other.shape != first.shape or not torch.equal(other, first) for other in others):
+        raise UserError(
+            "The latents of the model are given times of their own, which cannot be sent to the ranks.",
+            f"Remove the noise mask, or {OWN_LOADER}",
+        )
+    return first
 
 
 def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[int | None, ...]], dict[str, Tensor]]:

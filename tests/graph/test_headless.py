@@ -13,6 +13,7 @@ import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS
 from paralleldit.cli.commands import main, options
+from paralleldit.cli.commands.workflow_options import read_workflow
 from paralleldit.cli.headless.core_nodes import Folders, core_nodes
 from paralleldit.cli.headless.runner import begin_workflow, finish_meanwhile, run_workflow
 from paralleldit.parallel_backend.errors import UserError
@@ -253,6 +254,47 @@ def test_primitives_and_pictures_feed_other_nodes(client, demo, tmp_path):
     assert Path(shown["25"]["images"][0]["path"]).parent == tmp_path / "temp"
 
 
+class Latent2Frames:
+    """A frame of a third grey more for each of the latent's."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "decode"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT", {})}}
+
+    def decode(self, samples):
+        batch, channels, frames, height, width = samples["samples"].shape
+        assert (batch, channels) == (1, 16)
+        greys = torch.arange(frames).view(-1, 1, 1, 1) / 3
+        return (greys.expand(frames, 8 * height, 8 * width, 3),)
+
+
+def test_a_video_is_saved_as_a_moving_picture_that_carries_the_workflow(client, tmp_path):
+    settings = {"fps": 8.0, "lossless": True, "quality": 80, "method": "fastest", "filename_prefix": "clips/video"}
+    api = {
+        "1": {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": 48, "height": 32, "length": 9, "batch_size": 1},
+        },
+        "2": {"class_type": "Latent2Frames", "inputs": {"samples": ["1", 0]}},
+        "3": {"class_type": "SaveAnimatedWEBP", "inputs": {"images": ["2", 0], **settings}},
+    }
+    for number in (1, 2):
+        _, shown = run_workflow(api, classes=classes(tmp_path) | {"Latent2Frames": Latent2Frames})
+        path = tmp_path / "output" / "clips" / f"video_0000{number}_.webp"
+        assert shown["3"]["images"] == [{"filename": path.name, "subfolder": "clips", "path": str(path)}]
+    with Image.open(path) as moving:
+        assert (moving.n_frames, moving.size) == (3, (48, 32))
+        greys = []
+        for frame in range(3):
+            moving.seek(frame)
+            greys.append(moving.convert("RGB").getpixel((5, 5))[0])
+    assert greys == [0, 85, 170]
+    assert read_workflow(path)["3"]["inputs"]["fps"] == 8.0
+
+
 def test_a_picture_that_is_not_there_is_named_before_anything_runs(client, demo, tmp_path):
     demo["23"] = {"class_type": "LoadImage", "inputs": {"image": "none.png"}}
     demo["25"] = {"class_type": "PreviewImage", "inputs": {"images": ["23", 0]}}
@@ -356,7 +398,10 @@ def test_the_editor_workflow_and_its_api_twin_agree(client, tmp_path, name):
             names = widget_names(known[node["type"]])
             assert len(names) == len(values), node["type"]
             widgets = {each: value for each, value in zip(names, values, strict=True) if each != CONTROL}
-            assert {each: value for each, value in entry["inputs"].items() if each not in linked} == widgets
+            optional = known[node["type"]].INPUT_TYPES().get("optional", {})
+            left_out = {each: optional[each][1].get("default") for each in widgets if each in optional}
+            given = {each: value for each, value in entry["inputs"].items() if each not in linked}
+            assert left_out | given == widgets
         else:
             assert [value for each, value in entry["inputs"].items() if each not in linked] == values
         assert {each: value for each, value in entry["inputs"].items() if each in linked} == linked

@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from paralleldit.nodes.comfyui import stepwise as stepwise_module
 from paralleldit.nodes.comfyui.stepwise import StepwiseModel
 from paralleldit.nodes.handles import ModelHandle, ShownPicture
 from paralleldit.nodes.layout_choice import LayoutChoice
+from paralleldit.nodes.request.network_inputs import one_time
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.spec import LatentSpec
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 
 REF = messages.ModelRef(path="/models/one")
 LATENT, TIMESTEP = torch.zeros(4, 4, 6, 6), torch.ones(4)
 PROMPTS = torch.randn(2, 5, 8)
+VIDEO_AND_SOUND = (LatentSpec(4, name="video", dims=3), LatentSpec(8, name="sound"))
 MISSING: list[list[str]] = []
 """Conditions that the ranks say to miss, request by request."""
 
@@ -28,7 +32,8 @@ def ask(client, monkeypatch) -> Any:
     def request(message: Any, tensors: Any = None, on_event: Any = None, cancelled: Any = None) -> Any:
         client.sent.append((message, dict(tensors)))
         missing = MISSING.pop(0) if MISSING and isinstance(message, messages.Predict) else []
-        body = {"prediction": tensors["latent"] + 1} if "latent" in tensors and not missing else {}
+        latents = {} if missing else {name: tensor for name, tensor in tensors.items() if name.startswith("latent")}
+        body = {name.replace("latent", "prediction"): tensor + 1 for name, tensor in latents.items()}
         return messages.Result(id=0, data={"missing": missing} if missing else {}), body
 
     monkeypatch.setattr(client, "request", request)
@@ -37,7 +42,7 @@ def ask(client, monkeypatch) -> Any:
 
 
 def handle(family: str = "flux") -> ModelHandle:
-    return ModelHandle(REF, LayoutChoice(ranks=2), family, {})
+    return ModelHandle(REF, LayoutChoice(ranks=2), family, {"in_channels": 16})
 
 
 def percent_to_sigma(percent: float) -> float:
@@ -56,10 +61,36 @@ def inputs(**changes: Any) -> dict[str, Any]:
     return given | changes
 
 
+def test_videos_travel_with_a_time_for_each_frame_and_that_of_the_next_level(ask):
+    video, times = torch.zeros(4, 4, 3, 6, 6), torch.rand(4, 3)
+    (found,) = running().predict([video], times, inputs(), (0, 1), 0.5, torch.full((4,), 0.25))
+    _, tensors = ask.last(messages.Predict)
+    assert torch.equal(found, video + 1)
+    assert torch.equal(tensors["timestep"], times)
+    assert tensors["next_timestep"].tolist() == [0.25] * 4
+
+
+def test_several_latents_travel_by_name_and_come_back_in_order(ask, monkeypatch):
+    monkeypatch.setattr(stepwise_module, "specs_of", lambda handle: VIDEO_AND_SOUND)
+    video, sound = torch.zeros(4, 4, 3, 6, 6), torch.ones(4, 8, 7, 2)
+    found = running().predict([video, sound], TIMESTEP, inputs(), (0, 1))
+    assert [torch.equal(one, other + 1) for one, other in zip(found, (video, sound), strict=True)] == [True, True]
+    assert {"latent.video", "latent.sound"} <= set(ask.last(messages.Predict)[1])
+    with pytest.raises(UserError, match="one latent, but flux samples 2 latents: video, sound"):
+        running().predict([video], TIMESTEP, inputs(), (0, 1))
+
+
+def test_times_of_several_latents_are_one_or_refused():
+    assert one_time(TIMESTEP) is TIMESTEP
+    assert one_time((TIMESTEP, TIMESTEP.clone())) is TIMESTEP
+    with pytest.raises(UserError, match="times of their own"):
+        one_time((TIMESTEP, torch.zeros(4, 3)))
+
+
 def test_conditions_are_told_once_and_one_row_of_each(ask):
     stepwise = running()
     for _ in range(3):
-        assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1)), LATENT + 1)
+        assert torch.equal(stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))[0], LATENT + 1)
     stepwise.end()
     first, second, third, end = ask.sent
     assert first[0].layout == Layout(cfg_degree=2)
@@ -73,16 +104,16 @@ def test_conditions_are_told_once_and_one_row_of_each(ask):
 
 def test_what_the_ranks_have_lost_is_told_again(ask):
     stepwise = running()
-    stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1))
+    stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))
     lost = [ask.sent[0][0].conditions[1]]
     MISSING.append(lost)
-    assert torch.equal(stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1)), LATENT + 1)
+    assert torch.equal(stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))[0], LATENT + 1)
     assert [list(message.run_conditions) for message, _ in ask.sent[1:]] == [[], lost]
 
 
 def test_texts_of_single_pictures_stay_apart(ask):
     stepwise = running()
-    stepwise.predict(LATENT[:2], TIMESTEP[:2], inputs(context=PROMPTS), (0,))
+    stepwise.predict([LATENT[:2]], TIMESTEP[:2], inputs(context=PROMPTS), (0,))
     (message, tensors), key = ask.last(messages.Predict), ask.sent[0][0].conditions[0]
     assert tensors[f"{key}.0.tokens"].shape == (2, 5, 8)
     assert message.layout == Layout(ulysses_degree=2)
@@ -92,7 +123,7 @@ def test_a_new_run_is_told_all_again(ask):
     stepwise = running()
     for _ in range(2):
         stepwise.begin(handle(), (), percent_to_sigma)
-        stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1))
+        stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))
     first, _, second = (message for message, _ in ask.sent)
     assert first.run != second.run
     assert len(second.run_conditions) == 2
@@ -111,7 +142,7 @@ def test_a_new_run_is_told_all_again(ask):
     ],
 )
 def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
-    running(family).predict(LATENT[:1], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, (0,))
+    running(family).predict([LATENT[:1]], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, (0,))
     told = ask.last(messages.Predict)[0].run_conditions
     assert list(told.values()) == [messages.Prompt(**entry)]
 
@@ -121,7 +152,7 @@ def test_reference_latents_are_told_with_their_prompt(ask):
     stepwise = running()
     for _ in range(2):
         given = inputs(ref_latents=references, ref_latents_method="uxo")
-        stepwise.predict(LATENT, TIMESTEP, given, (0, 1))
+        stepwise.predict([LATENT], TIMESTEP, given, (0, 1))
     (first, tensors), (second, _) = ask.sent
     assert second.run_conditions == {}
     assert [(each.references, each.reference_places) for each in first.run_conditions.values()] == [(2, "uxo")] * 2
@@ -135,6 +166,8 @@ def test_reference_latents_are_told_with_their_prompt(ask):
     [
         ({"ref_latents": [LATENT], "ref_latents_method": "far"}, "reference_latents_method=far"),
         ({"attention_mask": LATENT}, "attention mask"),
+        ({"time_dim_concat": LATENT}, "latents behind its own frames"),
+        ({"context_latents": [LATENT]}, "latents to look at"),
         ({"c_size": torch.tensor([[8.0, 8.0]] * 4), "c_ar": torch.full((4, 1), 2.0)}, "aspect_ratio=2"),
         ({"image_meta_size": torch.tensor([[8.0, 8.0, 8.0, 8.0, 1.0, 0.0]] * 4)}, "a crop at 0, 1"),
         ({"guidance": torch.arange(4.0)}, "different sizes or guidance"),
@@ -142,14 +175,14 @@ def test_reference_latents_are_told_with_their_prompt(ask):
 )
 def test_inputs_that_the_ranks_do_not_take_are_refused_by_name(ask, changes, words):
     with pytest.raises(UserError, match=words):
-        running().predict(LATENT, TIMESTEP, inputs(**changes), (0, 1))
+        running().predict([LATENT], TIMESTEP, inputs(**changes), (0, 1))
     assert not ask.sent
 
 
 def test_residuals_of_comfyuis_controlnets_travel_once_each(ask):
     one, other = torch.ones(4, 8, 6), torch.zeros(1, 8, 6)
     running().predict(
-        LATENT, TIMESTEP, inputs(control={"input": [one, None, one], "middle": [], "output": [other]}), (0, 1)
+        [LATENT], TIMESTEP, inputs(control={"input": [one, None, one], "middle": [], "output": [other]}), (0, 1)
     )
     message, tensors = ask.last(messages.Predict)
     assert message.residuals == {"input": (0, None, 0), "output": (1,)}
@@ -159,7 +192,7 @@ def test_residuals_of_comfyuis_controlnets_travel_once_each(ask):
 
 def test_residuals_for_a_model_that_takes_none_are_refused(ask):
     with pytest.raises(UserError, match="residuals of a ControlNet"):
-        running("pixart-sigma").predict(LATENT, TIMESTEP, inputs(control={"output": [LATENT]}), (0, 1))
+        running("pixart-sigma").predict([LATENT], TIMESTEP, inputs(control={"output": [LATENT]}), (0, 1))
     assert not ask.sent
 
 
@@ -173,7 +206,7 @@ def test_pictures_are_told_with_the_prompts_while_they_work(ask):
     always, early = shown(weight=0.5), shown(end=0.5)
     stepwise.begin(replace(handle(), pictures=(always, early, shown(weight=0.0))), (), percent_to_sigma)
     for sigma in (0.9, 0.7, 0.3, 0.1):
-        stepwise.predict(LATENT, TIMESTEP, inputs(), (0, 1), sigma)
+        stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1), sigma)
     told = [message.run_conditions for message, _ in ask.sent]
     assert [len(each) for each in told] == [2, 0, 2, 0]
     assert [entry.image_prompts for entry in told[0].values()] == [(always.message, early.message)] * 2
