@@ -1,3 +1,0 @@
-"""Shared by the nodes' VALIDATE_INPUTS."""
-
-from __future__ import annotations
