@@ -71,8 +71,8 @@ class StaleModel:
 
     patches = warmup_evaluations = 0
 
-    def __init__(self, family, axis, attention, packing):
-        # Its own: the family's layers have sites that go by the strategy.
+    def __init__(self, *of_a_strategy):
+        # A model of its own: the family's layers have sites that go by the strategy.
         self.model = TINY_MODELS["flux dev"].make(HEADS)
         self.layers = [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
         self.seen = {}
