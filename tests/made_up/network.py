@@ -62,6 +62,17 @@ class Block(nn.Module):
         self.head_scale = nn.Linear(16, VIDEO) if number == 0 else None
 
 
+class Companion(nn.Module):
+    """What belongs to a block, and lies in a list of its own: keys and values of the block's own tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(TEXT, 2 * KV_INNER)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.project(tokens)
+
+
 class MadeUpNetwork(nn.Module):
     """`blocks` with `transient_projections` as companions."""
 
@@ -71,7 +82,7 @@ class MadeUpNetwork(nn.Module):
         self.video_in, self.sound_in = nn.Linear(VIDEO_TOKEN, VIDEO), nn.Linear(SOUND_TOKEN, SOUND)
         self.pad = nn.Parameter(torch.randn(VIDEO))
         self.blocks = nn.ModuleList(Block(number) for number in range(num_layers))
-        self.transient_projections = nn.ModuleList(nn.Linear(TEXT, 2 * KV_INNER) for _ in range(num_layers))
+        self.transient_projections = nn.ModuleList(Companion() for _ in range(num_layers))
         self.video_out, self.sound_out = nn.Linear(VIDEO, VIDEO_TOKEN), nn.Linear(SOUND, SOUND_TOKEN)
 
     def forward(self, video: Tensor, sound: Tensor, time: Tensor, next_time: Tensor, text: Tensor, each: Tensor):
