@@ -7,9 +7,9 @@ memory. What is under way must then never need anything that the rank has still 
 from unittest import mock
 
 import pytest
-import torch
 from paralleldit.parallel_backend.distributed.axis import Axis, Exchange, Hop
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.weights.stored_linear import StoredLinear
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, sampled
 from paralleldit.tests.tiny_models import TINY_MODELS
 
@@ -48,9 +48,9 @@ def sampled_with_stalls(world, model, layout, path):
             under_way.pop().wait()
         return product(layer, x)
 
-    product = torch.nn.Linear.forward
+    product = StoredLinear.product
     starts = {name: noted(getattr(Axis, name)) for name in STARTS}
-    with mock.patch.multiple(Axis, **starts), mock.patch.object(torch.nn.Linear, "forward", stalled):
+    with mock.patch.multiple(Axis, **starts), mock.patch.object(StoredLinear, "product", stalled):
         return sampled(world, model, layout, path), stalls
 
 
