@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from paralleldit.parallel_backend.families.condition import Condition
+from paralleldit.parallel_backend.families.spec import LatentSpec
 from paralleldit.parallel_backend.families.unet import UNet
 from paralleldit.parallel_backend.sampling.model_sampling import EpsPrediction, ModelSampling
 
@@ -17,7 +18,7 @@ TEXT, POOLED, TIME = 24, 12, 8
 class TinyUNet(UNet):
     name = "tiny U-Net"
     encoders = "none"
-    latent_scale = 0.13025
+    latents = (LatentSpec(channels=4, patch=(1, 1, 1), scale=0.13025),)
     numbers = 6
 
     def model_sampling(self, shift: float | None) -> ModelSampling:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..attention.site import Attention, KeySet, SiteId
 from ..distributed.axis import Axis
 from ..errors import UserError
-from ..families.family import TokenFamily
+from ..families.family import Family, with_tokens
 from ..families.spec import count_blocks
 from ..files.ip_adapter import PROJECTION, SITES, IPAdapterInfo, read_ip_adapter
 from ..layout.stages import Stage
@@ -211,19 +211,20 @@ class Shown:
         return self.weight * self.adapter.attended(place, number, self.seen, own, attention, self.tensor)
 
 
-def check_family(info: IPAdapterInfo, family: TokenFamily) -> None:
+def check_family(info: IPAdapterInfo, family: Family) -> None:
     """Raise `UserError` for a model that the IP-Adapter was not made for."""
-    theirs = (family.name, family.hidden_size, len(family.prompt_sites))
+    width = with_tokens(family, f"The IP-Adapter {info.name}").hidden_size
+    theirs = (family.name, width, len(family.prompt_sites))
     if (info.family, info.width, info.sites) != theirs:
         raise UserError(
             f"{info.name} is an IP-Adapter for {info.family} models of width {info.width} and {info.sites} attention "
-            f"sites; this {family.name} model has the width {family.hidden_size} and {len(family.prompt_sites)} sites "
+            f"sites; this {family.name} model has the width {width} and {len(family.prompt_sites)} sites "
             "that can be shown a picture.",
             "Choose an IP-Adapter that was trained for the model.",
         )
 
 
-def open_ip_adapter(path: Path, family: TokenFamily, cuts: TensorCuts, stage: Stage) -> IPAdapter:
+def open_ip_adapter(path: Path, family: Family, cuts: TensorCuts, stage: Stage) -> IPAdapter:
     """What a rank needs that has the blocks of `stage`, and of their heads what `cuts` say. Raises `UserError`."""
     info = read_ip_adapter(path)
     check_family(info, family)
@@ -260,9 +261,7 @@ def _check_shapes(info: IPAdapterInfo, modules: Mapping[str, nn.Module]) -> None
         )
 
 
-def _with_weights(
-    info: IPAdapterInfo, module: nn.Module, prefix: str, family: TokenFamily, cuts: TensorCuts
-) -> nn.Module:
+def _with_weights(info: IPAdapterInfo, module: nn.Module, prefix: str, family: Family, cuts: TensorCuts) -> nn.Module:
     for name in module.state_dict():
         tensor = info.checkpoint.tensor(info.keys[prefix + name])
         layer, _, leaf = name.rpartition(".")

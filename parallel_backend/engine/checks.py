@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed.axis import Axis
 from ..errors import UserError
-from ..families.family import TokenFamily
+from ..families.family import Family
 from ..families.spec import LatentSpec
 from ..layout.layout import Layout
 from ..protocol.messages import Sample
@@ -67,7 +67,7 @@ def needed(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name]
 
 
-def latents_of(tensors: Mapping[str, Tensor], family: TokenFamily, channels: int | None = None) -> dict[str, Tensor]:
+def latents_of(tensors: Mapping[str, Tensor], family: Family, channels: int | None = None) -> dict[str, Tensor]:
     """The latents of a request by name, fp32: a single one is called `latent` there, several `latent.<name>`.
 
     `channels`: of the first one, where they are not its family's. Raises `UserError` for those that cannot be sampled.
@@ -86,7 +86,7 @@ def latents_of(tensors: Mapping[str, Tensor], family: TokenFamily, channels: int
     return found
 
 
-def check_latent(latent: Tensor, family: TokenFamily, spec: LatentSpec, channels: int) -> None:
+def check_latent(latent: Tensor, family: Family, spec: LatentSpec, channels: int) -> None:
     """Raise `UserError` for a latent that is empty, too large, of other than `channels`, or not finite."""
     if latent.ndim != 2 + spec.dims or not latent.numel():
         kind, dims = ("picture", "height, width") if spec.dims == 2 else ("video", "frames, height, width")

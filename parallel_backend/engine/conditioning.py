@@ -16,7 +16,7 @@ from ..adapters.ip_adapter import ActiveImagePrompt, IPAdapter, check_family
 from ..distributed.axis import Axis
 from ..errors import UserError
 from ..families.condition import CONDITION_TENSORS, Condition
-from ..families.family import TokenFamily
+from ..families.family import Family, with_tokens
 from ..protocol import messages
 from ..protocol.messages import Conditioning, Prompt
 from ..sampling.model_sampling import ModelSampling
@@ -31,7 +31,7 @@ class Inputs:
     """
 
     tensors: Mapping[str, Tensor]
-    family: TokenFamily
+    family: Family
     model_sampling: ModelSampling
     shape: torch.Size
     controls: Sequence[ActiveControl] = ()
@@ -110,7 +110,7 @@ def _weight_of(
 
 
 def prompt_of(
-    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: TokenFamily, shape: Sequence[int]
+    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, shape: Sequence[int]
 ) -> Condition:
     """One prompt with those of its tensors whose names begin with `prefix`; errors say that it is of `side`.
 
@@ -134,7 +134,7 @@ def prompt_of(
 
 
 def _references_of(
-    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: TokenFamily, batch: int
+    prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, batch: int
 ) -> tuple[Tensor, ...]:
     if prompt.references and not family.takes_references:
         raise UserError(
@@ -185,7 +185,7 @@ def control_of(
     control: messages.ControlUse,
     picture: Tensor | None,
     net: ControlNet,
-    family: TokenFamily,
+    family: Family,
     model_sampling: ModelSampling,
     size: tuple[int, int, int],
 ) -> ActiveControl:
@@ -193,7 +193,7 @@ def control_of(
 
     Raises `UserError` for what does not fit together.
     """
-    net.work_with(family, control.mode)
+    net.work_with(with_tokens(family, f"The ControlNet {net.info.name}"), control.mode)
     batch, height, width = size
     wanted = [family.latent.channels, height, width]
     if net.info.takes_pixels:
@@ -216,7 +216,7 @@ def control_of(
     )
 
 
-def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], family: TokenFamily) -> list[Tensor]:
+def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], family: Family) -> list[Tensor]:
     """The pictures of a prompt's image prompts, on the family's device. Raises `UserError` when one is missing."""
     names = [f"{prefix}image.{number}" for number in range(len(prompt.image_prompts))]
     if missing := [name for name in names if name not in tensors]:
@@ -227,7 +227,7 @@ def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], fami
 def image_prompts_of(
     asked: Sequence[tuple[messages.ImagePromptUse, Tensor]],
     adapters: Mapping[str, IPAdapter],
-    family: TokenFamily,
+    family: Family,
     tensor: Axis | None,
     batch: int,
     model_sampling: ModelSampling | None = None,

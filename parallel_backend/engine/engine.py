@@ -28,7 +28,7 @@ from .run_conditions import RunConditions
 
 if TYPE_CHECKING:
     from ..adapters.ip_adapter import IPAdapter
-    from ..families.family import TokenFamily
+    from ..families.family import Family
     from ..run_context import Run
     from .model import Transformer
 
@@ -150,7 +150,7 @@ class Engine:
         mesh.ledger.reset()
         return {}, predict(request, tensors, self._run_conditions, family, mesh, run, adapters)
 
-    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, TokenFamily]:
+    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, Family]:
         """The mesh and the model of a request's layout, with the changes that it asks for."""
         mesh = self._mesh(request.layout)
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
@@ -164,7 +164,7 @@ class Engine:
         self,
         prompts: Sequence[messages.ImagePromptUse],
         transformer: Transformer,
-        family: TokenFamily,
+        family: Family,
         stage: Stage,
         run: Run,
     ) -> dict[str, IPAdapter]:

@@ -16,7 +16,7 @@ from ..adapters.lora.module_names import Names
 from ..distributed.axis import keep_talk_out_of_compiled_blocks
 from ..distributed.mesh import Mesh
 from ..families.blocks import Block, compiled
-from ..families.family import TokenFamily
+from ..families.family import Family, TokenFamily
 from ..families.registry import FAMILIES
 from ..layout.model_part import WHOLE, ModelPart
 from ..strategies.sharded_weights import ShardedWeights
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..run_context import Run
 
 
-def build_family(loaded: LoadedTransformer, path: Path) -> TokenFamily:
-    """The block view of a loaded transformer.
+def build_family(loaded: LoadedTransformer, path: Path) -> Family:
+    """The view of a loaded network.
 
     A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
     """
@@ -40,9 +40,10 @@ def build_family(loaded: LoadedTransformer, path: Path) -> TokenFamily:
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
     module, view = FAMILIES[loaded.family].split(":")
     make = getattr(import_module(f"{families.__name__}.{module}"), view)
-    family: TokenFamily = make(loaded.module, loaded.compute_dtype, device, **scale)
+    family: Family = make(loaded.module, loaded.compute_dtype, device, **scale)
     family.block_parameters = loaded.block_parameters
-    family.heads = loaded.cuts.heads
+    if isinstance(family, TokenFamily):
+        family.heads = loaded.cuts.heads
     return family
 
 
@@ -64,7 +65,7 @@ class Transformer:
         self._blocks = self._gathered(self._plain)
         self._compiled: Sequence[Block] | None = None
 
-    def on(self, mesh: Mesh) -> TokenFamily:
+    def on(self, mesh: Mesh) -> Family:
         """The family, its parts meeting those of the ranks of `mesh`. All of them begin a run with this call."""
         self._tensor.axis = mesh.tensor
         self.family.blocks = self._blocks

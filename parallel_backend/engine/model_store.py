@@ -22,7 +22,7 @@ from .agreement import COMPONENTS, all_or_none
 if TYPE_CHECKING:
     from ..adapters.controlnet.nets import ControlNet
     from ..adapters.ip_adapter import IPAdapter
-    from ..families.family import TokenFamily
+    from ..families.family import Family
     from ..layout.stages import Stage
     from ..run_context import Run
     from ..text.encoders import TextEncoders
@@ -86,7 +86,7 @@ class ModelStore:
 
         return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, ModelPart(stage), beside=True)
 
-    def ip_adapter(self, ref: IPAdapterRef, family: TokenFamily, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
+    def ip_adapter(self, ref: IPAdapterRef, family: Family, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
         """In the model's dtype, for the blocks of `stage`, and of their heads for what `cuts` say."""
 
         def load() -> tuple[IPAdapter, int]:

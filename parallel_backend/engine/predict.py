@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..adapters.controlnet.residuals import given_residuals
 from ..attention.usp import make_attention
+from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import UserError
-from ..families.family import TokenFamily
+from ..families.family import Family, with_tokens
 from ..layout.fitting import RunFacts, check_exact, check_layout
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
-from ..strategies.sequence import SequenceParallel
+from ..strategies.select import strategy_of
 from .checks import check_rows, latents_of, needed
 from .conditioning import image_prompts_of, pictures_of, prompt_of
 from .run_conditions import RunCondition, RunConditions
@@ -31,7 +32,7 @@ def predict(
     request: Predict,
     tensors: dict[str, Tensor],
     run_conditions: RunConditions,
-    family: TokenFamily,
+    family: Family,
     mesh: Mesh,
     run: Run,
     adapters: Mapping[str, IPAdapter],
@@ -53,7 +54,7 @@ def predict(
         if each is not None:
             check_rows(latent, each, count)
     check_exact(request.layout)
-    check_layout(request.layout, RunFacts(batch=batch))
+    check_layout(request.layout, RunFacts(batch=batch, can=family.can))
     for key, entry in request.run_conditions.items():
         condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
         run_conditions[key] = RunCondition(
@@ -65,9 +66,11 @@ def predict(
         prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
         # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
         conditions.append(replace(each.condition, image_prompts=prompts) if prompts else each.condition)
-    given = given_residuals(request.residuals, tensors, family, shape) if request.residuals else None
+    given = None
+    if request.residuals:
+        given = given_residuals(request.residuals, tensors, with_tokens(family, "A ControlNet"), shape)
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
-    strategy = SequenceParallel(family, mesh.sequence, attention, packing)
+    strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
 
     sizes = split_sizes(batch, mesh.data.size)
     start = sum(sizes[: mesh.data.rank])

@@ -14,7 +14,7 @@ from ..attention.usp import AttentionCore, make_attention
 from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
-from ..families.family import TokenFamily
+from ..families.family import Family, TokenFamily
 from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import patches_of
 from ..layout.split import split_sizes
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def sample(
     request: Sample,
     tensors: dict[str, Tensor],
-    family: TokenFamily,
+    family: Family,
     mesh: Mesh,
     run: Run,
     nets: Mapping[str, ControlNet] | None = None,
@@ -105,6 +105,7 @@ def sample(
             leave()
     else:
         assert isinstance(attention, AttentionCore)
+        assert isinstance(family, TokenFamily)
         pipeline = PipeFusion(
             family,
             mesh,
@@ -130,7 +131,7 @@ def sample(
 def _sides(
     request: Sample,
     tensors: Mapping[str, Tensor],
-    family: TokenFamily,
+    family: Family,
     mesh: Mesh,
     model_sampling: ModelSampling,
     latent: Tensor,
@@ -157,7 +158,7 @@ def _sides(
     )
 
 
-def _facts(request: Sample, family: TokenFamily, latents: Mapping[str, Tensor]) -> RunFacts:
+def _facts(request: Sample, family: Family, latents: Mapping[str, Tensor]) -> RunFacts:
     """What the layout is to be used for."""
     entries = (*request.positive, *request.negative)
     return RunFacts(
@@ -169,11 +170,12 @@ def _facts(request: Sample, family: TokenFamily, latents: Mapping[str, Tensor]) 
         sampler=find_sampler(request.sampler).name,
         controls=len(request.controls),
         entries=entries,
+        can=family.can,
         elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
     )
 
 
-def _token_rows(family: TokenFamily, latents: Mapping[str, Tensor]) -> int:
+def _token_rows(family: Family, latents: Mapping[str, Tensor]) -> int:
     """Into how many patches the latents can be cut: of each along its frames or its rows, whichever are more."""
     return min(max(grid.frames, grid.rows) for grid in family.grids(latents).values())
 
@@ -181,7 +183,7 @@ def _token_rows(family: TokenFamily, latents: Mapping[str, Tensor]) -> int:
 def _job(
     request: Sample,
     tensors: Mapping[str, Tensor],
-    family: TokenFamily,
+    family: Family,
     latents: Mapping[str, Tensor],
     packing: Packing,
     model_sampling: ModelSampling,

@@ -1,4 +1,4 @@
-"""The block view of a diffusion transformer, which every parallel method is written against."""
+"""What all views of a model have, and the block view of a diffusion transformer, which most methods work on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attention.site import Attention
 from ..errors import UserError
+from ..layout.capabilities import Capabilities
 from ..layout.stages import block_parameters
 from ..sampling.model_sampling import ModelSampling
 from ..tokens.grid import Grid, Packing, tokenise, untokenise
@@ -31,49 +32,34 @@ class Sites:
     attention: Attention
 
 
-class TokenFamily(ABC):
-    """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
+class Family(ABC):
+    """What every view of a model says of itself: what it samples, what guides it, its noise levels.
 
-    `latents`: what it samples. `streams`: those of its tokens that go through the blocks, in the order in which they
-    travel from one pipeline stage to the next. `controlled`: the stream of the grid, to which controls add residuals.
-    `max_side`: the most rows or columns of image tokens that the model has positions for. `takes_references`: whether
-    image tokens of reference pictures may follow the picture's. `head_groups`: as in the spec.
+    `latents`: what it samples. `can`: which parallel methods serve it. `max_side`: the most rows or columns of image
+    tokens that the model has positions for. `takes_references`: whether image tokens of reference pictures may follow
+    the picture's.
     """
 
     name: str
     latents: tuple[LatentSpec, ...]
-    hidden_size: int
-    streams: tuple[str, ...] = ("text", "image")
-    controlled: str = "image"
+    can: Capabilities = Capabilities()
     max_side: int | None = None
     takes_references: bool = False
-    head_groups: Mapping[str, HeadGroup] = HEADS
 
     def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        latent_scale: float | None = None,
-        latent_shift: float | None = None,
+        self, dtype: torch.dtype, device: torch.device, latent_scale: float | None, latent_shift: float | None
     ) -> None:
-        """`dtype`: what the `transformer` computes in (its weights may be stored in another).
+        """`dtype`: what the network computes in (its weights may be stored in another).
 
         `latent_scale`, `latent_shift`: of the model's own VAE, where they are not the family's.
         """
-        self.transformer: Any = transformer
         self.dtype = dtype
         self.device = device
-        self.sites = Sites()
         self.blocks: Sequence[Block] = ()
-        self.skips: Mapping[int, int] = {}
-        """From each block that leaves a skip in the state to the later one that takes it."""
+        self.block_parameters: Sequence[int] = ()
+        """How many parameters each block has, in the whole model where this rank has a part of one."""
         self.prompt_sites: Sequence[int] = ()
         """The block of each attention site that can be given a picture, in the sites' order."""
-        shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
-        self.block_parameters: Sequence[int] = list(block_parameters(shapes).values())
-        """How many parameters each block has, in the whole model where `transformer` is a part of one."""
         own = {"scale": latent_scale, "shift": latent_shift}
         changed = {field: value for field, value in own.items() if value is not None}
         if changed:
@@ -88,37 +74,6 @@ class TokenFamily(ABC):
     def model_sampling(self, shift: float | None) -> ModelSampling:
         """Sigmas and prediction type; `shift` replaces the family's own flow shift."""
 
-    @abstractmethod
-    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        """Of what the streams of an evaluation consist, for latents of these grids."""
-
-    @abstractmethod
-    def embed(self, evaluation: Evaluation) -> State:
-        """From the tokens of the whole latents to the state of those in the shard."""
-
-    @abstractmethod
-    def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
-        """The state of the tokens in the shard, `[B, S, width]` each, embedded or out of a block already."""
-
-    @abstractmethod
-    def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
-        """The prediction of each latent, `[B, S, C * pt * ph * pw]`.
-
-        `predicted`: by the latent's name, where in their stream the state's tokens are at which it is predicted.
-        """
-
-    @cached_property
-    def heads(self) -> OwnHeads:
-        """Which attention heads this rank has. All, unless a tensor-parallel part of a model says otherwise."""
-        return OwnHeads(self.head_groups, self.transformer.config)
-
-    def own_heads(self, group: str = "heads") -> range:
-        """The heads of `group` that this rank has: the ones to take of a table with angles of each (`Rotary.heads`).
-
-        Which of its key and value heads serve its query heads says `heads.serves(group)`, for `Attention.send`.
-        """
-        return self.heads.own(group)
-
     def make_prelude(self, condition: Condition) -> Any:
         """What the model makes of a condition whatever the time and the latent: computed once, see `prelude`."""
         return None
@@ -132,20 +87,6 @@ class TokenFamily(ABC):
     def forget_preludes(self) -> None:
         """Forget what was made of conditions: the layers that made it have changed."""
         self._preludes.clear()
-
-    def add_residual(self, state: State, block: int, residual: Tensor) -> State:
-        """The state after `block` with a control's residual of the tokens of the grid."""
-        return state.with_streams(**{self.controlled: state[self.controlled] + residual})
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Of the tokens of each stream."""
-        return dict.fromkeys(self.streams, self.hidden_size)
-
-    @property
-    def carry_dtype(self) -> torch.dtype:
-        """Of the tokens between two blocks."""
-        return self.dtype
 
     @property
     def latent(self) -> LatentSpec:
@@ -185,6 +126,82 @@ class TokenFamily(ABC):
     def grids(self, latents: Mapping[str, Tensor]) -> dict[str, Grid]:
         return {spec.name: Grid.of(latents[spec.name].shape[2:], spec.patch) for spec in self.latents}
 
+
+class TokenFamily(Family):
+    """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
+
+    `streams`: those of its tokens that go through the blocks, in the order in which they travel from one pipeline stage
+    to the next. `controlled`: the stream of the grid, to which controls add residuals. `head_groups`: as in the spec.
+    """
+
+    hidden_size: int
+    streams: tuple[str, ...] = ("text", "image")
+    controlled: str = "image"
+    head_groups: Mapping[str, HeadGroup] = HEADS
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        latent_scale: float | None = None,
+        latent_shift: float | None = None,
+    ) -> None:
+        """As `Family`."""
+        super().__init__(dtype, device, latent_scale, latent_shift)
+        self.transformer: Any = transformer
+        self.sites = Sites()
+        self.skips: Mapping[int, int] = {}
+        """From each block that leaves a skip in the state to the later one that takes it."""
+        shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
+        self.block_parameters = list(block_parameters(shapes).values())
+
+    @abstractmethod
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        """Of what the streams of an evaluation consist, for latents of these grids."""
+
+    @abstractmethod
+    def embed(self, evaluation: Evaluation) -> State:
+        """From the tokens of the whole latents to the state of those in the shard."""
+
+    @abstractmethod
+    def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
+        """The state of the tokens in the shard, `[B, S, width]` each, embedded or out of a block already."""
+
+    @abstractmethod
+    def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
+        """The prediction of each latent, `[B, S, C * pt * ph * pw]`.
+
+        `predicted`: by the latent's name, where in their stream the state's tokens are at which it is predicted.
+        """
+
+    @cached_property
+    def heads(self) -> OwnHeads:
+        """Which attention heads this rank has. All, unless a tensor-parallel part of a model says otherwise."""
+        return OwnHeads(self.head_groups, self.transformer.config)
+
+    def own_heads(self, group: str = "heads") -> range:
+        """The heads of `group` that this rank has: the ones to take of a table with angles of each (`Rotary.heads`).
+
+        Which of its key and value heads serve its query heads says `heads.serves(group)`, for `Attention.send`.
+        """
+        return self.heads.own(group)
+
+    def add_residual(self, state: State, block: int, residual: Tensor) -> State:
+        """The state after `block` with a control's residual of the tokens of the grid."""
+        return state.with_streams(**{self.controlled: state[self.controlled] + residual})
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the tokens of each stream."""
+        return dict.fromkeys(self.streams, self.hidden_size)
+
+    @property
+    def carry_dtype(self) -> torch.dtype:
+        """Of the tokens between two blocks."""
+        return self.dtype
+
     def tokenise(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of each latent the tokens `[B, S, C * pt * ph * pw]`."""
         return {
@@ -200,6 +217,13 @@ class TokenFamily(ABC):
             )
             for spec in self.latents
         }
+
+
+def with_tokens(family: Family, what: str) -> TokenFamily:
+    """`family`, for `what` works on the tokens of its blocks. Raises `UserError` for one without blocks."""
+    if isinstance(family, TokenFamily):
+        return family
+    raise UserError(f"{what} works on the tokens of a model's blocks; a {family.name} model has none.", "Remove it.")
 
 
 def _by_channel(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampling.model_sampling import ModelSampling
+from ..layout.capabilities import ROWS_ALONE
 from .condition import Condition, check_widths
+from .family import Family
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,30 @@ Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]
 """`attend(q, k, v, site)`, each `[B, S, H, D]`, of some rows of a picture: how they attend to all of its rows."""
 
 
-class PlainFamily(ABC):
+class PlainFamily(Family):
     """A network as a function of the whole latent. Knows nothing of ranks: a strategy says how its sites attend.
 
-    `encoders`: what makes its conditioning, in words. `row_multiple`: how many rows of the latent one of the network's
-    coarsest rows is made of: what begins at a multiple of them begins with a whole row in every layer.
+    `encoders`: what makes its conditioning, in words.
 
     The processors of the self-attention modules are replaced once, when the family is made; `uninstall` undoes it.
     """
 
-    name: str
+    can = ROWS_ALONE
     encoders: str
-    latent_channels: int
-    latent_scale: float
-    latent_shift: float = 0.0
-    row_multiple: int
 
-    def __init__(self, network: Any, dtype: torch.dtype, device: torch.device, sites: Mapping[str, int]) -> None:
-        """`dtype`: what `network` computes in. `sites`: the stride of each of its self-attention modules, by name.
-
-        Raises `ValueError` where such a module (diffusers' `Attention`) does more than project, attend and project.
-        """
+    def __init__(
+        self,
+        network: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        latent_scale: float | None = None,
+        latent_shift: float | None = None,
+    ) -> None:
+        """As `Family`. Raises `ValueError` for a site that does more than project, attend and project."""
+        super().__init__(dtype, device, latent_scale, latent_shift)
         self.network = network
-        self.dtype = dtype
-        self.device = device
+        sites = self.self_attentions()
         self.attend: Attend | None = None
         """How the sites attend; None: among the rows that they are given, as the network does by itself."""
         self._processors = {name: network.get_submodule(name).processor for name in sites}
@@ -58,6 +59,18 @@ class PlainFamily(ABC):
             module = network.get_submodule(name)
             _check_plain(name, module)
             module.set_processor(_SiteProcessor(self, Site(name, stride), module.processor))
+
+    @property
+    @abstractmethod
+    def row_multiple(self) -> int:
+        """How many rows of the latent one of the network's coarsest rows is made of.
+
+        What begins at a multiple of them begins with a whole row in every layer.
+        """
+
+    @abstractmethod
+    def self_attentions(self) -> Mapping[str, int]:
+        """The stride of each self-attention module of the network (diffusers' `Attention`), by its name."""
 
     @property
     @abstractmethod
@@ -71,17 +84,7 @@ class PlainFamily(ABC):
         What the network is told of the picture's size comes from `condition`, not from the latent.
         """
 
-    @abstractmethod
-    def model_sampling(self, shift: float | None) -> ModelSampling:
-        """Sigmas and prediction type."""
-
-    @property
-    def input_channels(self) -> int:
-        """Channels of what the network takes: the noisy latent's, and of what an inpainting model is given with it."""
-        return self.latent_channels
-
     def check_condition(self, condition: Condition) -> None:
-        """Raise `UserError` when the conditioning is not of this model's kind."""
         check_widths(condition, self.inputs, self.name, self.encoders)
 
     @contextmanager
@@ -97,14 +100,6 @@ class PlainFamily(ABC):
         """Give the network's modules their own processors again. The family is of no use any more."""
         for name, processor in self._processors.items():
             self.network.get_submodule(name).set_processor(processor)
-
-    def process_in(self, latent: Tensor) -> Tensor:
-        """From the VAE's latent to the latent that the network was trained on."""
-        return (latent - self.latent_shift) * self.latent_scale
-
-    def process_out(self, latent: Tensor) -> Tensor:
-        """The inverse of `process_in`."""
-        return latent / self.latent_scale + self.latent_shift
 
 
 class _SiteProcessor:

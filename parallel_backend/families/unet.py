@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +22,24 @@ class UNet(PlainFamily):
 
     numbers: int
 
-    def __init__(self, network: Any, dtype: torch.dtype, device: torch.device) -> None:
-        config = network.config
-        levels = len(config["block_out_channels"])
-        super().__init__(network, dtype, device, _self_attentions(network, levels))
-        self.row_multiple = 2 ** (levels - 1)
-        self.latent_channels = config["out_channels"]
+    @property
+    def levels(self) -> int:
+        return len(self.network.config["block_out_channels"])
+
+    @property
+    def row_multiple(self) -> int:
+        return 2 ** (self.levels - 1)
+
+    def self_attentions(self) -> Mapping[str, int]:
+        strides = {"mid_block": self.row_multiple}
+        for level in range(self.levels):
+            strides[f"down_blocks.{level}"] = strides[f"up_blocks.{self.levels - 1 - level}"] = 2**level
+        return {
+            f"{part}.{name}": stride
+            for part, stride in strides.items()
+            for name, _ in self.network.get_submodule(part).named_modules()
+            if name.endswith(".attn1")
+        }
 
     @property
     def inputs(self) -> Mapping[str, int]:
@@ -52,16 +63,3 @@ class UNet(PlainFamily):
         }
         tokens = condition["tokens"].to(self.dtype).expand(batch, -1, -1)
         return self.network(latent.to(self.dtype), timestep, tokens, added_cond_kwargs=added).sample
-
-
-def _self_attentions(network: Any, levels: int) -> dict[str, int]:
-    """The stride of each self-attention, by its module's name."""
-    strides = {"mid_block": 2 ** (levels - 1)}
-    for level in range(levels):
-        strides[f"down_blocks.{level}"] = strides[f"up_blocks.{levels - 1 - level}"] = 2**level
-    return {
-        f"{part}.{name}": stride
-        for part, stride in strides.items()
-        for name, _ in network.get_submodule(part).named_modules()
-        if name.endswith(".attn1")
-    }

@@ -6,17 +6,22 @@ from ..attention.site import Attention
 from ..attention.usp import AttentionCore
 from ..caches.policy import BlockPolicy
 from ..distributed.mesh import Mesh
-from ..families.family import TokenFamily
+from ..families.family import Family, TokenFamily
+from ..families.plain import PlainFamily
 from ..layout.layout import Layout
 from ..tokens.grid import Packing
 from .distrifusion import DistriFusion
+from .row_parallel import RowParallel
 from .sequence import SequenceParallel
 
 
 def strategy_of(
-    layout: Layout, family: TokenFamily, mesh: Mesh, attention: Attention, packing: Packing, policy: BlockPolicy
-) -> SequenceParallel:
+    layout: Layout, family: Family, mesh: Mesh, attention: Attention, packing: Packing, policy: BlockPolicy
+) -> SequenceParallel | RowParallel:
     """What predicts for whole latents."""
+    if isinstance(family, PlainFamily):
+        return RowParallel(family, mesh.sequence, attention)
+    assert isinstance(family, TokenFamily)
     if mesh.distrifusion.size == 1:
         return SequenceParallel(family, mesh.sequence, attention, packing, policy)
     assert isinstance(attention, AttentionCore)

@@ -8,12 +8,20 @@ import pytest
 import torch
 from paralleldit.parallel_backend.attention.usp import make_attention
 from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.engine.predict import predict
+from paralleldit.parallel_backend.engine.run_conditions import RunConditions
+from paralleldit.parallel_backend.engine.sample import sample
+from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.split import split_sizes
+from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Sample, Schedule
+from paralleldit.parallel_backend.run_context import Run
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
+from paralleldit.tests.tiny_models import entry_of, tensors_of
 from paralleldit.tests.tiny_unet import TinyUNet, condition, network
 from torch import Tensor, nn
 
@@ -125,6 +133,75 @@ def test_guidance_and_batches_over_rows(ranks, layout):
     (expected,) = ranks.once(1, guided_alone)
     for found in ranks.run(layout.ranks, guided, layout):
         assert float((found - expected).norm() / expected.norm()) <= TOLERANCE
+
+
+def work_of(request: Sample | Predict) -> Run:
+    return Run(ControlGroup(), request.id, lambda *_: None)
+
+
+def under_both_prompts(world: Axis) -> Tensor:
+    return torch.cat([stock(latent(2, 13, 9), timestep(2), seed) for seed in (5, 6)])
+
+
+def by_request(world: Axis, layout: Layout) -> list[Tensor]:
+    """What requests give: a run of three steps, and one prediction under two prompts."""
+    mesh = Mesh(layout)
+    family = TinyUNet(network(), torch.float32, CPU)
+    sides = {side: condition(2, seed) for side, seed in (("positive", 5), ("negative", 6))}
+    keys = {"a" * 32: "positive", "b" * 32: "negative"}
+    tensors = {"latent": latent(2, 13, 9)}
+    for side, given in sides.items():
+        tensors |= tensors_of(side, given)
+    sampled = Sample(
+        id=1,
+        model=ModelRef(path="given"),
+        layout=layout,
+        positive=(entry_of(sides["positive"]),),
+        negative=(entry_of(sides["negative"]),),
+        cfg=CFG,
+        sampler="euler",
+        schedule=Schedule(scheduler="simple", steps=3),
+        seed=42,
+    )
+    predicted = Predict(
+        id=2,
+        model=ModelRef(path="given"),
+        layout=layout,
+        run="c" * 32,
+        conditions=tuple(keys),
+        run_conditions={key: entry_of(sides[side]) for key, side in keys.items()},
+    )
+    asked = {"latent": latent(2, 13, 9).repeat(2, 1, 1, 1), "timestep": timestep(2).repeat(2)}
+    for key, side in keys.items():
+        asked |= {name.replace(side, key): each for name, each in tensors_of(side, sides[side]).items()}
+    try:
+        return [
+            sample(sampled, tensors, family, mesh, work_of(sampled))["latent"],
+            predict(predicted, asked, RunConditions(), family, mesh, work_of(predicted), {})["prediction"],
+        ]
+    finally:
+        family.uninstall()
+
+
+@pytest.mark.parametrize("layout", [Layout(ulysses_degree=2), Layout(ring_degree=2, cfg_degree=2)], ids=str)
+def test_requests_give_what_one_rank_gives(ranks, layout):
+    (expected,) = ranks.once(1, by_request, Layout())
+    (predicted,) = ranks.run(1, under_both_prompts)
+    assert float((expected[1] - predicted).norm() / predicted.norm()) <= TOLERANCE
+    for found in ranks.run(layout.ranks, by_request, layout):
+        for mine, truth in zip(found, expected, strict=True):
+            assert float((mine - truth).norm() / truth.norm()) <= TOLERANCE
+
+
+def test_a_layout_that_needs_blocks_is_refused_with_one_that_does_not(ranks):
+    refusals = ranks.run(2, refused, Layout(distrifusion_degree=2))
+    assert all("distrifusion_degree=2" in text and "Nearest that fits: ulysses2" in text for text in refusals)
+
+
+def refused(world: Axis, layout: Layout) -> str:
+    with pytest.raises(UserError) as caught:
+        by_request(world, layout)
+    return str(caught.value)
 
 
 def bytes_sent(world: Axis, layout: Layout) -> Counter[str]:
