@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int, Tensor | None], None]
-"""`on_progress(phase, step, total, preview)`; the preview is an unscaled latent `[1, C, H, W]`."""
+"""`on_progress(phase, step, total, preview)`; the preview is an unscaled latent `[1, C, H, W]`, or the first
+frame of one, `[1, C, 1, H, W]`."""
 
 
 class Host:

@@ -30,7 +30,7 @@ class Run:
         self._is_cancelled = is_cancelled
 
     def progress(self, phase: messages.Phase, step: int, total: int, preview: torch.Tensor | None = None) -> None:
-        """Tell the client; nothing on ranks other than 0. `preview` [1, C, H, W]."""
+        """Tell the client; nothing on ranks other than 0. `preview` [1, C, H, W] or [1, C, 1, H, W]."""
         if self._control.rank != 0:
             return
         event = messages.Progress(id=self._request, phase=phase, step=step, total=total)
