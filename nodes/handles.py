@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.families.registry import FAMILIES
+from ..parallel_backend.families.spec import FamilySpec
 from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, WeightChange
 from .layout_choice import LayoutChoice
 
@@ -52,6 +54,10 @@ class ModelHandle:
     config: dict[str, Any]
     loras: tuple[LoraRef, ...] = ()
     pictures: tuple[ShownPicture, ...] = ()
+
+    @property
+    def spec(self) -> FamilySpec:
+        return FAMILIES[self.family]
 
 
 def handle_of(model: Any) -> ModelHandle:

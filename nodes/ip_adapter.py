@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 KIND = "ipadapter"
 WHAT = "The IP-Adapter"
-EMBEDDINGS = {"flux": "image_embeds", "sd3": "penultimate_hidden_states"}
-"""By the family that an IP-Adapter is for: what of a CLIP_VISION_OUTPUT it takes."""
 MOST = 100.0
 IDLE = "the picture would never be looked at"
 """In a span without time."""
@@ -112,7 +110,7 @@ class ParallelDiTIPAdapter:
 
 def _embedding(info: IPAdapterInfo, output: Any) -> Tensor:
     """What the IP-Adapter takes of a CLIP_VISION_OUTPUT. Raises `UserError` for that of another vision model."""
-    name = EMBEDDINGS[info.family]
+    name = info.picture
     found = getattr(output, name, None)
     if found is None or found.shape[-1] != info.picture_width:
         given = "none" if found is None else f"a width of {found.shape[-1]}"

@@ -149,7 +149,7 @@ class ParallelDiTSampler:
         if cfg != 1.0 and negative is None:
             raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
 
-        specs = latent.specs_of(handle)
+        specs = handle.spec.latents
         latents, tensors = latent.to_message(latent_image, specs, handle.family)
         first = latents[specs[0].name]
         shape = first.shape

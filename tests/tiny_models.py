@@ -20,10 +20,12 @@ from diffusers import (
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.families.family import TokenFamily
-from paralleldit.parallel_backend.families.flux import Flux
-from paralleldit.parallel_backend.families.hunyuandit import HunyuanDiT
-from paralleldit.parallel_backend.families.pixart import PixArtAlpha, PixArtSigma
-from paralleldit.parallel_backend.families.sd3 import SD3
+from paralleldit.parallel_backend.families.keys.flux import FLUX
+from paralleldit.parallel_backend.families.keys.hunyuandit import HUNYUANDIT
+from paralleldit.parallel_backend.families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
+from paralleldit.parallel_backend.families.keys.sd3 import SD3
+from paralleldit.parallel_backend.families.registry import load_view
+from paralleldit.parallel_backend.families.spec import FamilySpec
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from torch import Tensor
 
@@ -42,11 +44,15 @@ class TinyModel:
     own around it.
     """
 
-    family: type[TokenFamily]
+    spec: FamilySpec
     build: Callable[[int, int], Any]
     condition: Callable[[Draw, int, int], Condition]
     sigma: float
     denoise: Callable[[Any, Tensor, Condition], Tensor]
+
+    @property
+    def family(self) -> type[TokenFamily]:
+        return load_view(self.spec)
 
     def make(self, heads: int, depth: int = 2) -> Any:
         with torch.random.fork_rng():
@@ -96,7 +102,7 @@ def _flux(guidance: bool) -> TinyModel:
         velocity = output.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return latent - sigma * velocity.reshape(batch, channels, rows * 2, columns * 2)[..., :height, :width]
 
-    return TinyModel(Flux, build, condition, sigma, denoise)
+    return TinyModel(FLUX, build, condition, sigma, denoise)
 
 
 def _sd3(dual: bool, qk_norm: str | None) -> TinyModel:
@@ -131,7 +137,7 @@ def _sd3(dual: bool, qk_norm: str | None) -> TinyModel:
     return TinyModel(SD3, build, condition, sigma, denoise)
 
 
-def _pixart(family: type[TokenFamily], told_size: bool) -> TinyModel:
+def _pixart(spec: FamilySpec, told_size: bool) -> TinyModel:
     clean_share = _clean_share("linear", 0.0001, 0.02)
 
     def build(heads: int, depth: int) -> PixArtTransformer2DModel:
@@ -172,7 +178,7 @@ def _pixart(family: type[TokenFamily], told_size: bool) -> TinyModel:
         ).sample[:, :4, :height, :width]
         return latent - (1 / clean_share - 1) ** 0.5 * noise
 
-    return TinyModel(family, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
+    return TinyModel(spec, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
 
 
 def _hunyuandit(told_size: bool) -> TinyModel:
@@ -230,7 +236,7 @@ def _hunyuandit(told_size: bool) -> TinyModel:
         ).sample[:, :4, :height, :width]
         return clean_share * latent - (1 - clean_share) ** 0.5 * velocity
 
-    return TinyModel(HunyuanDiT, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
+    return TinyModel(HUNYUANDIT, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
 
 
 TIMESTEP = 500
@@ -280,8 +286,8 @@ TINY_MODELS = {
     "flux schnell": _flux(guidance=False),
     "sd3 medium": _sd3(dual=False, qk_norm=None),
     "sd3.5 medium": _sd3(dual=True, qk_norm="rms_norm"),
-    "pixart alpha": _pixart(PixArtAlpha, told_size=True),
-    "pixart sigma": _pixart(PixArtSigma, told_size=False),
+    "pixart alpha": _pixart(PIXART_ALPHA, told_size=True),
+    "pixart sigma": _pixart(PIXART_SIGMA, told_size=False),
     "hunyuandit 1.1": _hunyuandit(told_size=True),
     "hunyuandit 1.2": _hunyuandit(told_size=False),
 }

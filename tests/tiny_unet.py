@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from paralleldit.parallel_backend.families.condition import Condition
-from paralleldit.parallel_backend.families.spec import LatentSpec
+from paralleldit.parallel_backend.families.spec import FamilySpec, Input, LatentSpec
 from paralleldit.parallel_backend.families.unet import UNet
+from paralleldit.parallel_backend.layout.capabilities import ROWS_ALONE
 from paralleldit.parallel_backend.sampling.model_sampling import EpsPrediction, ModelSampling
 
 TEXT, POOLED, TIME = 24, 12, 8
 
 
 class TinyUNet(UNet):
-    name = "tiny U-Net"
-    encoders = "none"
-    latents = (LatentSpec(channels=4, patch=(1, 1, 1), scale=0.13025),)
+    spec = FamilySpec(
+        name="tiny-unet",
+        title="tiny U-Net",
+        view="unet:UNet",
+        class_name="UNet2DConditionModel",
+        blocks=(),
+        latents=(LatentSpec(channels=4, patch=(1, 1, 1), scale=0.13025),),
+        inputs=(Input("tokens", 3, "text tokens"), Input("pooled", 2, "a pooled vector")),
+        encoders="none",
+        can=ROWS_ALONE,
+    )
     numbers = 6
 
     def model_sampling(self, shift: float | None) -> ModelSampling:

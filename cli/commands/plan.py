@@ -6,22 +6,24 @@ import argparse
 import sys
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.families.registry import FAMILIES
 from ...parallel_backend.layout.fitting import RunFacts, check_layout, layouts_that_fit
 from ...parallel_backend.layout.layout import Layout, parse_layout, patches_of
 from .options import add_command
 
-TOKEN_PIXELS = 16
-"""Pixels per image token, in both directions, in all families here."""
-
-BLOCKS = {"flux": 57, "sd3": 24, "sd3.5-large": 38, "pixart": 28, "hunyuandit": 40}
-"""How many blocks the published models have."""
+MODELS = {
+    name: (spec, config)
+    for spec in FAMILIES.values()
+    for name, config in ((spec.name, next(iter(spec.published.values()))), *spec.published.items())
+}
+"""The published models, and of each family the first, by its name."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, "plan", plan, "Say which layouts fit a model, a picture and ranks.")
     add = parser.add_argument
     add("--ranks", type=int, required=True, help="how many ranks there are")
-    add("--family", choices=BLOCKS, required=True, help="of the model")
+    add("--family", choices=MODELS, required=True, help="or published model")
     add("--width", type=int, default=1024, help="of the picture, in pixels (default 1024)")
     add("--height", type=int, default=1024, help="of the picture, in pixels (default 1024)")
     add("--steps", type=int, default=20, help="of the run (default 20)")
@@ -33,13 +35,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
+    spec, config = MODELS[args.family]
+    rows = spec.latent.stride[1] * spec.latent.patch[1]
     work = RunFacts(
         ranks=args.ranks,
         batch=args.batch,
         cfg=args.cfg,
         has_negative=args.cfg != 1.0,
-        blocks=BLOCKS[args.family],
-        token_rows=-(-args.height // TOKEN_PIXELS),
+        blocks=spec.count_blocks(config),
+        token_rows=-(-args.height // rows),
+        can=spec.can,
     )
     if args.layout:
         chosen = [parse_layout(args.layout)]

@@ -8,7 +8,8 @@ ComfyUI's samplers ask of it is asked of the ranks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -17,10 +18,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.families.spec import FamilySpec
 from ..handles import ATTACHMENT, POSITIVE, ModelHandle, handle_of
 from ..request.network_inputs import one_time
 from ..request.weight_patches import changes_of
@@ -96,7 +97,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
 def new_model(handle: ModelHandle) -> RemotePatcher:
     """The MODEL that carries `handle`."""
-    config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle.family](handle.config))
+    config = comfy.model_detection.model_config_from_unet_config(unet_config(handle.spec, handle.config))
     # The ranks convert what they are sent to what they compute in; nothing is to be lost on the way.
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = Operations
@@ -171,91 +172,19 @@ def _refuse_weights(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _flux(config: dict[str, Any]) -> dict[str, Any]:
-    patch = 2
-    head_dim = config["attention_head_dim"]
-    # Of Flux.2, which ComfyUI has built from the same class since 2026.
-    of_newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
-    return {
-        **of_newer,
-        "image_model": "flux",
-        "in_channels": config["in_channels"] // patch**2,
-        "out_channels": (config.get("out_channels") or config["in_channels"]) // patch**2,
-        "patch_size": patch,
-        "vec_in_dim": config["pooled_projection_dim"],
-        "context_in_dim": config["joint_attention_dim"],
-        "hidden_size": config["num_attention_heads"] * head_dim,
-        "mlp_ratio": 4.0,
-        "num_heads": config["num_attention_heads"],
-        "depth": config["num_layers"],
-        "depth_single_blocks": config["num_single_layers"],
-        "axes_dim": list(config["axes_dims_rope"]),
-        "theta": 10000,
-        "qkv_bias": True,
-        "guidance_embed": config["guidance_embeds"],
-    }
+def unet_config(spec: FamilySpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What this ComfyUI's detection would say of a model of the family with that diffusers `config`.
 
-
-def _sd3(config: dict[str, Any]) -> dict[str, Any]:
-    head_dim, side = 64, config["pos_embed_max_size"]  # ComfyUI counts the width in heads
-    text = {"in_features": config["joint_attention_dim"], "out_features": config["caption_projection_dim"]}
-    return {
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "patch_size": config["patch_size"],
-        "depth": config["num_attention_heads"] * config["attention_head_dim"] // head_dim,
-        "num_blocks": config["num_layers"],
-        "input_size": None,
-        "adm_in_channels": config["pooled_projection_dim"],
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": text},
-        "num_patches": side**2,
-        "pos_embed_max_size": side,
-        "pos_embed_scaling_factor": None,
-        "qk_norm": "rms" if config["qk_norm"] else None,
-        "x_block_self_attn_layers": list(config["dual_attention_layers"]),
-    }
-
-
-def _pixart(config: dict[str, Any]) -> dict[str, Any]:
-    told_size = config["use_additional_conditions"]
-    return {
-        "image_model": "pixart_alpha" if told_size else "pixart_sigma",
-        "micro_condition": told_size,
-        "in_channels": config["in_channels"],
-        "patch_size": config["patch_size"],
-        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
-        "num_heads": config["num_attention_heads"],
-        "depth": config["num_layers"],
-        "caption_channels": config["caption_channels"],
-        "input_size": config["sample_size"],
-        "pe_interpolation": config["interpolation_scale"],
-    }
-
-
-def _hunyuandit(config: dict[str, Any]) -> dict[str, Any]:
-    told_size = config["use_style_cond_and_image_meta_size"]
-    return {
-        "image_model": "hydit1" if told_size else "hydit",
-        "size_cond": told_size,
-        "use_style_cond": told_size,
-        "in_channels": config["in_channels"],
-        "patch_size": config["patch_size"],
-        "hidden_size": config["hidden_size"],
-        "num_heads": config["num_attention_heads"],
-        "depth": config["num_layers"],
-        "mlp_ratio": config["mlp_ratio"],
-        "text_states_dim": config["cross_attention_dim"],
-        "text_states_dim_t5": config["cross_attention_dim_t5"],
-        "text_len": config["text_len"],
-        "text_len_t5": config["text_len_t5"],
-    }
-
-
-UNET_CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "flux": _flux,
-    "sd3": _sd3,
-    "pixart-alpha": _pixart,
-    "pixart-sigma": _pixart,
-    "hunyuandit": _hunyuandit,
-}
-"""Per family: what ComfyUI's detection would say of a model with this diffusers config."""
+    Raises `UserError` for a family that ComfyUI has no network for.
+    """
+    if spec.host_config is None:
+        raise UserError(
+            f"ComfyUI has no network for {spec.title}, so its samplers cannot work with this model.",
+            "Use a model of another family.",
+        )
+    said = spec.host_config(config)
+    if spec.host_params is None:
+        return said
+    module, name = spec.host_params.split(":")
+    known = getattr(import_module(module), name).__dataclass_fields__
+    return {key: value for key, value in said.items() if key in known or key == "image_model"}

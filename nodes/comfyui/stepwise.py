@@ -16,8 +16,8 @@ from .. import host
 from ..handles import OWN_LOADER, ModelHandle, SentChange
 from ..layout_choice import LayoutChoice
 from ..request import image_prompts
-from ..request.latent import names_of, specs_of
-from ..request.network_inputs import TAKES, entry_of_inputs, is_repeated, refuse_inputs, residuals_of
+from ..request.latent import names_of
+from ..request.network_inputs import entry_of_inputs, is_repeated, refuse_inputs, residuals_of
 from ..session import session, weight_delivery
 
 
@@ -106,7 +106,7 @@ class StepwiseModel:
                 f"Remove that node, or {OWN_LOADER}",
             )
         refuse_inputs(inputs)
-        names = names_of(len(latents), specs_of(run.handle), run.handle.family)
+        names = names_of(len(latents), run.handle.spec.latents, run.handle.family)
         residuals, residual_tensors = residuals_of(inputs.get("control"), run.handle.family)
         conditions = len(sides)
         batch = latents[0].shape[0] // conditions
@@ -146,8 +146,11 @@ class StepwiseModel:
             for picture, (start, end) in zip(run.handle.pictures, run.spans, strict=True)
             if picture.message.weight and end <= sigma <= start
         ]
-        names = TAKES[run.handle.family]
-        tensors = {name: inputs[key][rows] for key, name in names.items() if inputs.get(key) is not None}
+        tensors = {
+            each.name: inputs[each.network][rows]
+            for each in run.handle.spec.inputs
+            if each.network and inputs.get(each.network) is not None
+        }
         references = enumerate(inputs.get("ref_latents") or ())
         tensors |= {f"reference.{number}": reference[rows] for number, reference in references}
         tensors |= image_prompts.embeddings(pictures, side)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.families.registry import FAMILIES
 from ...parallel_backend.protocol.messages import Conditioning
 from ..handles import OWN_LOADER
 from .regions import area_within
@@ -39,33 +39,8 @@ IN_KSAMPLER = ("hooks", "default")
 OWN_SAMPLER = "use KSampler with this model, which does this too."
 REFERENCE_PLACES = ("offset", "index", "uxo")
 
-POOLED = {"pooled_output": "pooled"}
-MASK = {"attention_mask": "mask"}
-MT5 = {"conditioning_mt5xl": "tokens_2", "attention_mask_mt5xl": "mask_2"}
-
-
-@dataclass(frozen=True)
-class Travel:
-    """The tensors of an entry that a family's model `needs`, and those that it `takes` when they are there.
-
-    From the entry's keys to the names in the request. `encoders`: those that make such an entry. `references`: whether
-    the model looks at reference latents.
-    """
-
-    needs: Mapping[str, str]
-    encoders: str
-    takes: Mapping[str, str] = field(default_factory=dict)
-    references: bool = False
-
-
-PIXART = Travel({}, "T5-XXL", takes=MASK)
-TRAVELS = {
-    "flux": Travel(POOLED, "CLIP-L and T5", references=True),
-    "sd3": Travel(POOLED, "CLIP-L, CLIP-G and T5"),
-    "pixart-alpha": PIXART,
-    "pixart-sigma": PIXART,
-    "hunyuandit": Travel({**MASK, **MT5}, "Chinese CLIP and mT5"),
-}
+ENTRY_KEYS = {each.name: each.entry for spec in FAMILIES.values() for each in spec.inputs if each.entry}
+"""From the names of a condition's tensors to their keys in an entry, the same for all families."""
 
 
 def to_message(
@@ -96,26 +71,26 @@ def to_message(
 
 def _check(side: str, entry: Mapping[str, Any], family: str) -> None:
     """Raise `UserError` for what cannot travel, or is missing."""
-    travel = TRAVELS[family]
+    spec = FAMILIES[family]
+    taken = {each.entry for each in spec.inputs} | ({"reference_latents"} if spec.takes_references else set())
     for key, advice in CANNOT_TRAVEL.items():
-        taken = key in travel.needs or key in travel.takes or (key == "reference_latents" and travel.references)
-        if entry.get(key) is not None and not taken:
+        if entry.get(key) is not None and key not in taken:
             raise _refused(side, key, advice, key in IN_KSAMPLER)
-    for key in travel.needs:
-        if entry.get(key) is None:
+    for each in spec.inputs:
+        if each.entry and each.required and entry.get(each.entry) is None:
             raise UserError(
-                f"The {side} conditioning has no {key}, which this {family} model needs.",
-                f"Use the text encoders that belong to the model ({travel.encoders}).",
+                f"The {side} conditioning has no {each.entry}, which this {family} model needs.",
+                f"Use the text encoders that belong to the model ({spec.encoders}).",
             )
 
 
 def _told(tokens: Tensor, entry: Mapping[str, Any], family: str) -> dict[str, Tensor]:
     """The tensors of an entry that the model is told, by the names in the request."""
-    names = {**TRAVELS[family].needs, **TRAVELS[family].takes}
+    keys = {each.name: each.entry for each in FAMILIES[family].inputs if each.entry}
     references = enumerate(entry.get("reference_latents") or ())
     return {
         "tokens": tokens,
-        **{name: entry[key] for key, name in names.items() if entry.get(key) is not None},
+        **{name: entry[key] for name, key in keys.items() if entry.get(key) is not None},
         **{f"reference.{number}": reference for number, reference in references},
     }
 
@@ -169,7 +144,7 @@ def _region(side: str, mask: Tensor, batch: int) -> Tensor:
 
 def entry_of(tensors: Mapping[str, Tensor], guidance: float) -> list[Any]:
     """The CONDITIONING of an encoded prompt's `tensors`, under ComfyUI's keys."""
-    entry = {key: tensors[name] for key, name in {**POOLED, **MASK, **MT5}.items() if name in tensors}
+    entry = {key: tensors[name] for name, key in ENTRY_KEYS.items() if name in tensors}
     return [[tensors["tokens"], {**entry, "guidance": guidance}]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,24 +10,9 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.spec import LatentSpec
-from ..handles import ModelHandle
-
-LATENT_CHANNELS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "flux": lambda config: (config.get("out_channels") or config["in_channels"]) // 4,
-    "sd3": lambda config: config["in_channels"],
-    "pixart-alpha": lambda config: config["in_channels"],
-    "pixart-sigma": lambda config: config["in_channels"],
-    "hunyuandit": lambda config: config["in_channels"],
-}
-"""Per family: the latent's channels from the model's config."""
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 """Of an empty LATENT in ComfyUI since 2026: pixels and frames to a cell, where the node that made it assumed some."""
-
-
-def specs_of(handle: ModelHandle) -> tuple[LatentSpec, ...]:
-    """The latents that a model samples."""
-    return (LatentSpec(LATENT_CHANNELS[handle.family](handle.config)),)
 
 
 def to_message(

@@ -9,28 +9,10 @@ import torch
 from torch import Tensor
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.families.registry import FAMILIES
 from ...parallel_backend.protocol.messages import Prompt, ResidualList
 from ..handles import OWN_LOADER
 from .conditioning import REFERENCE_PLACES
-
-CLIP_AND_T5 = {"context": "tokens", "y": "pooled"}
-T5 = {"context": "tokens"}
-TAKES: dict[str, Mapping[str, str]] = {
-    "flux": CLIP_AND_T5,
-    "sd3": CLIP_AND_T5,
-    "pixart-alpha": T5,
-    "pixart-sigma": T5,
-    "hunyuandit": {
-        "context": "tokens",
-        "text_embedding_mask": "mask",
-        "encoder_hidden_states_t5": "tokens_2",
-        "text_embedding_mask_t5": "mask_2",
-    },
-}
-"""Per family: from the inputs of ComfyUI's network to the names of a condition's tensors."""
-
-CONTROLLED = ("flux", "sd3", "hunyuandit")
-"""Families whose networks add the residuals of ControlNets."""
 
 CANNOT_TRAVEL = {
     "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
@@ -77,7 +59,7 @@ def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[in
     """
     if not control:
         return {}, {}
-    if family not in CONTROLLED:
+    if FAMILIES[family].residuals is None:
         raise UserError(
             f"The model is given the residuals of a ControlNet, which a {family} model does not take.",
             f"Remove the Apply ControlNet node, or {OWN_LOADER}",

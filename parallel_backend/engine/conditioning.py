@@ -15,12 +15,16 @@ from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import ActiveImagePrompt, IPAdapter, check_family
 from ..distributed.axis import Axis
 from ..errors import UserError
-from ..families.condition import CONDITION_TENSORS, Condition
+from ..families.condition import Condition
 from ..families.family import Family, with_tokens
+from ..families.spec import Input
 from ..protocol import messages
 from ..protocol.messages import Conditioning, Prompt
 from ..sampling.model_sampling import ModelSampling
 from ..strategies.weighted_prompts import Area, WeightedPrompt
+
+REGION = "region"
+"""What a prompt's tensors hold that is not for the model: where it counts. Names of several such have a dot."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Wei
     owner = index if entry.prompt is None else entry.prompt
     if owner > index:
         raise UserError(f"The {side} entry {index} names the prompt of entry {owner}, which does not come before it.")
-    area, region = _area_of(entry, side, height, width), inputs.tensors.get(f"{side}.{index}.region")
+    area, region = _area_of(entry, side, height, width), inputs.tensors.get(f"{side}.{index}.{REGION}")
     if (area is not None or region is not None) and len(family.latents) > 1:
         raise UserError(
             f"A {side} prompt is for an area or has a mask; a {family.name} model of {len(family.latents)} latents "
@@ -117,9 +121,11 @@ def prompt_of(
     Where no size of the picture is given, the model is given that of the latent of `shape` `[B, C, ..., H, W]`.
     """
     given: dict[str, Any] = {
-        name: tensors[prefix + name].to(family.device) for name in CONDITION_TENSORS if prefix + name in tensors
+        name: tensors[prefix + name].to(family.device)
+        for name in (key.removeprefix(prefix) for key in tensors if key.startswith(prefix))
+        if name != REGION and "." not in name
     }
-    check_condition_tensors(given, side, shape[0])
+    check_condition_tensors(given, family.spec.inputs, side, shape[0])
     _, *cell = family.latent.stride
     condition = Condition(
         given,
@@ -136,7 +142,7 @@ def prompt_of(
 def _references_of(
     prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, batch: int
 ) -> tuple[Tensor, ...]:
-    if prompt.references and not family.takes_references:
+    if prompt.references and not family.spec.takes_references:
         raise UserError(
             f"The {side} conditioning has {prompt.references} reference pictures, which a {family.name} model does not "
             "look at.",
@@ -253,14 +259,14 @@ def clock_at(percent: float, model_sampling: ModelSampling) -> float:
     return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
 
 
-def check_condition_tensors(given: Mapping[str, Tensor], side: str, batch: int) -> None:
+def check_condition_tensors(given: Mapping[str, Tensor], inputs: Sequence[Input], side: str, batch: int) -> None:
     """Raise `UserError` for tensors of a condition that do not fit each other or the batch."""
     shapes = {name: list(tensor.shape) for name, tensor in given.items()}
+    dims = {each.name: each.ndim for each in inputs}
     fits = "tokens" in given and all(
-        len(shape) == CONDITION_TENSORS[name] and shape[0] in (1, batch) and all(shape)
-        for name, shape in shapes.items()
+        len(shape) == dims.get(name) and shape[0] in (1, batch) and all(shape) for name, shape in shapes.items()
     )
-    for mask, tokens in (("mask", "tokens"), ("mask_2", "tokens_2")):
+    for mask, tokens in ((each.mask, each.name) for each in inputs if each.mask):
         fits = fits and (mask not in given or (tokens in given and shapes[mask][1] == shapes[tokens][1]))
     if not fits:
         raise UserError(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .. import families
 from ..adapters.lora.layers import AdaptedLayers
 from ..adapters.lora.module_names import Names
 from ..distributed.axis import keep_talk_out_of_compiled_blocks
 from ..distributed.mesh import Mesh
 from ..families.blocks import Block, compiled
 from ..families.family import Family, TokenFamily
-from ..families.registry import FAMILIES
+from ..families.registry import load_view
 from ..layout.model_part import WHOLE, ModelPart
 from ..strategies.sharded_weights import ShardedWeights
 from ..strategies.tensor import TensorParallel
@@ -33,14 +31,11 @@ def build_family(loaded: LoadedTransformer, path: Path) -> Family:
     A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
     """
     vae_config = path / "vae" / "config.json"
-    scale: dict[str, float] = {}
+    first, *others = loaded.spec.latents
     if vae_config.is_file():
-        config = json.loads(vae_config.read_text())
-        scale = {"latent_scale": config["scaling_factor"], "latent_shift": config.get("shift_factor") or 0.0}
+        first = first.of_vae(json.loads(vae_config.read_text()))
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
-    module, view = FAMILIES[loaded.family].split(":")
-    make = getattr(import_module(f"{families.__name__}.{module}"), view)
-    family: Family = make(loaded.module, loaded.compute_dtype, device, **scale)
+    family: Family = load_view(loaded.spec)(loaded.module, loaded.compute_dtype, device, (first, *others))
     family.block_parameters = loaded.block_parameters
     if isinstance(family, TokenFamily):
         family.heads = loaded.cuts.heads
@@ -57,7 +52,7 @@ class Transformer:
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
         self.family = build_family(loaded, path)
         self.cuts = loaded.cuts
-        self.names = Names(loaded.family, loaded.shapes)
+        self.names = Names(loaded.spec, loaded.shapes)
         self.adapted = AdaptedLayers(loaded, self._tensor)
         self._sharded = ShardedWeights(loaded.shards) if loaded.shards else None
         self._own = part.stage.blocks(self.family.block_parameters)

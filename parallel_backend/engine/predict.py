@@ -54,7 +54,7 @@ def predict(
         if each is not None:
             check_rows(latent, each, count)
     check_exact(request.layout)
-    check_layout(request.layout, RunFacts(batch=batch, can=family.can))
+    check_layout(request.layout, RunFacts(batch=batch, can=family.spec.can))
     for key, entry in request.run_conditions.items():
         condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
         run_conditions[key] = RunCondition(

@@ -170,7 +170,7 @@ def _facts(request: Sample, family: Family, latents: Mapping[str, Tensor]) -> Ru
         sampler=find_sampler(request.sampler).name,
         controls=len(request.controls),
         entries=entries,
-        can=family.can,
+        can=family.spec.can,
         elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
     )
 

@@ -12,6 +12,7 @@ from ..attention.site import Attention, SiteId
 from ..errors import UserError
 from ..tokens.grid import Grid
 from ..tokens.plan import Segment
+from .spec import FamilySpec
 
 if TYPE_CHECKING:
     from .family import TokenFamily
@@ -128,27 +129,16 @@ class Condition:
         return tuple(each.at(timestep, place) for place, each in enumerate(self.image_prompts) if active[place])
 
 
-CONDITION_TENSORS = {"tokens": 3, "pooled": 2, "mask": 2, "tokens_2": 3, "mask_2": 2}
-"""The tensors of a `Condition`, and their number of dims."""
-
-CONDITION_WORDS = {
-    "tokens": "text tokens",
-    "pooled": "a pooled vector",
-    "mask": "a mask of the text tokens",
-    "tokens_2": "text tokens of a second encoder",
-    "mask_2": "a mask of the second encoder's tokens",
-}
-
-
-def check_widths(condition: Condition, widths: Mapping[str, int], model: str, encoders: str) -> None:
-    """Raise `UserError` unless the conditioning has tensors of the `widths` that a `model` of text `encoders` takes."""
-    advice = f"Encode the prompt with the text encoders that belong to the model ({encoders})."
+def check_widths(condition: Condition, widths: Mapping[str, int], spec: FamilySpec) -> None:
+    """Raise `UserError` unless the conditioning has tensors of the `widths` that a model of the family takes."""
+    words = {each.name: each.what for each in spec.inputs}
+    advice = f"Encode the prompt with the text encoders that belong to the model ({spec.encoders})."
     for name, width in widths.items():
-        tensor = condition.get(name)
-        what = CONDITION_WORDS.get(name, name)
+        tensor, what = condition.get(name), words[name]
         if tensor is None:
-            raise UserError(f"The conditioning has no {what}, which this {model} model needs.", advice)
+            raise UserError(f"The conditioning has no {what}, which this {spec.title} model needs.", advice)
         if tensor.shape[-1] != width:
             raise UserError(
-                f"The conditioning has {what} of width {tensor.shape[-1]}; this {model} model takes {width}.", advice
+                f"The conditioning has {what} of width {tensor.shape[-1]}; this {spec.title} model takes {width}.",
+                advice,
             )

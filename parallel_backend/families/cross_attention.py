@@ -24,6 +24,7 @@ from ..tokens.rotary import Rotary
 from .blocks import PartlyCompiled
 from .condition import Condition
 from .family import Sites, TokenFamily
+from .spec import LatentSpec
 from .state import State
 
 IMAGE = ("image",)
@@ -144,9 +145,13 @@ class CrossAttentionFamily(TokenFamily):
     out_channels: int
 
     def __init__(
-        self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
-        super().__init__(transformer, dtype, device, **latent)
+        super().__init__(transformer, dtype, device, latents)
         self.texts = [TextOfBlock(layer.attn2) for layer in self.layers]
         for number, layer in enumerate(self.layers):
             layer.attn1.set_processor(SelfAttentionSite(self.sites, (number, "self")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from ..attention.site import Attention
 from ..errors import UserError
-from ..layout.capabilities import Capabilities
 from ..layout.stages import block_parameters
 from ..sampling.model_sampling import ModelSampling
 from ..tokens.grid import Grid, Packing, tokenise, untokenise
@@ -22,7 +20,7 @@ from ..tokens.plan import Places, Segment
 from .blocks import Block
 from .condition import Condition
 from .heads import OwnHeads
-from .spec import HEADS, HeadGroup, LatentSpec
+from .spec import FamilySpec, LatentSpec
 from .state import Evaluation, State
 
 
@@ -35,24 +33,19 @@ class Sites:
 class Family(ABC):
     """What every view of a model says of itself: what it samples, what guides it, its noise levels.
 
-    `latents`: what it samples. `can`: which parallel methods serve it. `max_side`: the most rows or columns of image
-    tokens that the model has positions for. `takes_references`: whether image tokens of reference pictures may follow
-    the picture's.
+    `spec`: the data of the family. `max_side`: the most rows or columns of image tokens that the model has positions
+    for.
     """
 
-    name: str
-    latents: tuple[LatentSpec, ...]
-    can: Capabilities = Capabilities()
+    spec: FamilySpec
     max_side: int | None = None
-    takes_references: bool = False
 
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, latent_scale: float | None, latent_shift: float | None
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, latents: tuple[LatentSpec, ...] | None) -> None:
         """`dtype`: what the network computes in (its weights may be stored in another).
 
-        `latent_scale`, `latent_shift`: of the model's own VAE, where they are not the family's.
+        `latents`: what it samples, where the model's own VAE scales them as the family's does not.
         """
+        self.latents = latents or self.spec.latents
         self.dtype = dtype
         self.device = device
         self.blocks: Sequence[Block] = ()
@@ -60,10 +53,6 @@ class Family(ABC):
         """How many parameters each block has, in the whole model where this rank has a part of one."""
         self.prompt_sites: Sequence[int] = ()
         """The block of each attention site that can be given a picture, in the sites' order."""
-        own = {"scale": latent_scale, "shift": latent_shift}
-        changed = {field: value for field, value in own.items() if value is not None}
-        if changed:
-            self.latents = (replace(self.latents[0], **changed), *self.latents[1:])
         self._preludes: WeakKeyDictionary[Condition, Any] = WeakKeyDictionary()
 
     @abstractmethod
@@ -87,6 +76,11 @@ class Family(ABC):
     def forget_preludes(self) -> None:
         """Forget what was made of conditions: the layers that made it have changed."""
         self._preludes.clear()
+
+    @property
+    def name(self) -> str:
+        """Of the family."""
+        return self.spec.name
 
     @property
     def latent(self) -> LatentSpec:
@@ -131,31 +125,28 @@ class TokenFamily(Family):
     """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
 
     `streams`: those of its tokens that go through the blocks, in the order in which they travel from one pipeline stage
-    to the next. `controlled`: the stream of the grid, to which controls add residuals. `head_groups`: as in the spec.
+    to the next. `controlled`: the stream of the grid, to which controls add residuals.
     """
 
     hidden_size: int
     streams: tuple[str, ...] = ("text", "image")
     controlled: str = "image"
-    head_groups: Mapping[str, HeadGroup] = HEADS
 
     def __init__(
         self,
         transformer: nn.Module,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        latent_scale: float | None = None,
-        latent_shift: float | None = None,
+        latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
         """As `Family`."""
-        super().__init__(dtype, device, latent_scale, latent_shift)
+        super().__init__(dtype, device, latents)
         self.transformer: Any = transformer
         self.sites = Sites()
         self.skips: Mapping[int, int] = {}
         """From each block that leaves a skip in the state to the later one that takes it."""
         shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
-        self.block_parameters = list(block_parameters(shapes).values())
+        self.block_parameters = list(block_parameters(shapes, self.spec.blocks).values())
 
     @abstractmethod
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
@@ -179,7 +170,7 @@ class TokenFamily(Family):
     @cached_property
     def heads(self) -> OwnHeads:
         """Which attention heads this rank has. All, unless a tensor-parallel part of a model says otherwise."""
-        return OwnHeads(self.head_groups, self.transformer.config)
+        return OwnHeads(self.spec.heads, self.transformer.config)
 
     def own_heads(self, group: str = "heads") -> range:
         """The heads of `group` that this rank has: the ones to take of a table with angles of each (`Rotary.heads`).

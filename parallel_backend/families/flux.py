@@ -23,6 +23,7 @@ from ..tokens.rotary import Rotary, rotations
 from .blocks import Block
 from .condition import Condition, TimedImagePrompt, check_widths
 from .family import Sites, TokenFamily
+from .keys.flux import FLUX
 from .spec import LatentSpec
 from .state import Evaluation, State
 
@@ -118,12 +119,16 @@ class Place(NamedTuple):
 
 
 class Flux(TokenFamily):
-    name = "flux"
-    latents = (LatentSpec(channels=16, scale=0.3611, shift=0.1159),)
-    takes_references = True
+    spec = FLUX
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
-        super().__init__(transformer, dtype, device, **latent)
+    def __init__(
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        latents: tuple[LatentSpec, ...] | None = None,
+    ) -> None:
+        super().__init__(transformer, dtype, device, latents)
         self.transformer = cast(FluxTransformer2DModel, transformer)
         self.hidden_size = self.transformer.inner_dim
         double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
@@ -141,7 +146,7 @@ class Flux(TokenFamily):
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
         widths = {"tokens": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
-        check_widths(condition, widths, "Flux", "CLIP-L and T5-XXL for Flux.1")
+        check_widths(condition, widths, self.spec)
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         # Only dev is distilled with guidance and trained with a shifted clock; schnell's runs straight.

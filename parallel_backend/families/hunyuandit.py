@@ -22,6 +22,7 @@ from ..tokens.rotary import Rotary, rotations
 from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
+from .keys.hunyuandit import HUNYUANDIT, skips
 from .spec import LatentSpec
 from .state import Evaluation, State
 
@@ -32,18 +33,21 @@ BETA_END = {True: 0.03, False: 0.018}
 
 
 class HunyuanDiT(CrossAttentionFamily):
-    name = "hunyuandit"
-    latents = (LatentSpec(channels=4, scale=0.13025),)
+    spec = HUNYUANDIT
 
     def __init__(
-        self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
-        super().__init__(transformer, dtype, device, **latent)
+        super().__init__(transformer, dtype, device, latents)
         model = self.transformer
         self.hidden_size = model.inner_dim
         self.out_channels = model.out_channels
         count = len(model.blocks)
-        self.skips = {source: count - 1 - source for source in range(count // 2 - 1)}
+        self.skips = skips(count)
         sources = {target: source for source, target in self.skips.items()}
         self.blocks = [
             as_block(layer, text, number if number in self.skips else None, sources.get(number))
@@ -57,9 +61,8 @@ class HunyuanDiT(CrossAttentionFamily):
 
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
-        encoders = "a Chinese CLIP and mT5-XL"
         widths = {"tokens": config["cross_attention_dim"], "tokens_2": config["cross_attention_dim_t5"]}
-        check_widths(condition, widths, "HunyuanDiT", encoders)
+        check_widths(condition, widths, self.spec)
         for name, length in (("", config["text_len"]), ("_2", config["text_len_t5"])):
             found = condition.get(f"mask{name}")
             if found is None or found.shape[1] < length:
@@ -67,7 +70,7 @@ class HunyuanDiT(CrossAttentionFamily):
                 raise UserError(
                     f"A HunyuanDiT model needs {length} text tokens{' of mT5' if name else ''}, padded, with their "
                     f"attention mask; the conditioning has {told}.",
-                    f"Encode the prompt with the text encoders that belong to the model ({encoders}).",
+                    f"Encode the prompt with the text encoders that belong to the model ({self.spec.encoders}).",
                 )
 
     def model_sampling(self, shift: float | None) -> ModelSampling:

@@ -20,6 +20,7 @@ from ..tokens.plan import Places
 from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
+from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from .spec import LatentSpec
 from .state import Evaluation, State
 
@@ -36,9 +37,13 @@ class PixArtState(CrossAttentionState):
 
 class PixArt(CrossAttentionFamily):
     def __init__(
-        self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float | None
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
-        super().__init__(transformer, dtype, device, **latent)
+        super().__init__(transformer, dtype, device, latents)
         self.hidden_size = self.transformer.inner_dim
         self.out_channels = self.transformer.out_channels
         self.blocks = [_as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
@@ -49,7 +54,7 @@ class PixArt(CrossAttentionFamily):
         return self.transformer.transformer_blocks
 
     def check_condition(self, condition: Condition) -> None:
-        check_widths(condition, {"tokens": self.transformer.config["caption_channels"]}, "PixArt", "T5-XXL")
+        check_widths(condition, {"tokens": self.transformer.config["caption_channels"]}, self.spec)
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         self.refuse_shift(shift)
@@ -106,13 +111,11 @@ class PixArt(CrossAttentionFamily):
 
 
 class PixArtAlpha(PixArt):
-    name = "pixart-alpha"
-    latents = (LatentSpec(channels=4, scale=0.18215),)
+    spec = PIXART_ALPHA
 
 
 class PixArtSigma(PixArt):
-    name = "pixart-sigma"
-    latents = (LatentSpec(channels=4, scale=0.13025),)
+    spec = PIXART_SIGMA
 
 
 def _as_block(layer: Any, text: TextOfBlock) -> Block:

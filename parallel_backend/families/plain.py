@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout.capabilities import ROWS_ALONE
 from .condition import Condition, check_widths
 from .family import Family
+from .spec import LatentSpec
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,18 @@ Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]
 class PlainFamily(Family):
     """A network as a function of the whole latent. Knows nothing of ranks: a strategy says how its sites attend.
 
-    `encoders`: what makes its conditioning, in words.
-
     The processors of the self-attention modules are replaced once, when the family is made; `uninstall` undoes it.
     """
-
-    can = ROWS_ALONE
-    encoders: str
 
     def __init__(
         self,
         network: Any,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        latent_scale: float | None = None,
-        latent_shift: float | None = None,
+        latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
         """As `Family`. Raises `ValueError` for a site that does more than project, attend and project."""
-        super().__init__(dtype, device, latent_scale, latent_shift)
+        super().__init__(dtype, device, latents)
         self.network = network
         sites = self.self_attentions()
         self.attend: Attend | None = None
@@ -85,7 +78,7 @@ class PlainFamily(Family):
         """
 
     def check_condition(self, condition: Condition) -> None:
-        check_widths(condition, self.inputs, self.name, self.encoders)
+        check_widths(condition, self.inputs, self.spec)
 
     @contextmanager
     def attending(self, attend: Attend) -> Iterator[None]:

@@ -1,12 +1,20 @@
-"""The families that the engine samples: their views, by the names that detection gives them."""
+"""The families that the pack knows: one row each. The first whose landmarks a file has is the one it is taken for."""
 
 from __future__ import annotations
 
-FAMILIES = {
-    "flux": "flux:Flux",
-    "sd3": "sd3:SD3",
-    "pixart-alpha": "pixart:PixArtAlpha",
-    "pixart-sigma": "pixart:PixArtSigma",
-    "hunyuandit": "hunyuandit:HunyuanDiT",
-}
-"""Module of this folder and class: imported where a model of the family is loaded, and nowhere else."""
+from importlib import import_module
+from typing import Any
+
+from .keys.flux import FLUX
+from .keys.hunyuandit import HUNYUANDIT
+from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
+from .keys.sd3 import SD3
+from .spec import FamilySpec
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT)}
+
+
+def load_view(spec: FamilySpec) -> type[Any]:
+    """The class of the family's view; imports torch's modules and diffusers. For ranks."""
+    module, name = spec.view.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)

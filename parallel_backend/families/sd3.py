@@ -23,6 +23,7 @@ from ..tokens.plan import Places, Segment
 from .blocks import Block
 from .condition import Condition, TimedImagePrompt, check_widths
 from .family import Sites, TokenFamily
+from .keys import sd3 as keys
 from .spec import LatentSpec
 from .state import Evaluation, State
 
@@ -89,11 +90,16 @@ class Site:
 
 
 class SD3(TokenFamily):
-    name = "sd3"
-    latents = (LatentSpec(channels=16, scale=1.5305, shift=0.0609),)
+    spec = keys.SD3
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
-        super().__init__(transformer, dtype, device, **latent)
+    def __init__(
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        latents: tuple[LatentSpec, ...] | None = None,
+    ) -> None:
+        super().__init__(transformer, dtype, device, latents)
         self.transformer = cast(SD3Transformer2DModel, transformer)
         self.max_side = self.transformer.config["pos_embed_max_size"]
         self.hidden_size = self.transformer.inner_dim
@@ -107,7 +113,7 @@ class SD3(TokenFamily):
     def check_condition(self, condition: Condition) -> None:
         config = self.transformer.config
         widths = {"tokens": config["joint_attention_dim"], "pooled": config["pooled_projection_dim"]}
-        check_widths(condition, widths, "Stable Diffusion 3", "CLIP-L, CLIP-G and T5-XXL")
+        check_widths(condition, widths, self.spec)
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         return DiscreteFlow(shift=SHIFT if shift is None else shift)

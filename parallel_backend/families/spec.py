@@ -1,15 +1,26 @@
-"""What a family's files say: rules from their names to the model's, and how tensors are cut."""
+"""What every part of the pack knows of a family: one record of data, without torch's modules or diffusers.
+
+Nodes, command line, launcher and ranks read it. What computes is the family's view, which a rank imports by its name.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..layout.capabilities import Capabilities
+from ..layout.stages import BlockList
 
 SUFFIXES = {"weight": "weight", "bias": "bias"}
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a file's or a model's tensors, by their names."""
+
+Config = Mapping[str, Any]
+"""The arguments of a model's class in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,15 @@ class LatentSpec:
     multiple: tuple[int, int, int] = (1, 1, 1)
     first_frame_alone: bool = True
     kept: Literal["noised", "clean"] = "noised"
+
+    def of_vae(self, config: Mapping[str, Any]) -> LatentSpec:
+        """The same of a VAE with that config.json: with the numbers that it says, and the others as they are."""
+        said: dict[str, Any] = {}
+        if config.get("scaling_factor") is not None:
+            said = {"scale": config["scaling_factor"], "shift": config.get("shift_factor") or 0.0}
+        if config.get("latents_mean") and config.get("latents_std"):
+            said |= {"mean": tuple(config["latents_mean"]), "std": tuple(config["latents_std"])}
+        return replace(self, **said)
 
 
 @dataclass(frozen=True)
@@ -87,30 +107,83 @@ class Cut:
     spans: tuple[str, ...] = (FEATURES,)
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 @dataclass(frozen=True)
-class FileFamily:
-    """What loading knows of a family: how to recognise its files, its config from their shapes, its key rules.
+class Input:
+    """A tensor that a model is conditioned on: `name` in a `Condition` and in a request, of `ndim` dims, batch first.
 
-    `landmarks`: per layout ("original", "diffusers") the keys that only this family has together.
-    `derive_config(layout, shapes, declared config)` gives the arguments of the diffusers class. `cuts`: of the layers
-    of its blocks, by the groups of `heads` that they name; tensor-parallel ranks hold all of a layer that is in no row.
-    `older_class_names`: what config.json of an older diffusers calls the class; `not_weights`: keys of tensors that the
-    module does not need; `never_fp8`: modules whose matrices other modules use.
+    `what`: in words, for errors. `entry`: its key in an entry of ComfyUI's CONDITIONING; None for the entry's own
+    tensor. `network`: the argument of ComfyUI's network that becomes it; None where the host's network takes none.
+    `mask`: the input `[B, S]` that says which of its tokens count; without one all of them do.
     """
 
     name: str
+    ndim: int
+    what: str
+    entry: str | None = None
+    network: str | None = None
+    required: bool = True
+    mask: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FamilySpec:
+    """One family of models. See the fields. Equal to no other."""
+
+    name: str
+    title: str
+    """In words, for people."""
+    view: str
+    """Module of this folder and class, as "flux:Flux": imported in the ranks alone."""
     class_name: str
-    landmarks: Mapping[str, Mapping[str, str]]
-    rules: tuple[Rule, ...]
-    derive_config: Callable[[str, Shapes, Mapping[str, Any]], dict[str, Any]]
+    """Of diffusers."""
+    blocks: tuple[BlockList, ...]
+    """In the order of computation."""
+    latents: tuple[LatentSpec, ...]
+    """What it samples."""
+    inputs: tuple[Input, ...]
+    encoders: str
+    """In words: what makes its conditioning."""
+    landmarks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By layout ("original", "diffusers"), by what they are: the keys of a file that only this family has together."""
+    reject: Callable[[Shapes, Mapping[str, str]], str | None] = lambda shapes, metadata: None
+    """From a file's shapes and metadata: which of the family's neighbours with the same landmarks it is, in words."""
+    rules: tuple[Rule, ...] = ()
+    """From the original names to those of diffusers."""
+    derive_config: Callable[[str, Shapes, Config], dict[str, Any]] = lambda layout, shapes, declared: dict(declared)
+    """From the layout, the shapes and the declared config (of config.json): the arguments of the diffusers class."""
     cuts: tuple[Cut, ...] = ()
+    """Of the layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row."""
     heads: Mapping[str, HeadGroup] = field(default_factory=lambda: HEADS)
+    """Groups of attention heads that `cuts` name."""
     older_class_names: tuple[str, ...] = ()
+    """What config.json of an older diffusers calls the class."""
     not_weights: tuple[str, ...] = ()
+    """Keys of tensors that the module does not need."""
     never_fp8: tuple[str, ...] = ()
+    """Modules whose matrices other modules use."""
+    host_config: Callable[[Config], dict[str, Any]] | None = None
+    """What ComfyUI's detection says of a model with such a config; None where ComfyUI has no class for it."""
+    host_params: str | None = None
+    """Module and dataclass of ComfyUI that are given `host_config`, where older versions have fewer fields in it."""
+    residuals: Callable[[Config], Mapping[str, Sequence[int]]] | None = None
+    """The blocks behind which ComfyUI adds the residuals of its lists "input" and "output"; None: it adds none."""
+    all_residuals: bool = False
+    """Whether ComfyUI takes a list only with a residual for each of these blocks."""
+    takes_references: bool = False
+    """Whether tokens of reference pictures may follow the picture's."""
+    can: Capabilities = field(default_factory=Capabilities)
+    """The parallel methods that its view serves."""
+    published: Mapping[str, Config] = field(default_factory=dict)
+    """Configs of published models, by their names."""
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The only latent, or the first."""
+        return self.latents[0]
+
+    def count_blocks(self, config: Config) -> int:
+        """Of a model with such a config."""
+        return sum(config[each.count] for each in self.blocks)
 
 
 def count_blocks(shapes: Shapes, stem: str) -> int:

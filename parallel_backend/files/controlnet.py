@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..families.keys.flux import FLUX
 from ..families.keys.hunyuandit import HUNYUANDIT
 from ..families.keys.sd3 import HEAD_DIM, SD3
-from ..families.spec import FileFamily, Rule, Shapes, count_blocks
+from ..families.spec import FamilySpec, Rule, Shapes, count_blocks
 from .checkpoint import Checkpoint, open_checkpoint
 from .key_map import Piece, ruled_map
 
@@ -145,7 +145,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
 
 
 def _derived(
-    row: FileFamily, layout: str, absent: Mapping[str, tuple[int, ...]], shapes: Shapes, declared: Mapping[str, Any]
+    row: FamilySpec, layout: str, absent: Mapping[str, tuple[int, ...]], shapes: Shapes, declared: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config of a model of the same widths. `absent`: the shapes of what only a model has, and tells its config."""
     missing = [key for key in row.landmarks[layout].values() if key not in shapes and key not in absent]

@@ -6,73 +6,76 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..families.keys.flux import FLUX
-from ..families.keys.hunyuandit import HUNYUANDIT
-from ..families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
-from ..families.keys.sd3 import SD3
-from ..families.spec import FileFamily, Shapes
+from ..families.registry import FAMILIES
+from ..families.spec import FamilySpec, Shapes
 from .checkpoint import Checkpoint
 from .key_map import Piece, identity_map, ruled_map
 from .quantization import FORMAT, refuse_unread
 
-FAMILIES: tuple[FileFamily, ...] = (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT)
-"""In the order in which they are tried."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 
 @dataclass(frozen=True)
 class Detected:
-    """A family's model in a checkpoint: `config` are the arguments of the diffusers class `class_name`.
+    """A family's model in a checkpoint: `config` are the arguments of its class in diffusers.
 
     `layout` is "diffusers" or "original"; `shapes` are the model's keys without `prefix`.
     """
 
-    family: str
-    class_name: str
+    spec: FamilySpec
     layout: str
     prefix: str
     config: dict[str, Any]
     shapes: Shapes
-    row: FileFamily
+
+    @property
+    def family(self) -> str:
+        return self.spec.name
 
     def pieces(self, expected: Shapes) -> dict[str, list[Piece]]:
         """Where each parameter in `expected` (diffusers names) lies; raises UserError if the keys do not fit."""
         if self.layout == "diffusers":
             return identity_map(self.shapes, expected)
-        return ruled_map(self.row.rules, self.shapes, expected)
+        return ruled_map(self.spec.rules, self.shapes, expected)
 
 
 def detect(checkpoint: Checkpoint) -> Detected:
-    """Raises UserError naming the file, what was looked at and the known families when none matches; for quantized
-    weights that cannot be read, too.
+    """Raises UserError naming the file, what was looked at and the known families when none matches, or which
+    neighbour of one it is; for quantized weights that cannot be read, too.
     """
     refuse_unread(checkpoint)
+    neighbour = ""
     for prefix in PREFIXES:
         shapes = {
             key.removeprefix(prefix): info.shape for key, info in checkpoint.tensors.items() if key.startswith(prefix)
         }
-        for row in FAMILIES:
-            for layout, landmarks in row.landmarks.items():
-                if all(key in shapes for key in landmarks.values()):
-                    return _detected(checkpoint, row, layout, prefix, shapes)
+        for spec in FAMILIES.values():
+            layouts = (name for name, keys in spec.landmarks.items() if all(key in shapes for key in keys.values()))
+            if layout := next(layouts, None):
+                found = spec.reject(shapes, checkpoint.metadata)
+                if found is None:
+                    return _detected(checkpoint, spec, layout, prefix, shapes)
+                neighbour = neighbour or f"{checkpoint.source} holds {found}, which is not served; {spec.title} is."
+    if neighbour:
+        raise UserError(neighbour, "Choose another model, or load this one with ComfyUI's own loader.")
     keys = sorted(checkpoint.tensors)
     declared = f", config.json says {checkpoint.config.get('_class_name')!r}" if checkpoint.config else ""
     raise UserError(
-        f"{checkpoint.source} holds no model of a known family ({', '.join(row.name for row in FAMILIES)}); "
+        f"{checkpoint.source} holds no model of a known family ({', '.join(FAMILIES)}); "
         f"looked at {len(keys)} tensors ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}){declared}.",
         "Choose the file or folder of a diffusion transformer; text encoders and VAEs have loaders of their own.",
     )
 
 
-def _detected(checkpoint: Checkpoint, row: FileFamily, layout: str, prefix: str, shapes: Shapes) -> Detected:
+def _detected(checkpoint: Checkpoint, spec: FamilySpec, layout: str, prefix: str, shapes: Shapes) -> Detected:
     declared = checkpoint.config or {}
-    class_name = declared.get("_class_name", row.class_name)
-    if class_name not in (row.class_name, *row.older_class_names):
+    class_name = declared.get("_class_name", spec.class_name)
+    if class_name not in (spec.class_name, *spec.older_class_names):
         raise UserError(
-            f"{checkpoint.source}: config.json says {class_name!r}, but the weights are those of {row.class_name}."
+            f"{checkpoint.source}: config.json says {class_name!r}, but the weights are those of {spec.class_name}."
         )
     try:
-        config = row.derive_config(layout, shapes, declared)
+        config = spec.derive_config(layout, shapes, declared)
     except UserError as error:
         raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
     for name, value in config.items():
@@ -83,6 +86,6 @@ def _detected(checkpoint: Checkpoint, row: FileFamily, layout: str, prefix: str,
                 "Config and weights must come from the same model.",
             )
     weights = {
-        key: shape for key, shape in shapes.items() if key not in row.not_weights and key.rsplit(".", 1)[-1] != FORMAT
+        key: shape for key, shape in shapes.items() if key not in spec.not_weights and key.rsplit(".", 1)[-1] != FORMAT
     }
-    return Detected(row.name, row.class_name, layout, prefix, config, weights, row)
+    return Detected(spec, layout, prefix, config, weights)

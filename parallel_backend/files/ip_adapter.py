@@ -36,15 +36,30 @@ SD3_NAMES = (
 
 @dataclass(frozen=True)
 class Kind:
-    """How a family's IP-Adapters are named, and the tensors that only they have together."""
+    """How a family's IP-Adapters are named, and the tensors that only they have together.
+
+    `picture`: what of ComfyUI's CLIP_VISION_OUTPUT they take; `entrance`: the weight that it meets first.
+    """
 
     names: tuple[tuple[str, str], ...]
     landmarks: tuple[str, ...]
+    picture: str
+    entrance: str
 
 
 KINDS = {
-    "flux": Kind(FLUX_NAMES, ("projection.image_embeds.weight", "sites.0.to_k_ip.weight", "sites.0.to_k_ip.bias")),
-    "sd3": Kind(SD3_NAMES, ("projection.latents", "sites.0.norm_ip.linear.weight", "sites.0.to_k_ip.weight")),
+    "flux": Kind(
+        FLUX_NAMES,
+        ("projection.image_embeds.weight", "sites.0.to_k_ip.weight", "sites.0.to_k_ip.bias"),
+        "image_embeds",
+        "image_embeds.weight",
+    ),
+    "sd3": Kind(
+        SD3_NAMES,
+        ("projection.latents", "sites.0.norm_ip.linear.weight", "sites.0.to_k_ip.weight"),
+        "penultimate_hidden_states",
+        "proj_in.weight",
+    ),
 }
 """By the family of the models that they are for."""
 
@@ -75,8 +90,12 @@ class IPAdapterInfo:
     @property
     def picture_width(self) -> int:
         """Of the embedding of a picture that it takes."""
-        weight = "image_embeds.weight" if self.family == "flux" else "proj_in.weight"
-        return self.shapes.get(PROJECTION + weight, (0, 0))[-1]
+        return self.shapes.get(PROJECTION + KINDS[self.family].entrance, (0, 0))[-1]
+
+    @property
+    def picture(self) -> str:
+        """What of ComfyUI's CLIP_VISION_OUTPUT it takes."""
+        return KINDS[self.family].picture
 
 
 def read_ip_adapter(path: str | Path) -> IPAdapterInfo:

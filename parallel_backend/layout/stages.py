@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,9 +10,28 @@ from math import prod
 
 from .layout import StageBlocks
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
-"""The module lists that hold the blocks of every family, in the order of computation."""
-IN_BLOCK = re.compile(rf"({'|'.join(BLOCK_LISTS)})\.(\d+)\.")
+
+@dataclass(frozen=True)
+class BlockList:
+    """Some of a model's blocks: the modules of one number in all of the module lists `names` make up a block.
+
+    `count`: what the model's config calls their number. `apart`: modules within blocks that belong to none of them,
+    because other parts of the model use them: every stage holds them.
+    """
+
+    names: tuple[str, ...]
+    count: str = "num_layers"
+    apart: tuple[str, ...] = ()
+
+    def number(self, parameter: str) -> int | None:
+        """Of the block that the `parameter` of that name belongs to."""
+        if any(parameter.startswith(f"{module}.") for module in self.apart):
+            return None
+        for name in self.names:
+            number, found, _ = parameter.removeprefix(f"{name}.").partition(".")
+            if parameter.startswith(f"{name}.") and found and number.isdecimal():
+                return int(number)
+        return None
 
 
 @dataclass(frozen=True)
@@ -78,24 +96,26 @@ def balanced_sizes(parameters: tuple[int, ...], stages: int) -> tuple[int, ...]:
     return best[len(parameters)][1]
 
 
-def block_of(name: str) -> tuple[int, int] | None:
+def block_of(name: str, blocks: Sequence[BlockList]) -> tuple[int, int] | None:
     """The list and the number of the block that the parameter `name` belongs to; such pairs sort as they compute."""
-    found = IN_BLOCK.match(name)
-    return (BLOCK_LISTS.index(found[1]), int(found[2])) if found else None
+    for place, each in enumerate(blocks):
+        if (number := each.number(name)) is not None:
+            return place, number
+    return None
 
 
-def block_parameters(shapes: Mapping[str, Sequence[int]]) -> dict[tuple[int, int], int]:
+def block_parameters(shapes: Mapping[str, Sequence[int]], blocks: Sequence[BlockList]) -> dict[tuple[int, int], int]:
     """How many parameters each block of a whole model has, in the order of computation; `shapes` by their names."""
     counts: dict[tuple[int, int], int] = {}
     for name, shape in shapes.items():
-        if block := block_of(name):
+        if block := block_of(name, blocks):
             counts[block] = counts.get(block, 0) + prod(shape)
     return dict(sorted(counts.items()))
 
 
-def stage_parameters(shapes: Mapping[str, Sequence[int]], stage: Stage) -> set[str]:
+def stage_parameters(shapes: Mapping[str, Sequence[int]], blocks: Sequence[BlockList], stage: Stage) -> set[str]:
     """Those of a whole model's parameters that `stage` needs: its blocks', and all that belong to no block."""
-    counts = block_parameters(shapes)
+    counts = block_parameters(shapes, blocks)
     own = set(list(counts)[stage.blocks(list(counts.values()))])
-    owners = {name: block_of(name) for name in shapes}
+    owners = {name: block_of(name, blocks) for name in shapes}
     return {name for name, block in owners.items() if block is None or block in own}

@@ -16,11 +16,11 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..errors import UserError
-from ..families.spec import Shapes
+from ..families.spec import FamilySpec, Shapes
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.detect import Detected, detect
 from ..layout.model_part import WHOLE, ModelPart
-from ..layout.stages import block_of, block_parameters, stage_parameters
+from ..layout.stages import BlockList, block_of, block_parameters, stage_parameters
 from .formats import BY_DTYPE, BY_NAME, StorageFormat
 from .reader import Reader, StoredTensor
 from .shards import BlockShards, load_shards
@@ -41,12 +41,11 @@ class LoadedTransformer:
     host. `weight_dtype`: dtype of the matrices in memory; `compute_dtype`: what to feed the module with. `cuts`: what
     its layers hold; `shards`: its blocks, where they are put together only while they are computed.
     `block_parameters`: how many parameters each block of the whole model has. `shapes`: its parameters, and those
-    buffers that files hold, whole, as diffusers names them. `lent`: how the names of modules begin whose matrices other
-    modules multiply with.
+    buffers that files hold, whole, as diffusers names them.
     """
 
     module: nn.Module
-    family: str
+    spec: FamilySpec
     config: dict[str, Any]
     source: Path
     fingerprint: str
@@ -58,7 +57,10 @@ class LoadedTransformer:
     shards: BlockShards | None
     block_parameters: tuple[int, ...]
     shapes: Shapes
-    lent: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        return self.spec.name
 
 
 def load_transformer(
@@ -79,7 +81,7 @@ def load_transformer(
     device = torch.device(device)
     checkpoint = open_checkpoint(path)
     found = detect(checkpoint)
-    module = empty_module(found.class_name, found.config)
+    module = empty_module(found.spec.class_name, found.config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     try:
         pieces = found.pieces(expected)
@@ -88,20 +90,20 @@ def load_transformer(
     store_linears(module)
     storage = _storage_format(checkpoint, found, weight_dtype)
     compute = _compute_format(storage, device)
-    reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", found.row.never_fp8, device)
-    if part.tensor.count > 1 and not found.row.cuts:
+    reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", found.spec.never_fp8, device)
+    if part.tensor.count > 1 and not found.spec.cuts:
         raise UserError(
             f"{checkpoint.source}: a {found.family} model cannot be cut over tensor_degree={part.tensor.count} ranks.",
             "Use tensor_degree=1, and ulysses_degree or weights=sharded instead.",
         )
-    cuts = TensorCuts(found.row.cuts, found.row.heads, found.config, part.tensor)
+    cuts = TensorCuts(found.spec.cuts, found.spec.heads, found.config, part.tensor)
     entries = []
-    for name in sorted(stage_parameters(expected, part.stage)):
+    for name in sorted(stage_parameters(expected, found.spec.blocks, part.stage)):
         if cuts.holds(name):
             entries.append(reader.entry(module, name, pieces[name], cuts.slices(name, expected[name])))
         else:
             _drop(module, name)
-    blocks = _by_block(entries) if part.shard else []
+    blocks = _by_block(entries, found.spec.blocks) if part.shard else []
     in_blocks = {entry.name for block in blocks for entry in block}
     shared = sum(_load(entry, module, reader) for entry in entries if entry.name not in in_blocks)
     shards = load_shards(blocks, module, reader, part.shard, in_host_memory=part.offload) if part.shard else None
@@ -113,7 +115,7 @@ def load_transformer(
     logger.info(
         "%s (%s, %s layout) from %s: weights %s, computing in %s, %.2f GB, %.2f GB of them shared file pages",
         *(
-            found.class_name,
+            found.spec.class_name,
             found.family,
             found.layout,
             checkpoint.source,
@@ -125,7 +127,7 @@ def load_transformer(
     )
     return LoadedTransformer(
         module,
-        found.family,
+        found.spec,
         found.config,
         checkpoint.source,
         checkpoint.digest,
@@ -135,9 +137,8 @@ def load_transformer(
         shared,
         cuts,
         shards,
-        tuple(block_parameters(expected).values()),
+        tuple(block_parameters(expected, found.spec.blocks).values()),
         expected,
-        found.row.never_fp8,
     )
 
 
@@ -152,11 +153,11 @@ def empty_module(class_name: str, config: Mapping[str, Any]) -> nn.Module:
         return build(**config)
 
 
-def _by_block(entries: Sequence[StoredTensor]) -> list[list[StoredTensor]]:
+def _by_block(entries: Sequence[StoredTensor], lists: Sequence[BlockList]) -> list[list[StoredTensor]]:
     """The entries of each block, in the order of computation."""
     blocks: dict[tuple[int, int], list[StoredTensor]] = {}
     for entry in entries:
-        if place := block_of(entry.name):
+        if place := block_of(entry.name, lists):
             blocks.setdefault(place, []).append(entry)
     return [blocks[place] for place in sorted(blocks)]
 

@@ -43,11 +43,14 @@ def main(folder: Path) -> None:
 
     comfy.options.enable_args_parsing()
     import comfy.model_detection
-    from paralleldit.nodes.comfyui.remote_model import UNET_CONFIGS
+    from paralleldit.nodes.comfyui.remote_model import unet_config
+    from paralleldit.parallel_backend.families.registry import FAMILIES
 
     for told in sorted(folder.glob("*.json")):
         handle = json.loads(told.read_text())
-        config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle["family"]](handle["config"]))
+        config = comfy.model_detection.model_config_from_unet_config(
+            unet_config(FAMILIES[handle["family"]], handle["config"])
+        )
         config.set_inference_dtype(torch.float32, None)
         weights = load_file(told.with_suffix(".safetensors"))
         model = config.get_model(weights, "")

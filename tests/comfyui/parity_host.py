@@ -309,11 +309,14 @@ def native_model(told: Path) -> Any:
     import comfy.model_detection
     import comfy.model_management
     import comfy.model_patcher
-    from paralleldit.nodes.comfyui.remote_model import UNET_CONFIGS
+    from paralleldit.nodes.comfyui.remote_model import unet_config
+    from paralleldit.parallel_backend.families.registry import FAMILIES
     from safetensors.torch import load_file
 
     handle = json.loads(told.read_text())
-    config = comfy.model_detection.model_config_from_unet_config(UNET_CONFIGS[handle["family"]](handle["config"]))
+    config = comfy.model_detection.model_config_from_unet_config(
+        unet_config(FAMILIES[handle["family"]], handle["config"])
+    )
     config.set_inference_dtype(torch.float32, None)
     weights = load_file(told.with_suffix(".safetensors"))
     model = config.get_model(weights, "")

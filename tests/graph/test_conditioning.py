@@ -6,8 +6,9 @@ import pytest
 import torch
 from paralleldit.nodes.handles import ModelHandle
 from paralleldit.nodes.layout_choice import LayoutChoice
-from paralleldit.nodes.request.conditioning import TRAVELS, entry_of, to_message
+from paralleldit.nodes.request.conditioning import entry_of, to_message
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import conditioning, load, sample
 
@@ -61,10 +62,9 @@ def test_a_prompt_of_another_model_is_refused(client, family, entry, words):
     assert not client.sent
 
 
-@pytest.mark.parametrize("family", TRAVELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_encoded_prompt_is_one_that_travels(family):
-    travel = TRAVELS[family]
-    tensors = {name: torch.ones(1, 3) for name in ("tokens", *travel.needs.values(), *travel.takes.values())}
+    tensors = {each.name: torch.ones(1, 3) for each in FAMILIES[family].inputs}
     _, travelling_tensors = to_message("positive", entry_of(tensors, 2.0), family, (1, 4, 4, 4))
     assert travelling_tensors == {f"positive.0.{name}": tensor for name, tensor in tensors.items()}
 

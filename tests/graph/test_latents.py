@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from paralleldit.nodes.request import latent
 from paralleldit.nodes.request.conditioning import to_message
 from paralleldit.nodes.request.regions import placed_sides, refuse_places
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.families.spec import LatentSpec
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import conditioning, sample
@@ -120,7 +122,7 @@ def test_a_latent_that_is_none_of_the_models_is_refused_by_name(specs, samples, 
 
 
 def test_parallel_sampler_samples_a_video(client, monkeypatch):
-    monkeypatch.setattr(latent, "specs_of", lambda handle: VIDEO)
+    monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], latents=VIDEO))
     masks = torch.stack([torch.full((32, 48), float(frame)) for frame in range(3)])
     positive = [*conditioning(mask=masks), *conditioning(area=(2, 6, 1, 0))]
     out = sample(latent_image={"samples": torch.zeros(2, 16, 3, 4, 6)}, positive=positive)

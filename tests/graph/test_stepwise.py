@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from paralleldit.nodes.comfyui import stepwise as stepwise_module
 from paralleldit.nodes.comfyui.stepwise import StepwiseModel
 from paralleldit.nodes.handles import ModelHandle, ShownPicture
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.nodes.request.network_inputs import one_time
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.families.spec import LatentSpec
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
@@ -71,7 +71,7 @@ def test_videos_travel_with_a_time_for_each_frame_and_that_of_the_next_level(ask
 
 
 def test_several_latents_travel_by_name_and_come_back_in_order(ask, monkeypatch):
-    monkeypatch.setattr(stepwise_module, "specs_of", lambda handle: VIDEO_AND_SOUND)
+    monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], latents=VIDEO_AND_SOUND))
     video, sound = torch.zeros(4, 4, 3, 6, 6), torch.ones(4, 8, 7, 2)
     found = running().predict([video, sound], TIMESTEP, inputs(), (0, 1))
     assert [torch.equal(one, other + 1) for one, other in zip(found, (video, sound), strict=True)] == [True, True]

@@ -13,8 +13,9 @@ from paralleldit.parallel_backend.attention.site import Attention, KeySet
 from paralleldit.parallel_backend.families.blocks import Block
 from paralleldit.parallel_backend.families.condition import Condition, check_widths
 from paralleldit.parallel_backend.families.family import TokenFamily
-from paralleldit.parallel_backend.families.spec import HeadGroup, LatentSpec
+from paralleldit.parallel_backend.families.spec import FamilySpec, HeadGroup, Input, LatentSpec
 from paralleldit.parallel_backend.families.state import Evaluation, State
+from paralleldit.parallel_backend.layout.stages import BlockList
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow, ModelSampling
 from paralleldit.parallel_backend.tokens.grid import Grid
 from paralleldit.parallel_backend.tokens.plan import Places, Segment
@@ -58,19 +59,30 @@ class MadeUpState(State):
     places: int = 0
 
 
-class MadeUp(TokenFamily):
-    name = "made-up"
-    latents = (
+MADE_UP = FamilySpec(
+    name="made-up",
+    title="made-up",
+    view="made_up.view:MadeUp",
+    class_name="Network",
+    blocks=(BlockList(("blocks", "transient_projections"), apart=("blocks.0.head_scale",)),),
+    latents=(
         LatentSpec(channels=3, name="video", dims=3, patch=(1, 2, 2), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5)),
         LatentSpec(channels=2, name="sound", dims=2, stride=(1, 1, 1), patch=(1, 1, 3)),
-    )
+    ),
+    inputs=(Input("tokens", 3, "text tokens"), Input("each", 4, "tokens for each block")),
+    encoders="none",
+    heads=GROUPS,
+)
+
+
+class MadeUp(TokenFamily):
+    spec = MADE_UP
     streams = ("pad", "video", "sound")
     controlled = "video"
     hidden_size = VIDEO
-    head_groups = GROUPS
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, **latent: float) -> None:
-        super().__init__(transformer, dtype, device, **latent)
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(transformer, dtype, device)
         self.blocks = [self._as_block(number) for number in range(len(self.transformer.blocks))]
 
     @property
@@ -82,7 +94,7 @@ class MadeUp(TokenFamily):
         return torch.float32
 
     def check_condition(self, condition: Condition) -> None:
-        check_widths(condition, {"tokens": TEXT, "each": TEXT}, "made-up", "none")
+        check_widths(condition, {"tokens": TEXT, "each": TEXT}, self.spec)
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         return DiscreteFlow(shift=1.0 if shift is None else shift, multiplier=1.0)

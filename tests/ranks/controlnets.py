@@ -135,7 +135,7 @@ def inputs(model, pixels=False):
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny = TINY_MODELS[model]
-    size = (tiny.family.latents[0].channels, HEIGHT, WIDTH)
+    size = (tiny.spec.latents[0].channels, HEIGHT, WIDTH)
     pictures = draw(1, *size), draw(BATCH, *size)
     if pixels:
         pictures = tuple(torch.rand(rows, 3, HEIGHT * 8, WIDTH * 8, generator=generator) for rows in (1, BATCH))
@@ -175,7 +175,7 @@ class Controlled:
         picture, strength = self.pictures[number], STRENGTHS[number]
         batch = BATCH
         told = {"conditioning_scale": strength, "return_dict": False}
-        if self.family.name == "flux":
+        if self.family.spec.name == "flux":
             guided = self.net.config.guidance_embeds
             if self.net.input_hint_block is not None:
                 told |= {"controlnet_cond": picture.expand(batch, -1, -1, -1)}
@@ -190,7 +190,7 @@ class Controlled:
             )
             return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
         picture = picture.expand(batch, -1, -1, -1)
-        if self.family.name == "sd3":
+        if self.family.spec.name == "sd3":
             zeros = self.net.config.force_zeros_for_pooled_projection
             pooled = kwargs["pooled_projections"]
             own = kwargs | {"pooled_projections": torch.zeros_like(pooled) if zeros else pooled}

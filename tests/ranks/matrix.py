@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.layout.layout import Layout
 
 PACK = Path(__file__).resolve().parents[2]
@@ -33,13 +34,7 @@ METHODS = {
 }
 """The columns of the summary: a layout uses a method when its name in the tables has this part."""
 UNTESTED = "–"
-COLUMNS = {
-    "flux": "Flux.1",
-    "sd3": "Stable Diffusion 3",
-    "pixart-alpha": "PixArt-alpha",
-    "pixart-sigma": "PixArt-Sigma",
-    "hunyuandit": "HunyuanDiT",
-}
+COLUMNS = {spec.name: spec.title for spec in FAMILIES.values()}
 
 Cell = tuple[str, str, str]
 """Table, row and family."""
@@ -85,11 +80,13 @@ def shown(page: str) -> dict[Cell, str]:
     """The figures in the page's tables."""
     figures = {}
     for table in TABLES:
-        _, _, rows = _section(page, table)[1].partition("|\n|---")
+        head, _, rows = _section(page, table)[1].partition("|\n|---")
+        of_title = {title: family for family, title in COLUMNS.items()}
+        families = [of_title.get(title.strip()) for title in head.split("|")[3:]]
         for line in rows.splitlines()[1:]:
             ranks, layout, *values = (value.strip() for value in line.strip().strip("|").split("|"))
-            for family, value in zip(COLUMNS, values, strict=True):
-                if value:
+            for family, value in zip(families, values, strict=True):
+                if value and family:
                     figures[table, f"{ranks} | {layout}", family] = value
     return figures
 

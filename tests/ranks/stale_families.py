@@ -29,7 +29,7 @@ def request_of(model, layout, path="unused"):
     tiny = TINY_MODELS[model]
     conditions = {"positive": tiny.condition(draw, 1, TEXT), "negative": tiny.condition(draw, 2, TEXT + 3)}
     entries = {side: (entry_of(condition),) for side, condition in conditions.items()}
-    tensors = {"latent": draw(2, tiny.family.latents[0].channels, *SIZE)}
+    tensors = {"latent": draw(2, tiny.spec.latents[0].channels, *SIZE)}
     for side, condition in conditions.items():
         tensors |= tensors_of(side, condition)
     request = messages.Sample(

@@ -123,7 +123,7 @@ def cells():
     for degrees, _, _, _, refresh in STALE:
         yield cell(LATE, layout_of(degrees, 1, refresh), "flux")
     for layout, model in (*FAMILY_CASES, *PARTS_CASES):
-        yield cell(LATE if layout.warmup_steps < WARM else EXACTLY, layout, TINY_MODELS[model].family.name)
+        yield cell(LATE if layout.warmup_steps < WARM else EXACTLY, layout, TINY_MODELS[model].spec.name)
 
 
 class LateFamily(stale_families.StaleModel):
@@ -171,5 +171,5 @@ def test_run_of_any_family_equals_serial_model_of_late_keys(ranks, figures, tmp_
     path = tmp_path if (layout, model) in PARTS_CASES else None
     for answer in ranks.run(layout.ranks, stale_families.sampled, model, layout, path):
         error = relative_error(answer, expected)
-        figures.note(LATE if layout.warmup_steps < WARM else EXACTLY, layout, TINY_MODELS[model].family.name, error)
+        figures.note(LATE if layout.warmup_steps < WARM else EXACTLY, layout, TINY_MODELS[model].spec.name, error)
         assert error <= 1e-5

@@ -110,7 +110,7 @@ def make_inputs(model, height, width, text, batch):
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny = TINY_MODELS[model]
-    latent = draw(batch, tiny.family.latents[0].channels, height, width)
+    latent = draw(batch, tiny.spec.latents[0].channels, height, width)
     # The negative prompt has another length, and a text for every picture.
     conditions = tiny.condition(draw, 1, text), tiny.condition(draw, batch, text + 3)
     # As a request has it: a picture of which no size is told is told of its own, in pixels.
@@ -205,7 +205,7 @@ def test_layout_equals_plain_diffusers(ranks, figures, expected, layout, cases):
     for answers in ranks.run(layout.ranks, guided, layout, cases, torch.float32):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
-            figures.note(EXACT, layout, TINY_MODELS[model].family.name, error)
+            figures.note(EXACT, layout, TINY_MODELS[model].spec.name, error)
             assert error <= 1e-5, (model, shape)
 
 
@@ -217,7 +217,7 @@ def test_layout_in_bf16_stays_within_its_rounding(ranks, figures, degrees):
     answers = ranks.run(layout_of(degrees).ranks, guided, layout_of(degrees), cases, torch.bfloat16)[0]
     for case, answer in answers.items():
         error = relative_error(answer, exact[case])
-        figures.note(BF16, layout_of(degrees), TINY_MODELS[case[0]].family.name, error)
+        figures.note(BF16, layout_of(degrees), TINY_MODELS[case[0]].spec.name, error)
         assert error <= 2 * relative_error(alone[case], exact[case]), case
 
 
@@ -245,7 +245,7 @@ def cells():
     cases += [(BF16, layout, product(WHOLE_RUNS)) for layout in (*map(layout_of, IN_BF16), *SPREAD_IN_BF16)]
     for table, layout, models in cases:
         for model, *_ in models:
-            yield cell(table, layout, TINY_MODELS[model].family.name)
+            yield cell(table, layout, TINY_MODELS[model].spec.name)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_parts_of_a_model_equal_plain_diffusers(ranks, figures, expected, model_
     for answers in ranks.run(layout.ranks, guided_by_part, layout, cases, paths, "auto"):
         for (model, shape), answer in answers.items():
             error = relative_error(answer, expected(model, shape))
-            figures.note(EXACT, layout, TINY_MODELS[model].family.name, error)
+            figures.note(EXACT, layout, TINY_MODELS[model].spec.name, error)
             assert error <= 1e-5, (model, shape)
 
 
@@ -273,7 +273,7 @@ def test_parts_of_a_model_in_bf16_stay_within_its_rounding(ranks, figures, model
     answers = ranks.run(layout.ranks, guided_by_part, layout, cases, paths, "bf16")[0]
     for case, answer in answers.items():
         error = relative_error(answer, exact[case])
-        figures.note(BF16, layout, TINY_MODELS[case[0]].family.name, error)
+        figures.note(BF16, layout, TINY_MODELS[case[0]].spec.name, error)
         assert error <= 2 * relative_error(alone[case], exact[case]), case
 
 

@@ -121,7 +121,7 @@ def inputs(model):
     draw, tiny = drawer(5), TINY_MODELS[model]
     shape = PICTURES[MODELS[model]]
     pictures = [3 * draw(1, *shape), 3 * draw(BATCH, *shape)][: len(adapters_of(model))]
-    latent = draw(BATCH, tiny.family.latents[0].channels, HEIGHT, WIDTH)
+    latent = draw(BATCH, tiny.spec.latents[0].channels, HEIGHT, WIDTH)
     return latent, pictures, tiny.condition(draw, 1, TEXT), tiny.condition(draw, BATCH, TEXT + 3)
 
 

@@ -1,14 +1,11 @@
 """The contract of a family, proved by one that has all of it: see tests/made_up."""
 
-from unittest import mock
-
 import pytest
 import torch
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.attention.usp import AttentionCore
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
-from paralleldit.parallel_backend.families.condition import CONDITION_TENSORS
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
@@ -49,8 +46,7 @@ def sampled(world, layout, dtype=torch.float32):
         schedule=messages.Schedule(scheduler="simple", steps=STEPS),
         seed=42,
     )
-    with mock.patch.dict(CONDITION_TENSORS, each=4):
-        return sample.sample(request, tensors, cases.family(dtype), Mesh(layout), run_of(request)[0])
+    return sample.sample(request, tensors, cases.family(dtype), Mesh(layout), run_of(request)[0])
 
 
 def relative_error(actual, expected):

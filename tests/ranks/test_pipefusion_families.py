@@ -39,7 +39,7 @@ def cells():
     """What the tests of this module note."""
     for table, cases in ((EXACTLY, EXACT), (LATE, STALE)):
         for (degrees, plan), model in product(cases, MODELS):
-            yield cell(table, layout_of(degrees, plan), TINY_MODELS[model].family.name)
+            yield cell(table, layout_of(degrees, plan), TINY_MODELS[model].spec.name)
 
 
 def covering_cases(cases):
@@ -69,7 +69,7 @@ def test_run_without_old_keys_equals_one_rank(ranks, figures, model, degrees, pl
     (alone,) = ranks.once(1, sampled, model, Layout())
     for answer in ranks.run(layout.ranks, sampled, model, layout):
         error = relative_error(answer, alone)
-        figures.note(EXACTLY, layout, TINY_MODELS[model].family.name, error)
+        figures.note(EXACTLY, layout, TINY_MODELS[model].spec.name, error)
         assert error <= 1e-5
 
 
@@ -82,5 +82,5 @@ def test_run_with_old_keys_equals_a_serial_model_of_them(ranks, figures, model, 
     assert relative_error(expected, alone) > 1e-4, "the case must be able to tell old keys from fresh ones"
     for answer in ranks.run(layout.ranks, sampled, model, layout):
         error = relative_error(answer, expected)
-        figures.note(LATE, layout, TINY_MODELS[model].family.name, error)
+        figures.note(LATE, layout, TINY_MODELS[model].spec.name, error)
         assert error <= 1e-5

@@ -95,7 +95,7 @@ def traffic_per_step(world, layout: Layout, model: str, path: Path):
     tiny, mesh = TINY_MODELS[model], Mesh(layout)
     condition = tiny.condition(draw, 1, TEXT)
     transformer = Transformer(path, CPU, part=ModelPart.of(layout, mesh))
-    tensors = {"latent": draw(BATCH, tiny.family.latents[0].channels, SIDE, SIDE)}
+    tensors = {"latent": draw(BATCH, tiny.spec.latents[0].channels, SIDE, SIDE)}
     tensors |= tensors_of("positive", condition) | tensors_of("negative", condition)
     sent = []
     for steps in STEPS:
@@ -130,7 +130,10 @@ def model_of(tmp_path_factory):
             transformer = TINY_MODELS[model].make(HEADS)
             transformer.save_pretrained(path)
             shapes = {name: value.shape for name, value in transformer.state_dict().items()}
-            models[model] = path, [count * BYTES for count in block_parameters(shapes).values()]
+            models[model] = (
+                path,
+                [count * BYTES for count in block_parameters(shapes, TINY_MODELS[model].spec.blocks).values()],
+            )
         return models[model]
 
     return of
@@ -150,7 +153,7 @@ def expected_bytes(layout: Layout, model: str, block_bytes: list[int], stage: St
     # How many times a block is used in one evaluation.
     patches = layout.num_patches if stage.count > 1 else 1
     vector_bytes = BATCH * theory.width * BYTES * evaluations
-    latent_bytes = BATCH * TINY_MODELS[model].family.latents[0].channels * SIDE * SIDE * BYTES
+    latent_bytes = BATCH * TINY_MODELS[model].spec.latents[0].channels * SIDE * SIDE * BYTES
     leaving = sum(owners[giver] == stage.index != owners[taker] for giver, taker in theory.skips.items())
     return {
         # USP (arXiv 2405.07719): four all-to-alls of this rank's tokens; keys and values of R - 1 other ranks' hops,

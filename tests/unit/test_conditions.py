@@ -40,8 +40,8 @@ def test_conditioning_of_the_models_own_kind_is_taken(model):
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("flux dev", {"pooled": None}, "a pooled vector, which this Flux model needs"),
-        ("pixart alpha", {"tokens": draw(1, 4, 7)}, "text tokens of width 7; this PixArt model takes 20"),
+        ("flux dev", {"pooled": None}, "a pooled vector, which this Flux.1 model needs"),
+        ("pixart alpha", {"tokens": draw(1, 4, 7)}, "text tokens of width 7; this PixArt-alpha model takes 20"),
         ("hunyuandit 1.2", {"tokens_2": None, "mask_2": None}, "text tokens of a second encoder"),
         ("hunyuandit 1.2", {"mask": None}, "needs 5 text tokens, padded, .* has no attention mask"),
         ("hunyuandit 1.2", {"tokens_2": draw(1, 6, 40), "mask_2": draw(1, 6)}, "needs 7 text tokens of mT5, .* has 6"),

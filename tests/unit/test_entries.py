@@ -14,6 +14,7 @@ from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side, sizes_of_controls
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.condition import Condition
+from paralleldit.parallel_backend.families.keys.pixart import PIXART_SIGMA
 from paralleldit.parallel_backend.families.spec import LatentSpec
 from paralleldit.parallel_backend.layout.fitting import RunFacts, misfit_of
 from paralleldit.parallel_backend.layout.layout import Layout
@@ -27,7 +28,7 @@ SAMPLING = DiscreteFlow(shift=1.0, multiplier=1.0)
 FAMILY: Any = SimpleNamespace(
     name="pixart-sigma",
     device=torch.device("cpu"),
-    takes_references=False,
+    spec=PIXART_SIGMA,
     process_in=None,
     latents=(LatentSpec(channels=16),),
     latent=LatentSpec(channels=16),

@@ -2,17 +2,21 @@
 
 from itertools import combinations, pairwise
 
+import diffusers
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.keys.flux import FLUX
+from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.layout.capabilities import ROWS_ALONE, Capabilities
 from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout, nearest_layouts
 from paralleldit.parallel_backend.layout.layout import Layout, largest_exact_layout, layouts_of, patches_of
 from paralleldit.parallel_backend.layout.stages import (
-    BLOCK_LISTS,
+    BlockList,
     Stage,
     balanced_sizes,
+    block_of,
     block_parameters,
     stage_parameters,
 )
@@ -136,9 +140,10 @@ def test_stages_share_the_blocks_of_a_model(count, sizes):
         axes_dims_rope=(2, 2, 4),
     )
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    stages = [stage_parameters(shapes, Stage(index, count, sizes)) for index in range(count)]
+    stages = [stage_parameters(shapes, FLUX.blocks, Stage(index, count, sizes)) for index in range(count)]
     assert set.union(*stages) == set(shapes)
-    everywhere = {name for name in shapes if not name.startswith(BLOCK_LISTS)}
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    everywhere = {name for name in shapes if not name.startswith(lists)}
     blocks = [{name.rsplit("blocks.")[1].split(".")[0] + name[:6] for name in stage - everywhere} for stage in stages]
     assert sum(map(len, blocks)) == len(set.union(*blocks)) == 7
     assert all(everywhere <= stage for stage in stages)
@@ -158,6 +163,26 @@ def stage_weights(parameters, sizes):
     return [sum(parameters[start:stop]) for start, stop in pairwise(starts)]
 
 
+ZIPPED = (BlockList(("blocks", "beside.blocks"), apart=("blocks.0.norm.table",)), BlockList(("last",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("blocks.1.attn.weight", (0, 1)),
+        ("beside.blocks.1.bias", (0, 1)),
+        ("blocks.0.norm.weight", (0, 0)),
+        ("blocks.0.norm.table.weight", None),
+        ("last.0.weight", (1, 0)),
+        ("blocks.scale", None),
+        ("embed.0.weight", None),
+        ("blocks_embed.0.weight", None),
+    ],
+)
+def test_a_parameter_is_of_the_block_whose_modules_have_one_number(name, block):
+    assert block_of(name, ZIPPED) == block
+
+
 @pytest.mark.parametrize("stages", range(1, 8))
 @pytest.mark.parametrize(
     "parameters", [(1,) * 7, (5, 5, 5, 2, 2, 2, 2, 2), (1, 9, 1, 1, 4, 4, 1), (3, 1, 4, 1, 5, 9, 2)]
@@ -171,32 +196,17 @@ def test_no_split_has_a_fullest_stage_with_fewer_parameters(parameters, stages):
     assert sorted(stage_weights(parameters, sizes), reverse=True) == min(ordered)
 
 
-PUBLISHED = {
-    "Flux.1": lambda: FluxTransformer2DModel(),
-    "SD3.5 large": lambda: SD3Transformer2DModel(
-        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm"
-    ),
-    "SD3.5 medium": lambda: SD3Transformer2DModel(
-        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, dual_attention_layers=tuple(range(13))
-    ),
-    "PixArt": lambda: PixArtTransformer2DModel(),
-    "HunyuanDiT": lambda: HunyuanDiT2DModel(
-        num_layers=40,
-        in_channels=4,
-        patch_size=2,
-        hidden_size=1408,
-        attention_head_dim=88,
-        num_attention_heads=16,
-        mlp_ratio=4.3637,
-    ),
-}
+PUBLISHED = {name: (spec, config) for spec in FAMILIES.values() for name, config in spec.published.items()}
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_a_stage_of_a_published_model_holds_little_more_than_its_share(model):
+    spec, config = PUBLISHED[model]
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in PUBLISHED[model]().state_dict().items()}
-    parameters = tuple(block_parameters(shapes).values())
+        network = getattr(diffusers, spec.class_name)(**config)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    parameters = tuple(block_parameters(shapes, spec.blocks).values())
+    assert len(parameters) == spec.count_blocks(config)
     for stages in (2, 3, 4):
         share = max(stage_weights(parameters, balanced_sizes(parameters, stages))) / sum(parameters)
         assert share <= 1.1 / stages

@@ -12,7 +12,7 @@ from paralleldit.parallel_backend.families.keys.flux import RULES
 from paralleldit.parallel_backend.files import fingerprint, open_checkpoint
 from paralleldit.parallel_backend.files.key_map import ruled_map
 from paralleldit.parallel_backend.layout.model_part import ModelPart
-from paralleldit.parallel_backend.layout.stages import BLOCK_LISTS, Stage
+from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.weights.formats import BY_DTYPE
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.parallel_backend.weights.stored_linear import StoredLinear
@@ -300,7 +300,7 @@ def test_a_stage_loads_only_its_blocks(tmp_path: Path) -> None:
     path = write(Case("original", "fp8"), {k: v.to(FP8) for k, v in tiny_flux().state_dict().items()}, tmp_path)
     loaded = load_transformer(path, device="cpu", part=ModelPart(Stage(1, 5)))
     real = {name for name, parameter in loaded.module.named_parameters() if not parameter.is_meta}
-    blocks = {name for name in real if name.startswith(BLOCK_LISTS)}
+    blocks = {name for name in real if name.startswith(("transformer_blocks", "single_transformer_blocks"))}
     assert blocks == {name for name in real if name.startswith("transformer_blocks.1.")}
     assert len(blocks) == len(list(loaded.module.transformer_blocks[1].parameters()))
     tensors = (*loaded.module.parameters(), *loaded.module.buffers())

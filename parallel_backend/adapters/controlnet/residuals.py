@@ -56,11 +56,12 @@ def given_residuals(
     numbers: Numbers, tensors: Mapping[str, Tensor], family: TokenFamily, shape: Sequence[int]
 ) -> GivenResiduals:
     """Of a request for a latent of `shape` `[N, C, H, W]`. Raises `UserError` for those that do not fit the model."""
-    places, blocks = places_of(family), {}
+    spec, blocks = family.spec, {}
+    places = spec.residuals(family.transformer.config) if spec.residuals else {}
     for name, own in numbers.items():
         known = places.get(name, ())
         filled = [(place, number) for place, number in enumerate(own) if number is not None]
-        if (family.name == "hunyuandit" and len(own) != len(known)) or any(place >= len(known) for place, _ in filled):
+        if (spec.all_residuals and len(own) != len(known)) or any(place >= len(known) for place, _ in filled):
             raise UserError(
                 f"The ControlNet adds {len(own)} residuals ({name}); this {family.name} model takes {len(known)}.",
                 "Use a ControlNet that was made for the model.",
@@ -78,17 +79,3 @@ def given_residuals(
             )
         given.append(tensor.to(family.device, family.dtype))
     return GivenResiduals(tuple(given), blocks)
-
-
-def places_of(family: TokenFamily) -> dict[ResidualList, Sequence[int]]:
-    """The blocks behind which ComfyUI adds the residuals of its lists, in the lists' order."""
-    count = len(family.blocks)
-    match family.name:
-        case "flux":
-            double = len(family.transformer.transformer_blocks)
-            return {"input": range(double), "output": range(double, count)}
-        case "sd3":
-            return {"output": range(count)}
-        case "hunyuandit":
-            return {"output": sorted(family.skips)}
-    return {}

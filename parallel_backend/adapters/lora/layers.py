@@ -122,7 +122,7 @@ class AdaptedLayers:
         others = {}
         for name, own in by_parameter.items():
             path, _, leaf = name.rpartition(".")
-            is_called = not name.startswith(self._loaded.lent)
+            is_called = not name.startswith(self._loaded.spec.never_fp8)
             if is_called and isinstance(self._loaded.module.get_submodule(path), StoredLinear):
                 linear.setdefault(path, {})[leaf] = own
             else:
@@ -192,7 +192,7 @@ class AdaptedLayers:
         """What is no linear layer of its own is small, and is copied: patch embeddings, norms, tables."""
         path, _, leaf = name.rpartition(".")
         owner, parameter = self._loaded.module.get_submodule(path), self._own(name)
-        if leaf not in owner._parameters or (self._loaded.shards and block_of(name)):
+        if leaf not in owner._parameters or (self._loaded.shards and block_of(name, self._loaded.spec.blocks)):
             why = "while its block is sharded over the ranks" if leaf in owner._parameters else "as it is no parameter"
             raise UserError(f"A LoRA changes {name}, which it cannot {why}.", "Use weights=whole, or another LoRA.")
         assert parameter is not None

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...families.spec import Rule, Shapes, joined
-from ...files.detect import FAMILIES
+from ...families.spec import FamilySpec, Rule, Shapes, joined
 from ...layout.stages import block_of
 
 WEIGHT, BIAS = ".weight", ".bias"
@@ -52,19 +51,18 @@ class Place:
 
 
 class Names:
-    """The names of a model of `family`; `shapes`: its parameters, whole, as diffusers names them."""
+    """The names of a model of a family; `shapes`: its parameters, whole, as diffusers names them."""
 
-    def __init__(self, family: str, shapes: Shapes) -> None:
-        self.family = family
-        places = {name: place for name in shapes if (place := block_of(name))}
+    def __init__(self, spec: FamilySpec, shapes: Shapes) -> None:
+        self.family = spec.name
+        places = {name: place for name in shapes if (place := block_of(name, spec.blocks))}
         order = sorted(set(places.values()))
         self.blocks = {name: order.index(place) for name, place in places.items()}
         """The number of the block that each parameter in blocks is of."""
-        rules = next(row.rules for row in FAMILIES if row.name == family)
         own = {
             name: [Place(name, torch.arange(shape[0]), is_whole=True)] for name, shape in shapes.items() if len(shape)
         }
-        original = original_places(rules, shapes)
+        original = original_places(spec.rules, shapes)
         mapped = {place.parameter for places in original.values() for place in places}
         self.original: Mapping[str, Sequence[Place]] = {
             **{name: places for name, places in own.items() if name not in mapped},

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UserError
-from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+from ...layout.stages import BlockList
+from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 NORM = {"scale": "weight", "weight": "weight"}
 """Black Forest Labs' files say `scale`, what ComfyUI has saved since 2026 says `weight`."""
@@ -147,4 +148,73 @@ def rotary_axes(head_dim: int, declared: Any = None) -> tuple[int, int, int]:
     return axes
 
 
-FLUX = FileFamily("flux", "FluxTransformer2DModel", LANDMARKS, RULES, derive_config, cuts=CUTS)
+PATCH = 2
+"""Rows and columns of latent cells that files count as channels of a token."""
+
+
+def host_config(config: Config) -> dict[str, Any]:
+    """As ComfyUI's detection says it."""
+    return {
+        "image_model": "flux",
+        "in_channels": config["in_channels"] // PATCH**2,
+        "out_channels": (config.get("out_channels") or config["in_channels"]) // PATCH**2,
+        "patch_size": PATCH,
+        "vec_in_dim": config["pooled_projection_dim"],
+        "context_in_dim": config["joint_attention_dim"],
+        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
+        "mlp_ratio": 4.0,
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "depth_single_blocks": config["num_single_layers"],
+        "axes_dim": list(config["axes_dims_rope"]),
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": config["guidance_embeds"],
+        "txt_ids_dims": [],  # of Flux.2, which ComfyUI builds from the same class since 2026
+    }
+
+
+def residuals(config: Config) -> dict[str, range]:
+    double = config["num_layers"]
+    return {"input": range(double), "output": range(double, double + config["num_single_layers"])}
+
+
+SCHNELL = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+FLUX = FamilySpec(
+    name="flux",
+    title="Flux.1",
+    view="flux:Flux",
+    class_name="FluxTransformer2DModel",
+    blocks=(
+        BlockList(("transformer_blocks",), "num_layers"),
+        BlockList(("single_transformer_blocks",), "num_single_layers"),
+    ),
+    latents=(LatentSpec(channels=16, scale=0.3611, shift=0.1159),),
+    inputs=(
+        Input("tokens", 3, "text tokens", network="context"),
+        Input("pooled", 2, "a pooled vector", entry="pooled_output", network="y"),
+    ),
+    encoders="CLIP-L and T5-XXL",
+    landmarks=LANDMARKS,
+    rules=RULES,
+    derive_config=derive_config,
+    cuts=CUTS,
+    host_config=host_config,
+    host_params="comfy.ldm.flux.model:FluxParams",
+    residuals=residuals,
+    takes_references=True,
+    published={"flux-dev": {**SCHNELL, "guidance_embeds": True}, "flux-schnell": SCHNELL},
+)

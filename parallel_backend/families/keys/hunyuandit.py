@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UserError
-from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+from ...layout.stages import BlockList
+from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 RULES = (
     Rule("x_embedder.proj", ("pos_embed.proj",)),
@@ -112,6 +113,85 @@ def _mlp_ratio(hidden: int, width: int, declared: Any) -> float:
     return (width + 0.5) / hidden
 
 
-HUNYUANDIT = FileFamily(
-    "hunyuandit", "HunyuanDiT2DModel", LANDMARKS, RULES, derive_config, cuts=CUTS, never_fp8=("time_extra_emb.pooler",)
+def host_config(config: Config) -> dict[str, Any]:
+    """As ComfyUI's detection says it."""
+    told_size = config["use_style_cond_and_image_meta_size"]
+    return {
+        "image_model": "hydit1" if told_size else "hydit",
+        "size_cond": told_size,
+        "use_style_cond": told_size,
+        "in_channels": config["in_channels"],
+        "patch_size": config["patch_size"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "mlp_ratio": config["mlp_ratio"],
+        "text_states_dim": config["cross_attention_dim"],
+        "text_states_dim_t5": config["cross_attention_dim_t5"],
+        "text_len": config["text_len"],
+        "text_len_t5": config["text_len_t5"],
+    }
+
+
+def skips(blocks: int) -> dict[int, int]:
+    """From each of so many blocks that leaves a skip to the later one that takes it."""
+    return {source: blocks - 1 - source for source in range(blocks // 2 - 1)}
+
+
+VERSION_1_2 = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 88,
+    "hidden_size": 1408,
+    "in_channels": 4,
+    "patch_size": 2,
+    "num_layers": 40,
+    "mlp_ratio": 4.3637,
+    "learn_sigma": True,
+    "cross_attention_dim": 1024,
+    "cross_attention_dim_t5": 2048,
+    "pooled_projection_dim": 1024,
+    "text_len": 77,
+    "text_len_t5": 256,
+    "use_style_cond_and_image_meta_size": False,
+}
+
+HUNYUANDIT = FamilySpec(
+    name="hunyuandit",
+    title="HunyuanDiT",
+    view="hunyuandit:HunyuanDiT",
+    class_name="HunyuanDiT2DModel",
+    blocks=(BlockList(("blocks",)),),
+    latents=(LatentSpec(channels=4, scale=0.13025),),
+    inputs=(
+        Input("tokens", 3, "text tokens", network="context", mask="mask"),
+        Input("mask", 2, "a mask of the text tokens", entry="attention_mask", network="text_embedding_mask"),
+        Input(
+            "tokens_2",
+            3,
+            "text tokens of a second encoder",
+            entry="conditioning_mt5xl",
+            network="encoder_hidden_states_t5",
+            mask="mask_2",
+        ),
+        Input(
+            "mask_2",
+            2,
+            "a mask of the second encoder's tokens",
+            entry="attention_mask_mt5xl",
+            network="text_embedding_mask_t5",
+        ),
+    ),
+    encoders="a Chinese CLIP and mT5-XL",
+    landmarks=LANDMARKS,
+    rules=RULES,
+    derive_config=derive_config,
+    cuts=CUTS,
+    never_fp8=("time_extra_emb.pooler",),
+    host_config=host_config,
+    residuals=lambda config: {"output": sorted(skips(config["num_layers"]))},
+    all_residuals=True,
+    published={
+        "hunyuandit-1.2": VERSION_1_2,
+        "hunyuandit-1.1": {**VERSION_1_2, "use_style_cond_and_image_meta_size": True},
+    },
 )

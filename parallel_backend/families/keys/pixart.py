@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UserError
-from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+from ...layout.stages import BlockList
+from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 HEADS = 16
 """Of every published model; no shape tells it."""
@@ -110,19 +111,63 @@ def _table_side(shapes: Shapes) -> int:
     return math.isqrt(table[1]) if len(table) == 3 else 0
 
 
-def _family(name: str, landmarks: Mapping[str, Mapping[str, str]]) -> FileFamily:
-    return FileFamily(
-        name,
-        "PixArtTransformer2DModel",
-        landmarks,
-        RULES,
-        derive_config,
+def host_config(config: Config) -> dict[str, Any]:
+    """As ComfyUI's detection says it."""
+    told_size = config["use_additional_conditions"]
+    return {
+        "image_model": "pixart_alpha" if told_size else "pixart_sigma",
+        "micro_condition": told_size,
+        "in_channels": config["in_channels"],
+        "patch_size": config["patch_size"],
+        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "caption_channels": config["caption_channels"],
+        "input_size": config["sample_size"],
+        "pe_interpolation": config["interpolation_scale"],
+    }
+
+
+PUBLISHED = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "patch_size": 2,
+    "sample_size": 128,
+    "interpolation_scale": 2,
+}
+
+
+def _family(
+    name: str, title: str, view: str, landmarks: Mapping[str, Mapping[str, str]], scale: float, told_size: bool
+) -> FamilySpec:
+    return FamilySpec(
+        name=name,
+        title=title,
+        view=view,
+        class_name="PixArtTransformer2DModel",
+        blocks=(BlockList(("transformer_blocks",)),),
+        latents=(LatentSpec(channels=4, scale=scale),),
+        inputs=(
+            Input("tokens", 3, "text tokens", network="context", mask="mask"),
+            Input("mask", 2, "a mask of the text tokens", entry="attention_mask", required=False),
+        ),
+        encoders="T5-XXL",
+        landmarks=landmarks,
+        rules=RULES,
+        derive_config=derive_config,
         cuts=CUTS,
         older_class_names=("Transformer2DModel",),
         not_weights=NOT_WEIGHTS,
+        host_config=host_config,
+        published={name: {**PUBLISHED, "use_additional_conditions": told_size}},
     )
 
 
-PIXART_ALPHA = _family("pixart-alpha", ALPHA_LANDMARKS)
+PIXART_ALPHA = _family("pixart-alpha", "PixArt-alpha", "pixart:PixArtAlpha", ALPHA_LANDMARKS, 0.18215, told_size=True)
 """Its 1024 px models are told the size of the picture. Other files are taken for Sigma's."""
-PIXART_SIGMA = _family("pixart-sigma", SIGMA_LANDMARKS)
+PIXART_SIGMA = _family("pixart-sigma", "PixArt-Sigma", "pixart:PixArtSigma", SIGMA_LANDMARKS, 0.13025, told_size=False)

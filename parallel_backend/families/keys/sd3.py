@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UserError
-from ..spec import Cut, FileFamily, Rule, Shapes, count_blocks
+from ...layout.stages import BlockList
+from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 HEAD_DIM = 64
 """Of every published model; a config.json or the norms of the heads may say otherwise."""
@@ -123,4 +124,75 @@ def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> d
     }
 
 
-SD3 = FileFamily("sd3", "SD3Transformer2DModel", LANDMARKS, RULES, derive_config, cuts=CUTS)
+def host_config(config: Config) -> dict[str, Any]:
+    """As ComfyUI's detection says it, but for `input_size` and `pos_embed_scaling_factor`, which it leaves out."""
+    text = {"in_features": config["joint_attention_dim"], "out_features": config["caption_projection_dim"]}
+    side = config["pos_embed_max_size"]
+    return {
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "patch_size": config["patch_size"],
+        "depth": config["num_attention_heads"] * config["attention_head_dim"] // HEAD_DIM,
+        "num_blocks": config["num_layers"],
+        "input_size": None,
+        "adm_in_channels": config["pooled_projection_dim"],
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": text},
+        "num_patches": side**2,
+        "pos_embed_max_size": side,
+        "pos_embed_scaling_factor": None,
+        "qk_norm": "rms" if config["qk_norm"] else None,
+        "x_block_self_attn_layers": list(config["dual_attention_layers"]),
+    }
+
+
+MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": (),
+    "qk_norm": None,
+}
+
+SD3 = FamilySpec(
+    name="sd3",
+    title="Stable Diffusion 3",
+    view="sd3:SD3",
+    class_name="SD3Transformer2DModel",
+    blocks=(BlockList(("transformer_blocks",)),),
+    latents=(LatentSpec(channels=16, scale=1.5305, shift=0.0609),),
+    inputs=(
+        Input("tokens", 3, "text tokens", network="context"),
+        Input("pooled", 2, "a pooled vector", entry="pooled_output", network="y"),
+    ),
+    encoders="CLIP-L, CLIP-G and T5-XXL",
+    landmarks=LANDMARKS,
+    rules=RULES,
+    derive_config=derive_config,
+    cuts=CUTS,
+    host_config=host_config,
+    residuals=lambda config: {"output": range(config["num_layers"])},
+    published={
+        "sd3-medium": MEDIUM,
+        "sd3.5-medium": {
+            **MEDIUM,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        "sd3.5-large": {
+            **MEDIUM,
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "qk_norm": "rms_norm",
+        },
+    },
+)

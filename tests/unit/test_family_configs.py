@@ -1,0 +1,105 @@
+"""Rules and configs of families at the shapes of published models, from the names and shapes of weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from paralleldit.parallel_backend.adapters.lora.module_names import original_places
+from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.keys.flux import FLUX
+from paralleldit.parallel_backend.families.registry import FAMILIES
+from paralleldit.parallel_backend.families.spec import FamilySpec, LatentSpec, Shapes
+from paralleldit.parallel_backend.files import detect, open_checkpoint
+from paralleldit.parallel_backend.files.key_map import ruled_map
+from safetensors.torch import save_file
+from torch import Tensor
+
+PUBLISHED = {name: (spec, config) for spec in FAMILIES.values() for name, config in spec.published.items()}
+CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+}
+"""Those that diffusers has for the single files of a family."""
+LATENT = LatentSpec(4, scale=2.0, shift=1.0)
+
+
+@cache
+def shapes_of(model: str) -> Shapes:
+    """Of a published model's parameters, and of its buffers that files hold, as diffusers names them."""
+    spec, config = PUBLISHED[model]
+    with torch.device("meta"):
+        network = getattr(diffusers, spec.class_name)(**config)
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def original_shapes(spec: FamilySpec, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Of the same weights in the original layout."""
+    # Of several original names of one parameter, files have one: here the first.
+    named = {
+        tuple(place.parameter for place in places): key
+        for key, places in reversed(original_places(spec.rules, shapes).items())
+    }
+    renamed = {name for names in named for name in names}
+    return {
+        **{key: (sum(shapes[name][0] for name in names), *shapes[names[0]][1:]) for names, key in named.items()},
+        **{name: shape for name, shape in shapes.items() if name not in renamed},
+    }
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_shapes_tell_the_config_of_a_published_model(model, layout):
+    spec, config = PUBLISHED[model]
+    shapes = shapes_of(model)
+    found = spec.derive_config(layout, shapes if layout == "diffusers" else original_shapes(spec, shapes), config)
+    assert {name: found[name] for name in config} == config
+
+
+@pytest.mark.parametrize("model", [name for name, (spec, _) in PUBLISHED.items() if spec.name in CONVERTERS])
+def test_rules_lead_every_row_where_the_converter_of_diffusers_does(model):
+    """Every row of the original's weights is its number."""
+    spec, _ = PUBLISHED[model]
+    shapes = shapes_of(model)
+    original = original_shapes(spec, shapes)
+    weights, starts, rows = {}, {}, 0
+    for key, shape in original.items():
+        starts[key] = rows
+        weights[key] = torch.arange(rows, rows + shape[0]).view(-1, *[1] * (len(shape) - 1))
+        rows += shape[0]
+    converted = CONVERTERS[spec.name](dict(weights))
+    assert converted.keys() == shapes.keys()
+    for name, pieces in ruled_map(spec.rules, original, shapes).items():
+        own = torch.cat(
+            [torch.arange(starts[piece.key] + piece.start, starts[piece.key] + piece.stop) for piece in pieces]
+        )
+        assert torch.equal(converted[name].flatten(), own), name
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"scaling_factor": 0.5, "shift_factor": 0.25}, LatentSpec(4, scale=0.5, shift=0.25)),
+        ({"scaling_factor": 0.5, "shift_factor": None}, LatentSpec(4, scale=0.5)),
+        ({"latents_mean": [1, 2], "latents_std": [3, 4]}, LatentSpec(4, scale=2.0, shift=1.0, mean=(1, 2), std=(3, 4))),
+        ({"scaling_factor": 0.5, "latents_mean": None, "latents_std": None}, LatentSpec(4, scale=0.5)),
+        ({}, LATENT),
+    ],
+    ids=str,
+)
+def test_a_latent_is_scaled_as_its_vae_says(config, expected):
+    assert LATENT.of_vae(config) == expected
+
+
+def test_a_neighbour_with_the_keys_of_a_family_is_refused_by_its_name(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(1) for key in FLUX.landmarks["original"].values()}, file, {"kind": "cousin"})
+    by_kind = replace(FLUX, reject=lambda shapes, metadata: metadata.get("kind"))
+    monkeypatch.setitem(FAMILIES, "flux", by_kind)
+    with pytest.raises(UserError, match=r"holds cousin, which is not served; Flux\.1 is"):
+        detect(open_checkpoint(file))
