@@ -61,7 +61,9 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> Body:
     buffers: list[memoryview] = []
     at = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        # A tensor of one value is contiguous whatever its stride; as bytes it needs one.
+        raw = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
         entries[name] = {
             "dtype": NAMES[str(tensor.dtype)],
             "shape": list(tensor.shape),

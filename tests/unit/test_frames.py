@@ -50,6 +50,10 @@ def test_a_file_of_the_safetensors_library_is_read():
     assert all(torch.equal(received[name], sent[name]) for name in sent)
 
 
+def test_a_value_that_stands_for_a_row_arrives_as_one():
+    assert unpack(joined({"time": torch.tensor(0.5).expand(1)}))["time"].tolist() == [0.5]
+
+
 def test_a_slice_of_a_larger_tensor_sends_only_itself():
     part = torch.arange(12.0).reshape(3, 4).t()[1:3]
     assert torch.equal(unpack(joined({"x": part}))["x"], part)
