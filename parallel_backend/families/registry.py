@@ -14,7 +14,12 @@ from .spec import FamilySpec
 FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT)}
 
 
+def load_class(name: str) -> type:
+    """The class of a name such as "flux:Flux", of this folder; a name with dots is one of a module anywhere."""
+    module, found = name.split(":")
+    return getattr(import_module(module if "." in module else f"{__package__}.{module}"), found)
+
+
 def load_view(spec: FamilySpec) -> type[Any]:
     """The class of the family's view; imports torch's modules and diffusers. For ranks."""
-    module, name = spec.view.split(":")
-    return getattr(import_module(f"{__package__}.{module}"), name)
+    return load_class(spec.view)

@@ -135,7 +135,7 @@ class FamilySpec:
     view: str
     """Module of this folder and class, as "flux:Flux": imported in the ranks alone."""
     class_name: str
-    """Of diffusers."""
+    """Of diffusers; of a network that diffusers lacks, module and class as for `view`."""
     blocks: tuple[BlockList, ...]
     """In the order of computation."""
     latents: tuple[LatentSpec, ...]

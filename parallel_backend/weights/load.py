@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..errors import UserError
+from ..families.registry import load_class
 from ..families.spec import FamilySpec, Shapes
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.detect import Detected, detect
@@ -143,8 +144,11 @@ def load_transformer(
 
 
 def empty_module(class_name: str, config: Mapping[str, Any]) -> nn.Module:
-    """All of it on the meta device, but for the buffers that no file holds: the constructor computes these."""
-    build = getattr(diffusers, class_name)
+    """All of it on the meta device, but for the buffers that no file holds: the constructor computes these.
+
+    `class_name`: as in `FamilySpec`.
+    """
+    build = load_class(class_name) if ":" in class_name else getattr(diffusers, class_name)
     with torch.device("meta"):
         module = build(**config)
     if all(name in module.state_dict() for name, _ in module.named_buffers()):

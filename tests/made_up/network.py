@@ -76,9 +76,12 @@ class Companion(nn.Module):
 class MadeUpNetwork(nn.Module):
     """`blocks` with `transient_projections` as companions."""
 
-    def __init__(self, num_layers: int = 4) -> None:
+    def __init__(
+        self, num_layers: int = 4, heads: int = HEADS, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM
+    ) -> None:
         super().__init__()
-        self.config = {"num_layers": num_layers, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+        assert (heads, kv_heads, head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
+        self.config = {"num_layers": num_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         self.video_in, self.sound_in = nn.Linear(VIDEO_TOKEN, VIDEO), nn.Linear(SOUND_TOKEN, SOUND)
         self.pad = nn.Parameter(torch.randn(VIDEO))
         self.blocks = nn.ModuleList(Block(number) for number in range(num_layers))

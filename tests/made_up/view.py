@@ -13,7 +13,16 @@ from paralleldit.parallel_backend.attention.site import Attention, KeySet
 from paralleldit.parallel_backend.families.blocks import Block
 from paralleldit.parallel_backend.families.condition import Condition, check_widths
 from paralleldit.parallel_backend.families.family import TokenFamily
-from paralleldit.parallel_backend.families.spec import FamilySpec, HeadGroup, Input, LatentSpec
+from paralleldit.parallel_backend.families.spec import (
+    Config,
+    Cut,
+    FamilySpec,
+    HeadGroup,
+    Input,
+    LatentSpec,
+    Shapes,
+    count_blocks,
+)
 from paralleldit.parallel_backend.families.state import Evaluation, State
 from paralleldit.parallel_backend.layout.stages import BlockList
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow, ModelSampling
@@ -23,6 +32,7 @@ from paralleldit.parallel_backend.tokens.rotary import Rotary
 from paralleldit.tests.made_up.network import (
     HEAD_DIM,
     HEADS,
+    KV_HEADS,
     PAD_MULTIPLE,
     SOUND,
     SOUND_WEIGHT,
@@ -36,6 +46,22 @@ from torch import Tensor, nn
 JOINT, HEARD = ("pad", "video"), ("sound",)
 
 GROUPS = {"heads": HeadGroup("heads", "head_dim"), "kv_heads": HeadGroup("kv_heads", "head_dim", serves="heads")}
+
+CUTS = (
+    Cut(r"(video|sound)\.to_q|linear\.[qkv]", "column", ("heads",)),
+    Cut(r"(video|sound)\.to_[kv]", "column", ("kv_heads",)),
+    Cut(r"(video|sound)\.norm_q", "norm", ("heads",)),
+    Cut(r"(video|sound)\.norm_k", "norm", ("kv_heads",)),
+    Cut(r"(video|sound)\.to_out|linear_out", "row", ("heads",)),
+    Cut("static|project", "column", ("kv_heads", "kv_heads")),
+    Cut("ff_in", "column"),
+    Cut("ff_out", "row"),
+)
+
+
+def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, Any]:
+    own = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    return {"num_layers": count_blocks(shapes, "blocks"), **own}
 
 
 @dataclass
@@ -62,8 +88,8 @@ class MadeUpState(State):
 MADE_UP = FamilySpec(
     name="made-up",
     title="made-up",
-    view="made_up.view:MadeUp",
-    class_name="Network",
+    view="paralleldit.tests.made_up.view:MadeUp",
+    class_name="paralleldit.tests.made_up.network:MadeUpNetwork",
     blocks=(BlockList(("blocks", "transient_projections"), apart=("blocks.0.head_scale",)),),
     latents=(
         LatentSpec(channels=3, name="video", dims=3, patch=(1, 2, 2), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5)),
@@ -71,6 +97,9 @@ MADE_UP = FamilySpec(
     ),
     inputs=(Input("tokens", 3, "text tokens"), Input("each", 4, "tokens for each block")),
     encoders="none",
+    landmarks={"diffusers": {"pads": "pad", "companion": "transient_projections.0.project.weight"}},
+    derive_config=derive_config,
+    cuts=CUTS,
     heads=GROUPS,
 )
 
@@ -81,8 +110,8 @@ class MadeUp(TokenFamily):
     controlled = "video"
     hidden_size = VIDEO
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(transformer, dtype, device)
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, *latents: Any) -> None:
+        super().__init__(transformer, dtype, device, *latents)
         self.blocks = [self._as_block(number) for number in range(len(self.transformer.blocks))]
 
     @property

@@ -1,16 +1,23 @@
 """The contract of a family, proved by one that has all of it: see tests/made_up."""
 
+from unittest import mock
+
 import pytest
 import torch
 from paralleldit.parallel_backend.attention.kernels import KERNELS
 from paralleldit.parallel_backend.attention.usp import AttentionCore
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
+from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.tests.made_up import cases
+from paralleldit.tests.made_up.view import MADE_UP
 from paralleldit.tests.ranks.stale_flux import run_of
+from safetensors.torch import save_file
 
 STEPS = 4
 
@@ -30,8 +37,15 @@ def times():
     return torch.rand(2, cases.SIZES["video"][0], generator=generator), torch.rand(2, generator=generator)
 
 
-def sampled(world, layout, dtype=torch.float32):
-    """A guided run of both latents, with a negative prompt of another length."""
+def loaded(path, layout, mesh):
+    """The family around this rank's part of the file."""
+    with mock.patch.dict(FAMILIES, {MADE_UP.name: MADE_UP}):
+        transformer = Transformer(path, cases.CPU, part=ModelPart.of(layout, mesh))
+    return transformer.on(mesh)
+
+
+def sampled(world, layout, dtype=torch.float32, path=None):
+    """A guided run of both latents, with a negative prompt of another length; of the model in the file at `path`."""
     conditions = {"positive": cases.condition(6), "negative": cases.condition(7, batch=2, text=8)}
     tensors = {f"latent.{name}": latent for name, latent in cases.latents().items()}
     tensors |= {f"{side}.0.{name}": x for side, each in conditions.items() for name, x in each.tensors.items()}
@@ -46,7 +60,9 @@ def sampled(world, layout, dtype=torch.float32):
         schedule=messages.Schedule(scheduler="simple", steps=STEPS),
         seed=42,
     )
-    return sample.sample(request, tensors, cases.family(dtype), Mesh(layout), run_of(request)[0])
+    mesh = Mesh(layout)
+    family = cases.family(dtype) if path is None else loaded(path, layout, mesh)
+    return sample.sample(request, tensors, family, mesh, run_of(request)[0])
 
 
 def relative_error(actual, expected):
@@ -91,6 +107,29 @@ def test_prediction_equals_the_plain_forward(ranks, layout):
 def test_run_without_old_keys_equals_one_rank(ranks, layout):
     (expected,) = ranks.once(1, sampled, Layout())
     for answer in ranks.run(layout.ranks, sampled, layout):
+        assert relative_error(answer, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor_degree=2),
+        Layout(tensor_degree=3),
+        Layout(tensor_degree=4),
+        Layout(tensor_degree=2, ulysses_degree=2),
+        Layout(ulysses_degree=2, weights="sharded"),
+        Layout(ring_degree=3, weights="offloaded"),
+        Layout(tensor_degree=2, ring_degree=2, weights="sharded"),
+        Layout(pipefusion_degree=3, num_patches=3, warmup_steps=STEPS),
+        Layout(pipefusion_degree=2, tensor_degree=2, num_patches=3, warmup_steps=STEPS),
+        Layout(pipefusion_degree=2, ulysses_degree=2, num_patches=1, weights="sharded"),
+    ],
+    ids=str,
+)
+def test_parts_of_a_model_equal_the_whole(ranks, tmp_path, layout):
+    save_file(cases.network().state_dict(), path := tmp_path / "made-up.safetensors")
+    (expected,) = ranks.once(1, sampled, Layout())
+    for answer in ranks.run(layout.ranks, sampled, layout, torch.float32, path):
         assert relative_error(answer, expected) <= 1e-5
 
 
