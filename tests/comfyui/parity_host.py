@@ -51,7 +51,7 @@ class Case:
     negative: dict[str, Any] = field(default_factory=dict)
     """What is set of the negative one's."""
     node: str = "KSampler"
-    """The node of ComfyUI that samples, one of `WAYS`. Others than KSampler have no like among our nodes."""
+    """What samples in ComfyUI, one of `WAYS`. Those of custom samplers have no like among our nodes."""
     controlled: bool = False
     """With two ControlNets, the second for a part of the run: of ComfyUI's own, and of ours for Parallel Sampler."""
 
@@ -73,6 +73,17 @@ CONDITIONINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "no guidance": ({"guidance": None},),
     "time ranges": ({"end_percent": 0.4}, {"start_percent": 0.4}),
 }
+PARTS: dict[str, list[dict[str, Any]]] = {
+    "from 1": [{"start_at_step": 1}],
+    "to 1": [{"end_at_step": 1}],
+    "to 1, with leftover noise": [{"end_at_step": 1, "return_with_leftover_noise": "enable"}],
+    "to 1 and from 1": [
+        {"end_at_step": 1, "return_with_leftover_noise": "enable"},
+        {"start_at_step": 1, "add_noise": "disable"},
+    ],
+    "from 2": [{"start_at_step": 2}],
+}
+"""Of runs of two steps: what is set of KSamplerAdvanced, one after the other, beside values that take the whole run."""
 CASES = {
     **{name: Case(name, RANKS, sampler={"cfg": 4.0}) for name in MODELS},
     **{f"{name}, cfg 1": Case(name, RANKS, sampler={"cfg": 1.0}) for name in MODELS},
@@ -88,7 +99,12 @@ CASES = {
     **{
         f"{name}, {node}": Case(name, sampler={"cfg": 4.0}, node=node)
         for name in ("flux", "sd3")
-        for node in ("KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+        for node in ("SamplerCustom", "SamplerCustomAdvanced")
+    },
+    **{
+        f"{name}, steps {what}": Case(name, sampler={"cfg": 4.0, "sampler_name": sampler}, node=f"steps {what}")
+        for name, sampler in (("flux", "euler"), ("sd3", "dpmpp_2m_sde"), ("pixart", "euler_ancestral"))
+        for what in PARTS
     },
     **{f"{name}, two ControlNets": Case(name, batch=2, sampler={"cfg": 4.0}, controlled=True) for name in CONTROLLED},
     **{
@@ -243,9 +259,19 @@ def call(node: str, **inputs: Any) -> Any:
 
 
 def sample_advanced(*, seed: int, denoise: float, **settings: Any) -> Any:
-    """The second half of the steps alone, from a latent to which noise is added."""
-    half = {"start_at_step": STEPS // 2, "end_at_step": STEPS, "return_with_leftover_noise": "disable"}
-    return call("KSamplerAdvanced", noise_seed=seed, add_noise="enable", **half, **settings)
+    whole = {"add_noise": "enable", "start_at_step": 0, "end_at_step": 10_000, "return_with_leftover_noise": "disable"}
+    return call("KSamplerAdvanced", noise_seed=seed, **whole | settings)
+
+
+def in_parts(parts: list[dict[str, Any]], sample: Callable[..., Any]) -> Callable[..., Any]:
+    """Samplers one after the other, each of a part of the steps."""
+
+    def sampled(*, latent_image: Any, **settings: Any) -> Any:
+        for part in parts:
+            latent_image = sample(latent_image=latent_image, **settings, **part)[0]
+        return (latent_image,)
+
+    return sampled
 
 
 def sample_custom(*, seed: int, **settings: Any) -> Any:
@@ -269,9 +295,9 @@ def _custom(*, sampler_name: str, scheduler: str, steps: int, denoise: float, **
 
 WAYS: dict[str, Callable[..., Any]] = {
     "KSampler": lambda **settings: call("KSampler", **settings),
-    "KSamplerAdvanced": sample_advanced,
     "SamplerCustom": sample_custom,
     "SamplerCustomAdvanced": sample_custom_advanced,
+    **{f"steps {what}": in_parts(parts, sample_advanced) for what, parts in PARTS.items()},
 }
 """From what is set of KSampler to the LATENT of a sampling node of ComfyUI."""
 
@@ -300,8 +326,9 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
     truth = latent(native, stock)
     if case.controlled:
         assert error(latent(native, stock, controlled=False)) > CHANGED, "the ControlNets change next to nothing"
-    ours_too = case.node == "KSampler"
-    return [error(latent(ours, each)) for each in ((stock, parallel().sample) if ours_too else (stock,))]
+    parts = {"KSampler": [{}]} | {f"steps {what}": own for what, own in PARTS.items()}
+    of_ours = [in_parts(parts[case.node], parallel().sample)] if case.node in parts else []
+    return [error(latent(ours, each)) for each in (stock, *of_ours)]
 
 
 def native_model(told: Path) -> Any:

@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ SAMPLERS = (
 )
 SCHEDULES = tuple(itertools.product(SCHEDULERS, (1, 2, 3, 4, 7, 20, 28, 50), (1.0, 0.6, 0.05), ("euler", "dpm_2")))
 """(scheduler, steps, denoise, sampler)"""
+
+PARTS = (
+    *itertools.product(
+        ("simple", "karras"),
+        ("euler", "dpm_2"),
+        ((0, 10_000, False), (0, 6, True), (0, 3, True), (0, 3, False), (2, 10_000, False), (1, 4, True), (4, 4, True)),
+    ),
+    *itertools.product(("simple",), ("euler",), ((6, 10_000, False), (0, 0, False), (9, 12, True))),
+)
+"""(scheduler, sampler, (first step, step before which it ends, whether noise is left))"""
 
 RUNS = (
     *itertools.product(SAMPLERS, SCHEDULERS, (1.0, 0.6), (False,)),
@@ -115,7 +126,7 @@ class HostModel:
     """What ComfyUI's samplers need of a guided model; since 2026 they tell its class and CFG in the log, too."""
 
     def __init__(self, model_sampling) -> None:
-        def scale_latent_inpaint(x, sigma, noise, latent_image):
+        def scale_latent_inpaint(x, sigma, noise, latent_image, denoise_mask=None):
             return model_sampling.noise_scaling(sigma.reshape(-1, *[1] * (noise.ndim - 1)), noise, latent_image)
 
         self.model_sampling = model_sampling
@@ -136,6 +147,18 @@ def host_sigmas(model: HostModel, scheduler: str, steps: int, denoise: float, sa
     from comfy.samplers import KSampler
 
     return KSampler(model, steps, "cpu", sampler, scheduler, denoise).sigmas
+
+
+def host_part(model: HostModel, scheduler: str, sampler: str, part: tuple[int, int, bool]) -> Tensor:
+    """The levels that KSampler (Advanced) takes; empty where it gives back the latent that it was given."""
+    import comfy.samplers
+
+    start, end, leftover_noise = part
+    latent, levels = torch.zeros(SHAPE), []
+    run = comfy.samplers.KSampler(model, SAMPLER_STEPS, "cpu", sampler, scheduler, 1.0)
+    with mock.patch.object(comfy.samplers, "sample", lambda *given, **others: levels.append(given[7])):
+        run.sample(latent, [], [], 1.0, latent, start_step=start, last_step=end, force_full_denoise=not leftover_noise)
+    return levels[0] if levels else torch.empty(0)
 
 
 def host_latent(model: HostModel, sampler: str, scheduler: str, denoise: float, masked: bool) -> Tensor:
@@ -174,6 +197,8 @@ def host_results() -> dict[str, Tensor]:
         results[f"percent/{name}"] = torch.tensor(percents, dtype=torch.float64)
         for case in SCHEDULES:
             results[case_key("sigmas", name, case)] = host_sigmas(model, *case)
+        for case in PARTS:
+            results[case_key("part", name, case)] = host_part(model, *case)
         for case in RUNS if name in SAMPLED_MODELS else ():
             results[case_key("latent", name, case)] = host_latent(model, *case)
     return {key: value.clone().contiguous() for key, value in results.items()}

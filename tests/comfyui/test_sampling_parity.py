@@ -127,6 +127,15 @@ def test_sigmas_equal_native(native, name: str) -> None:
         assert torch.equal(schedules.sigmas_for(MODELS[name], *case), theirs), case
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_of_a_run_equal_native(native, name: str) -> None:
+    for scheduler, sampler, part in host.PARTS:
+        whole = schedules.sigmas_for(MODELS[name], scheduler, host.SAMPLER_STEPS, sampler=sampler)
+        levels = schedules.part_of(whole, *part)
+        theirs = native[host.case_key("part", name, (scheduler, sampler, part))]
+        assert torch.equal(levels if len(levels) > 1 else torch.empty(0), theirs), (scheduler, sampler, part)
+
+
 @pytest.mark.parametrize("name", host.SAMPLED_MODELS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_latents_equal_native(native, name: str, sampler: str) -> None:
