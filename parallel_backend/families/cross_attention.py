@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..attention.site import KeySet, SiteId
+from ..attention.site import KeySet, SiteId, Streams
 from ..tokens.grid import Grid
 from ..tokens.plan import Segment
 from ..tokens.rotary import Rotary
@@ -26,9 +26,6 @@ from .condition import Condition
 from .family import Sites, TokenFamily
 from .spec import LatentSpec
 from .state import State
-
-IMAGE = ("image",)
-"""The streams of every self attention."""
 
 
 @dataclass
@@ -40,11 +37,16 @@ class CrossAttentionState(State):
 
 
 class SelfAttentionSite:
-    """The processor of an attention of image tokens to image tokens. They are all that its ranks hold."""
+    """The processor of an attention of the tokens of `streams` to each other. They are all that its ranks hold.
 
-    def __init__(self, sites: Sites, site: SiteId) -> None:
+    `across_heads`: norms are over all heads of a token, rather than over each.
+    """
+
+    def __init__(self, sites: Sites, site: SiteId, streams: Streams = ("image",), across_heads: bool = False) -> None:
         self.sites = sites
         self.site = site
+        self.streams = streams
+        self.across_heads = across_heads
 
     def __call__(
         self,
@@ -54,18 +56,24 @@ class SelfAttentionSite:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        attention = self.sites.attention
-        value = attention.send(_heads(attn, attn.to_v, hidden_states), IMAGE)
-        key = _turned(_normed(attn.norm_k, _heads(attn, attn.to_k, hidden_states)), image_rotary_emb)
-        sent_key = attention.send(key, IMAGE)
-        query = _turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb)
-        sent_query = attention.send(query, IMAGE)
+        attention, streams = self.sites.attention, self.streams
+        value = attention.send(_heads(attn, attn.to_v(hidden_states)), streams)
+        key = _turned(_normed(attn, attn.norm_k, attn.to_k(hidden_states), self.across_heads), image_rotary_emb)
+        sent_key = attention.send(key, streams)
+        query = _turned(_normed(attn, attn.norm_q, attn.to_q(hidden_states), self.across_heads), image_rotary_emb)
+        sent_query = attention.send(query, streams)
         attended = attention(self.site, sent_query, KeySet(sent_key, value)).flatten(2).to(hidden_states.dtype)
         return attn.to_out[0](attended)
 
 
 class CrossAttentionSite:
-    """The processor of an attention of this rank's image tokens to the text: its keys and values, `[B, H, St, D]`."""
+    """The processor of an attention of this rank's image tokens to the text: its keys and values, `[B, H, St, D]`.
+
+    `across_heads`: as in `SelfAttentionSite`.
+    """
+
+    def __init__(self, across_heads: bool = False) -> None:
+        self.across_heads = across_heads
 
     def __call__(
         self,
@@ -75,7 +83,8 @@ class CrossAttentionSite:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        query = _turned(_normed(attn.norm_q, _heads(attn, attn.to_q, hidden_states)), image_rotary_emb).transpose(1, 2)
+        query = _normed(attn, attn.norm_q, attn.to_q(hidden_states), self.across_heads)
+        query = _turned(query, image_rotary_emb).transpose(1, 2)
         key, value = (each.expand(query.shape[0], -1, -1, -1) for each in encoder_hidden_states)
         # Kernels crash on a rank without image tokens.
         attended = (
@@ -89,8 +98,10 @@ class CrossAttentionSite:
 class TextOfBlock:
     """The keys and values that a block's attention makes of a text: made once, and kept as long as the text."""
 
-    def __init__(self, attn: Any) -> None:
+    def __init__(self, attn: Any, across_heads: bool = False) -> None:
+        """`across_heads`: as in `SelfAttentionSite`."""
         self._attn = attn
+        self._across_heads = across_heads
         self.forget()
 
     def forget(self) -> None:
@@ -100,35 +111,36 @@ class TextOfBlock:
         """From `context` `[B or 1, St, C]` to `[B or 1, H, St, D]` each."""
         if context not in self._kept:
             attn = self._attn
-            key = _normed(attn.norm_k, _heads(attn, attn.to_k, context)).transpose(1, 2)
-            self._kept[context] = key, _heads(attn, attn.to_v, context).transpose(1, 2)
+            key = _normed(attn, attn.norm_k, attn.to_k(context), self._across_heads).transpose(1, 2)
+            self._kept[context] = key, _heads(attn, attn.to_v(context)).transpose(1, 2)
         return self._kept[context]
 
 
 Compute = Callable[[CrossAttentionState, tuple[Tensor, Tensor], Tensor | None], Tensor]
-"""From the state before a block, the keys and values of its text, and the skip that it takes, to its image tokens."""
+"""From the state before a block, the keys and values of its text, and the skip that it takes, to its tokens."""
 
 
 @dataclass(frozen=True)
 class CrossAttentionBlock(PartlyCompiled):
     """`compute` can be compiled: it is given the `text`, and of the skips only what the block takes in.
 
-    `gives`, `takes`: the names under which its output is, or a skip was, left in the state.
+    `gives`, `takes`: the names under which its output is, or a skip was, left in the state. `stream`: of its tokens.
     """
 
     compute: Compute
     text: TextOfBlock
     gives: int | None = None
     takes: int | None = None
+    stream: str = "image"
 
     def __call__(self, state: State) -> State:
         assert isinstance(state, CrossAttentionState)
         assert state.context is not None
         skips = dict(state.skips)
-        image = self.compute(state, self.text(state.context), None if self.takes is None else skips.pop(self.takes))
+        tokens = self.compute(state, self.text(state.context), None if self.takes is None else skips.pop(self.takes))
         if self.gives is not None:
-            skips[self.gives] = image
-        return replace(state.with_streams(image=image), skips=skips)
+            skips[self.gives] = tokens
+        return replace(state.with_streams(**{self.stream: tokens}), skips=skips)
 
     def compiled(self) -> CrossAttentionBlock:
         return replace(self, compute=torch.compile(self.compute))
@@ -138,11 +150,12 @@ class CrossAttentionFamily(TokenFamily):
     """Image tokens are patches of a convolution; the last layer predicts `out_channels`, of which the first count.
 
     The others are those of a learned variance, which no sampler here uses. The prelude is the context,
-    `[B or 1, St, C]`: the text as all blocks attend to it.
+    `[B or 1, St, C]`: the text as all blocks attend to it. `across_heads`: as in `SelfAttentionSite`.
     """
 
     streams = ("image",)
     out_channels: int
+    across_heads = False
 
     def __init__(
         self,
@@ -152,10 +165,11 @@ class CrossAttentionFamily(TokenFamily):
         latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
         super().__init__(transformer, dtype, device, latents)
-        self.texts = [TextOfBlock(layer.attn2) for layer in self.layers]
+        self.texts = [TextOfBlock(layer.attn2, self.across_heads) for layer in self.layers]
         for number, layer in enumerate(self.layers):
-            layer.attn1.set_processor(SelfAttentionSite(self.sites, (number, "self")))
-            layer.attn2.set_processor(CrossAttentionSite())
+            site = SelfAttentionSite(self.sites, (number, "self"), self.streams, self.across_heads)
+            layer.attn1.set_processor(site)
+            layer.attn2.set_processor(CrossAttentionSite(self.across_heads))
 
     @property
     @abstractmethod
@@ -168,24 +182,28 @@ class CrossAttentionFamily(TokenFamily):
             text.forget()
 
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        return {"image": [Segment.of(grids["image"], "image")]}
+        return {self.controlled: [Segment.of(grids[self.controlled], self.controlled)]}
 
-    def embed_patches(self, projection: nn.Conv2d, tokens: Tensor) -> Tensor:
-        """Latent tokens `[B, S, C * ph * pw]` -> `[B, S, h]`."""
+    def embed_patches(self, projection: nn.Conv2d | nn.Conv3d, tokens: Tensor) -> Tensor:
+        """Latent tokens `[B, S, C * pt * ph * pw]` -> `[B, S, h]`."""
         return F.linear(tokens.to(self.dtype), projection.weight.flatten(1), projection.bias)
 
     def latent_tokens(self, output: Tensor) -> Tensor:
-        """The last layer's `[B, S, ph * pw * out_channels]` -> `[B, S, C * ph * pw]`."""
+        """The last layer's `[B, S, pt * ph * pw * out_channels]` -> `[B, S, C * pt * ph * pw]`."""
         by_place = output.unflatten(-1, (prod(self.latent.patch), self.out_channels))
         return by_place[..., : self.latent.channels].transpose(-1, -2).flatten(2)
 
 
-def _heads(attn: Any, project: nn.Module, x: Tensor) -> Tensor:
-    return project(x).unflatten(-1, (-1, attn.inner_dim // attn.heads))
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    """`[B, S, H * D]` -> `[B, S, H, D]`."""
+    return x.unflatten(-1, (-1, attn.inner_dim // attn.heads))
 
 
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+def _normed(attn: Any, norm: nn.Module | None, x: Tensor, across_heads: bool) -> Tensor:
+    """`[B, S, H * D]` -> `[B, S, H, D]`."""
+    if norm is None:
+        return _heads(attn, x)
+    return _heads(attn, norm(x)) if across_heads else norm(_heads(attn, x))
 
 
 def _turned(x: Tensor, rotation: Rotary | None) -> Tensor:

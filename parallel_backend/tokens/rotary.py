@@ -21,10 +21,10 @@ def rotations_at(coordinates: Tensor, widths: Sequence[int], theta: float = 1000
 
     Angles are computed in fp64: a coordinate may be a fraction or negative, and has no end.
     """
-    angles = [
-        coordinates[:, axis, None].double() / theta ** (torch.arange(0, width, 2, device=coordinates.device) / width)
-        for axis, width in enumerate(widths)
-    ]
+    angles = []
+    for axis, width in enumerate(widths):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=coordinates.device) / width
+        angles.append(coordinates[:, axis, None].double() * (1.0 / theta**exponents))
     angle = torch.cat(angles, dim=1)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float().unsqueeze(1)
 
