@@ -30,6 +30,8 @@ from paralleldit.parallel_backend.protocol.messages import Conditioning
 from torch import Tensor
 
 GUIDANCE = 2.5
+FRAMES = 3
+"""Cells of a video's latent."""
 CPU = torch.device("cpu")
 
 Draw = Callable[..., Tensor]
@@ -53,6 +55,11 @@ class TinyModel:
     @property
     def family(self) -> type[TokenFamily]:
         return load_view(self.spec)
+
+    def latent(self, draw: Draw, batch: int, height: int, width: int) -> Tensor:
+        """A drawn latent, of a video of `FRAMES` where the family samples videos."""
+        spec = self.spec.latent
+        return draw(batch, spec.channels, *([FRAMES] if spec.dims == 3 else []), height, width)
 
     def make(self, heads: int, depth: int = 2) -> Any:
         with torch.random.fork_rng():
@@ -278,7 +285,8 @@ def entry_of(condition: Condition) -> Conditioning:
 
 def whole_patches(latent: Tensor) -> Tensor:
     """The latent with its first row and column again after an odd last one."""
-    return F.pad(latent, (0, latent.shape[3] % 2, 0, latent.shape[2] % 2), mode="circular")
+    latent = torch.cat((latent, latent[..., : latent.shape[-2] % 2, :]), dim=-2)
+    return torch.cat((latent, latent[..., : latent.shape[-1] % 2]), dim=-1)
 
 
 TINY_MODELS = {

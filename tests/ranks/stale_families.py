@@ -29,7 +29,7 @@ def request_of(model, layout, path="unused"):
     tiny = TINY_MODELS[model]
     conditions = {"positive": tiny.condition(draw, 1, TEXT), "negative": tiny.condition(draw, 2, TEXT + 3)}
     entries = {side: (entry_of(condition),) for side, condition in conditions.items()}
-    tensors = {"latent": draw(2, tiny.spec.latents[0].channels, *SIZE)}
+    tensors = {"latent": tiny.latent(draw, 2, *SIZE)}
     for side, condition in conditions.items():
         tensors |= tensors_of(side, condition)
     request = messages.Sample(
@@ -109,28 +109,29 @@ class StaleModel:
     def predict(self, latent, timestep, condition, next_timestep=None):
         family, prompt = self.family, id(condition)
         evaluation = self.evaluations[prompt] = self.evaluations.get(prompt, -1) + 1
-        latents = {"image": latent}
+        name = family.controlled
+        latents = {name: latent}
         grids = family.grids(latents)
         lengths = {name: sum(each.count for each in own) for name, own in family.segments(condition, grids).items()}
         length, (grid,) = lengths.get("text", 0), grids.values()
         tokens = family.tokenise(latents)
-        answer = torch.zeros_like(tokens["image"])
+        answer = torch.zeros_like(tokens[name])
         family.sites.attention = self.attention
-        for text, at in self.parts(evaluation, length, (grid.rows, grid.columns)):
-            places = {("text", "image"): torch.cat((torch.arange(length)[text], length + at)), ("image",): at}
-            self.attention.begin(prompt, places, {("text", "image"): length + grid.count, ("image",): grid.count})
-            shard = {"text": text, "image": at}
+        for text, at in self.parts(evaluation, length, grid):
+            places = {("text", name): torch.cat((torch.arange(length)[text], length + at)), (name,): at}
+            self.attention.begin(prompt, places, {("text", name): length + grid.count, (name,): grid.count})
+            shard = {"text": text, name: at}
             state = family.embed(Evaluation(tokens, grids, timestep, condition, shard))
             state = run_blocks(family, state, family.blocks, policy=sample.COMPUTE_ALL)
-            answer[:, at] = family.head(state, {"image": slice(None)})["image"]
+            answer[:, at] = family.head(state, {name: slice(None)})[name]
             self.end_part()
         self.attention.keep()
-        return family.untokenise({"image": answer}, latents)["image"]
+        return family.untokenise({name: answer}, latents)[name]
 
     def parts(self, evaluation, length, grid):
-        """The text and the image tokens that are computed at once, one part after the other."""
+        """The text and the tokens of the grid that are computed at once, one part after the other."""
         if evaluation < max(1, self.layout.warmup_steps):
-            yield slice(0, length), torch.arange(grid[0] * grid[1])
+            yield slice(0, length), torch.arange(grid.count)
         else:
             yield from self.stale_parts(length, grid)
 

@@ -132,7 +132,7 @@ class LateFamily(stale_families.StaleModel):
     def stale_parts(self, length, grid):
         ranks, inner = self.layout.distrifusion_degree, self.layout.ulysses_degree * self.layout.ring_degree
         text = split_sizes(length, ranks * inner)[::-1]
-        image = torch.arange(grid[0] * grid[1]).split(split_sizes(grid[0] * grid[1], ranks * inner))
+        image = torch.arange(grid.count).split(split_sizes(grid.count, ranks * inner))
         sent = []
         for rank in range(ranks):
             start = sum(text[: rank * inner])

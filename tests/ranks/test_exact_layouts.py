@@ -110,7 +110,7 @@ def make_inputs(model, height, width, text, batch):
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     tiny = TINY_MODELS[model]
-    latent = draw(batch, tiny.spec.latents[0].channels, height, width)
+    latent = tiny.latent(draw, batch, height, width)
     # The negative prompt has another length, and a text for every picture.
     conditions = tiny.condition(draw, 1, text), tiny.condition(draw, batch, text + 3)
     # As a request has it: a picture of which no size is told is told of its own, in pixels.
@@ -312,7 +312,8 @@ def sampled(world, degrees, model, sampler, batch_index, masked, spoilt=""):
     if spoilt == "latent":
         tensors["latent"][-1] = torch.finfo(torch.float32).max
     if masked:
-        tensors["noise_mask"] = torch.linspace(0, 1, batch * 16 * 16).view(batch, 1, 16, 16).round()
+        frames = [1] * (latent.ndim - 4)
+        tensors["noise_mask"] = torch.linspace(0, 1, batch * 16 * 16).view(batch, 1, *frames, 16, 16).round()
     return sample(request, tensors, family, Mesh(request.layout), QuietRun())["latent"]
 
 

@@ -48,12 +48,14 @@ def covering_cases(cases):
 
 
 class StripModel(StaleModel):
-    """Strips of the picture, each seeing what was computed of those before it."""
+    """Strips of the picture, or of a video some frames, each seeing what was computed of those before it."""
 
     def stale_parts(self, length, grid):
-        for number, rows in enumerate(torch.arange(grid[0]).tensor_split(self.layout.num_patches)):
-            at = (rows[:, None] * grid[1] + torch.arange(grid[1])).flatten()
-            yield slice(0, 0 if number else length), at
+        patches = self.layout.num_patches
+        tokens = torch.arange(grid.count).view(grid.frames, grid.rows, grid.columns)
+        strips = tokens.tensor_split(patches, dim=0 if grid.frames >= patches else 1)
+        for number, strip in enumerate(strips):
+            yield slice(0, 0 if number else length), strip.flatten()
 
     def end_part(self):
         self.attention.keep()
