@@ -17,16 +17,19 @@ PACK = Path(__file__).resolve().parents[1]
 WIDTH, GAP, TITLE, ROW, TEXT, PICTURE = 320, 40, 40, 26, 140, 300
 """Sizes on the canvas: a node's width, the space between nodes, its title, a row of a node, a text box, a picture."""
 CONTROL = "control_after_generate"
-SHOWS_PICTURE = ("LoadImage", "SaveImage", "PreviewImage")
+SHOWS_PICTURE = ("LoadImage", "SaveImage", "SaveAnimatedWEBP", "PreviewImage")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 HOST = {
+    "CLIPLoader": (("CLIP",), {}),
     "DualCLIPLoader": (("CLIP",), {}),
     "CLIPTextEncode": (("CONDITIONING",), {"clip": "CLIP"}),
     "FluxGuidance": (("CONDITIONING",), {"conditioning": "CONDITIONING"}),
     "LoraLoaderModelOnly": (("MODEL",), {"model": "MODEL"}),
     "LoadImage": (("IMAGE", "MASK"), {}),
     "SaveImage": ((), {"images": "IMAGE"}),
+    "SaveAnimatedWEBP": ((), {"images": "IMAGE"}),
     "EmptySD3LatentImage": (("LATENT",), {}),
+    "EmptyHunyuanLatentVideo": (("LATENT",), {}),
 }
 """ComfyUI's own nodes: the types of their outputs, and of their inputs that are no widgets."""
 
