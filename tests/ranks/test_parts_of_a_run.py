@@ -1,13 +1,11 @@
 """Parts of a run's steps, masks of single latents and previews: of a model of video and sound, on real ranks."""
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
-from paralleldit.parallel_backend.families.condition import CONDITION_TENSORS
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.made_up import cases
@@ -35,8 +33,7 @@ def sampled(
         **changes,
     )
     run, events = run_of(request)
-    with mock.patch.dict(CONDITION_TENSORS, each=4):
-        found = sample.sample(request, tensors, cases.family(), Mesh(layout), run)
+    found = sample.sample(request, tensors, cases.family(), Mesh(layout), run)
     return found, [list(tensors["preview"].shape) for _, tensors in events if "preview" in tensors]
 
 
