@@ -1,0 +1,65 @@
+"""What specs say of published models is what ComfyUI's own detection says of their weights.
+
+`COMFYUI_PATH` names a checkout of ComfyUI, `COMFYUI_PYTHON` a Python that has its requirements (by default this one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paralleldit.parallel_backend.files.key_map import ruled_map
+from paralleldit.tests.comfyui import detection_host as host
+from paralleldit.tests.unit.test_family_configs import PUBLISHED, original_shapes, shapes_of
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH to a checkout of ComfyUI"),
+]
+
+MODELS = [name for name, (spec, _) in PUBLISHED.items() if spec.host_config is not None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("published")
+    for name in MODELS:
+        spec, config = PUBLISHED[name]
+        shapes = original_shapes(spec, shapes_of(name))
+        place.joinpath(f"{name}.json").write_text(json.dumps({"family": spec.name, "config": config, "shapes": shapes}))
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    command = [python, "-W", "ignore", str(Path(host.__file__)), str(place)]
+    env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-3000:]}"
+    return place
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_host_detects_what_the_spec_says(name, folder):
+    answer = json.loads((folder / f"{name}.host.json").read_text())
+    detected, said = (_ordered(answer[side]) for side in ("detected", "said"))
+    # Either leaves out what the network's class has by default.
+    assert {key: said[key] for key in detected.keys() & said} == {key: detected[key] for key in detected.keys() & said}
+    assert not [key for key in detected.keys() - said if detected[key]]
+    assert len(set(answer["classes"])) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rules_read_all_weights_of_the_hosts_network(name, folder):
+    spec, _ = PUBLISHED[name]
+    shapes = json.loads((folder / f"{name}.host.json").read_text())["shapes"]
+    of_files = {key: tuple(shape) for key, shape in shapes.items() if key not in spec.not_weights}
+    # It raises for keys that are missing, left over or of another shape.
+    assert ruled_map(spec.rules, of_files, shapes_of(name)).keys() == shapes_of(name).keys()
+
+
+def _ordered(config: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of blocks in their order, which the host has from the last to the first."""
+    layers = "x_block_self_attn_layers"
+    return {**config, layers: sorted(config[layers])} if layers in config else config
