@@ -15,6 +15,7 @@ from diffusers import (
     HunyuanDiT2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from paralleldit.parallel_backend.families.condition import Condition
@@ -23,6 +24,7 @@ from paralleldit.parallel_backend.families.keys.flux import FLUX
 from paralleldit.parallel_backend.families.keys.hunyuandit import HUNYUANDIT
 from paralleldit.parallel_backend.families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from paralleldit.parallel_backend.families.keys.sd3 import SD3
+from paralleldit.parallel_backend.families.keys.wan import WAN
 from paralleldit.parallel_backend.families.registry import load_view
 from paralleldit.parallel_backend.families.spec import FamilySpec
 from paralleldit.parallel_backend.protocol.messages import Conditioning
@@ -245,6 +247,43 @@ def _hunyuandit(told_size: bool) -> TinyModel:
     return TinyModel(HUNYUANDIT, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
 
 
+def _wan() -> TinyModel:
+    sigma = 0.7
+
+    def build(heads: int, depth: int) -> WanTransformer3DModel:
+        model = WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=12,
+            text_dim=20,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=2 * depth,
+        )
+        for layer in model.blocks:
+            layer.scale_shift_table.data *= 4  # gates that let the attention through
+            for norm in (
+                layer.norm2,
+                *(getattr(attn, f"norm_{x}") for attn in (layer.attn1, layer.attn2) for x in "qk"),
+            ):
+                torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        # Zeros stand behind a prompt, and are attended to.
+        return Condition({"tokens": torch.cat((draw(batch, text, 20), torch.zeros(batch, 3, 20)), dim=1)})
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        batch, *_, height, width = latent.shape
+        velocity = model(
+            hidden_states=whole_patches(latent),
+            timestep=torch.full((batch,), sigma * 1000),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+        ).sample
+        return latent - sigma * velocity[..., :height, :width]
+
+    return TinyModel(WAN, build, condition, sigma, denoise)
+
+
 TIMESTEP = 500
 
 
@@ -297,4 +336,5 @@ TINY_MODELS = {
     "pixart sigma": _pixart(PIXART_SIGMA, told_size=False),
     "hunyuandit 1.1": _hunyuandit(told_size=True),
     "hunyuandit 1.2": _hunyuandit(told_size=False),
+    "wan 2.1": _wan(),
 }

@@ -9,9 +9,10 @@ from .keys.flux import FLUX
 from .keys.hunyuandit import HUNYUANDIT
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from .keys.sd3 import SD3
+from .keys.wan import WAN
 from .spec import FamilySpec
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT, WAN)}
 
 
 def load_class(name: str) -> type:

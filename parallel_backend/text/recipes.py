@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5EncoderModel,
 )
 
 log = logging.getLogger(__name__)
@@ -131,6 +134,13 @@ def _encode_hunyuandit(
     return TextConditioning(tokens=tokens, mask=mask, tokens_2=tokens_2, mask_2=mask_2)
 
 
+def _encode_wan(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+    clean = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt_2))).strip()
+    tokens, mask = parts[0].masked_tokens(clean, max_length)
+    # The model attends to the zeros, too.
+    return TextConditioning(tokens=tokens * mask[..., None])
+
+
 def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
     t5 = EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
     return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
@@ -171,5 +181,12 @@ FAMILIES = (
         main_part=1,
         default_length=256,
         encode=_encode_hunyuandit,
+    ),
+    TextFamily(
+        pipelines=("WanPipeline",),
+        parts=(EncoderSpec("text_encoder", "tokenizer", ("umt5",), UMT5EncoderModel, T5Tokenizer),),
+        main_part=0,
+        default_length=512,
+        encode=_encode_wan,
     ),
 )

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    from paralleldit.tests import tiny_sd3
+    from paralleldit.tests import tiny_sd3, tiny_wan
     from paralleldit.tests.comfyui.host import prepare
     from paralleldit.tests.tiny_flux import write_pipeline
 
@@ -24,8 +24,14 @@ def base(tmp_path_factory) -> Path:
     sd3 = tiny_sd3.tiny_transformer(heads=2, layers=2, dual=(0,), qk_norm="rms_norm", side=16)
     piped_sd3 = tiny_sd3.write_pipeline(pipelines / "sd3", sd3)
     video = write_video_vae(pipelines / "video")
-    files = [tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3)]
-    prepare(folder / "base", {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video}, files)
+    wan = tiny_wan.tiny_transformer()
+    piped_wan = tiny_wan.write_pipeline(pipelines / "wan", wan)
+    files = [
+        tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3),
+        tiny_wan.write_original(pipelines / "wan.safetensors", wan),
+    ]
+    pipes = {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video, "wan": piped_wan}
+    prepare(folder / "base", pipes, files)
     write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3)
     write_ip_adapters(folder / "base" / "models" / "ipadapter", tiny / "transformer", sd3)
     return folder / "base"

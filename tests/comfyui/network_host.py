@@ -27,6 +27,9 @@ def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(4)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     latent = draw(BATCH, 4, 72, 56)
+    if family == "wan":
+        # Of odd sides.
+        return draw(BATCH, 16, 3, 9, 7), draw(BATCH, 9, 20), {}
     if family != "hunyuandit":
         return latent, draw(BATCH, 9, 20), {"width": 640, "height": 480}
     masks = {"attention_mask": torch.arange(6) < 4, "attention_mask_mt5xl": torch.arange(9) < 5}

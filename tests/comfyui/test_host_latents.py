@@ -45,6 +45,13 @@ SHIFTED = {
 }
 ODD = {"20": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 80, "height": 112, "batch_size": 1}}}
 SD3_SHIFTED = {"20": {"class_type": "ModelSamplingSD3", "inputs": {"shift": 1.7}}}
+VIDEO = {
+    "5": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 48, "height": 64, "length": 9, "batch_size": 1}}
+}
+FRAME_MASKED = VIDEO | {
+    "22": {"class_type": "SolidMask", "inputs": {"value": 0.7, "width": 48, "height": 64}},
+    "23": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["5", 0], "mask": ["22", 0]}},
+}
 CASES = {
     "flow": Case(),
     "guided": Case("guided", sampler={"cfg": 1.0, "sampler_name": "dpmpp_2m"}, batch=2),
@@ -57,6 +64,10 @@ CASES = {
     "odd size": Case("tiny", sampler={"sampler_name": "dpm_2"}, nodes=ODD, links={"latent_image": ["20", 0]}),
     "sd3": Case("sd3", "sd3.safetensors", {"cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"}, 2),
     "sd3, odd size": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=ODD, links={"latent_image": ["20", 0]}),
+    "wan": Case("wan", "wan.safetensors", {"cfg": 5.0, "sampler_name": "uni_pc"}, 2, VIDEO),
+    "wan, shift": Case("wan", "wan.safetensors", {"cfg": 1.0}, nodes=VIDEO | SD3_SHIFTED, links={"model": ["20", 0]}),
+    "wan, masked": Case("wan", "wan.safetensors", {"cfg": 2.0}, nodes=FRAME_MASKED, links={"latent_image": ["23", 0]}),
+    "wan, a picture": Case("wan", "wan.safetensors", {"cfg": 2.0, "denoise": 0.7}),
     "sd3, shift": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=SD3_SHIFTED, links={"model": ["20", 0]}),
 }
 CASES |= {

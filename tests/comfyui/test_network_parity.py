@@ -25,6 +25,7 @@ from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests.comfyui import network_host as host
 from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
+from paralleldit.tests.tiny_wan import tiny_transformer
 from paralleldit.tests.unit.cross_attention_original_layout import original_weights
 from safetensors.torch import load_file, save_file
 
@@ -39,6 +40,7 @@ CASES = {
     "pixart-sigma": lambda: pixart(told_size=False),
     "hunyuandit-1.1": lambda: hunyuandit(told_size=True),
     "hunyuandit-1.2": lambda: hunyuandit(told_size=False),
+    "wan": lambda: tiny_transformer(heads=1, text_width=20),
 }
 
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
     for name, make in CASES.items():
         model = make()
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.15)
+            torch.nn.init.normal_(parameter, std=0.15 if name != "wan" else 0.05)
         weights = place / f"{name}.safetensors"
         tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if "pixart" in name else {}
         save_file(original_weights(dict(model.state_dict())) | tables, weights)

@@ -30,9 +30,10 @@ ORIGINAL = {
     "sd3.5 medium": tiny_sd3.original_layout,
     "pixart alpha": original_weights,
     "hunyuandit 1.1": original_weights,
+    "wan 2.1": original_weights,
 }
-HEADS = {"pixart alpha": 16}
-"""Of a model whose single file does not tell their number."""
+HEADS = {"pixart alpha": 16, "wan 2.1": 32}
+"""Of a model whose single file does not tell their number: of Wan's, it makes 3 of 128 channels."""
 LAYOUTS = [
     Layout(),
     Layout(ulysses_degree=2),

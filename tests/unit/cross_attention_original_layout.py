@@ -1,4 +1,4 @@
-"""The weights of diffusers' PixArt and HunyuanDiT under their original names, apart from the product's tables."""
+"""The weights of diffusers' PixArt, HunyuanDiT and Wan under their original names, apart from the product's tables."""
 
 from __future__ import annotations
 
@@ -60,9 +60,32 @@ def hunyuandit_original(name: str) -> str:
     return re.sub(r"\.norm([23])\.", lambda found: f".norm{5 - int(found[1])}.", name)
 
 
+def wan_original(name: str) -> str:
+    for pattern, source in (
+        (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+        (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+        (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+        (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+        (r"^condition_embedder\.time_proj", "time_projection.1"),
+        (r"^proj_out", "head.head"),
+        (r"^scale_shift_table", "head.modulation"),
+        (r"scale_shift_table$", "modulation"),
+        (r"\.attn1\.", ".self_attn."),
+        (r"\.attn2\.", ".cross_attn."),
+        (r"\.to_([qkv])\.", r".\1."),
+        (r"\.to_out\.0\.", ".o."),
+        (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+        (r"\.ffn\.net\.2\.", ".ffn.2."),
+        (r"\.norm2\.", ".norm3."),
+    ):
+        name = re.sub(pattern, source, name)
+    return name
+
+
 def original_weights(weights: Weights) -> Weights:
     """Fused in the order q, k, v."""
-    of = pixart_original if "adaln_single.linear.weight" in weights else hunyuandit_original
+    marks = {"adaln_single.linear.weight": pixart_original, "condition_embedder.time_proj.weight": wan_original}
+    of = next((names for mark, names in marks.items() if mark in weights), hunyuandit_original)
     original: Weights = {}
     for name, weight in weights.items():
         source = of(name)

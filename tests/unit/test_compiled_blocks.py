@@ -27,6 +27,7 @@ from torch._dynamo.utils import counters
         ("pixart alpha", 1, "eager"),
         ("sd3.5 medium", 3, "eager"),
         ("hunyuandit 1.1", 2, "eager"),
+        ("wan 2.1", 1, "eager"),
     ],
 )
 def test_compiled_blocks_predict_the_same(monkeypatch, model, kinds, backend):
@@ -36,8 +37,8 @@ def test_compiled_blocks_predict_the_same(monkeypatch, model, kinds, backend):
     ulysses, ring, sequence = (Axis(name, [0], None, Ledger()) for name in ("ulysses", "ring", "sequence"))
     strategy = SequenceParallel(family, sequence, AttentionCore(ulysses, ring, KERNELS["sdpa"]))
     generator = torch.Generator().manual_seed(5)
-    condition = tiny.condition(lambda *shape: torch.randn(*shape, generator=generator), 1, 5)
-    latent = torch.randn(1, family.latents[0].channels, 8, 6, generator=generator)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    condition, latent = tiny.condition(draw, 1, 5), tiny.latent(draw, 1, 8, 6)
     timestep = torch.tensor([0.7])
     with torch.inference_mode():
         plain = strategy.predict(latent, timestep, condition)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,6 +14,8 @@ from diffusers.loaders import single_file_utils
 from paralleldit.parallel_backend.adapters.lora.module_names import original_places
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.keys.flux import FLUX
+from paralleldit.parallel_backend.families.keys.wan import LANDMARKS as WAN_LANDMARKS
+from paralleldit.parallel_backend.families.keys.wan import WAN
 from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.families.spec import FamilySpec, LatentSpec, Shapes
 from paralleldit.parallel_backend.files import detect, open_checkpoint
@@ -24,6 +27,7 @@ PUBLISHED = {name: (spec, config) for spec in FAMILIES.values() for name, config
 CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "wan": single_file_utils.convert_wan_transformer_to_diffusers,
 }
 """Those that diffusers has for the single files of a family."""
 LATENT = LatentSpec(4, scale=2.0, shift=1.0)
@@ -103,3 +107,49 @@ def test_a_neighbour_with_the_keys_of_a_family_is_refused_by_its_name(tmp_path, 
     monkeypatch.setitem(FAMILIES, "flux", by_kind)
     with pytest.raises(UserError, match=r"holds cousin, which is not served; Flux\.1 is"):
         detect(open_checkpoint(file))
+
+
+WIDTH = 1536
+
+
+def wan_shapes(channels: int = 16, output: int = 64, layout: str = "original", **others: tuple[int, ...]) -> Shapes:
+    """The tensors that tell a Wan of so many channels, and `others`."""
+    keys = WAN_LANDMARKS[layout]
+    known = {"patch": (WIDTH, channels, 1, 2, 2), "norm": (WIDTH,), "table": (1, 2, WIDTH), "output": (output, WIDTH)}
+    shapes = {key: known.get(fact, (WIDTH, 256)) for fact, key in keys.items()}
+    return {**shapes, **{name.replace("__", "."): shape for name, shape in others.items()}}
+
+
+def said(**transformer: object) -> dict[str, str]:
+    return {"config": json.dumps({"transformer": transformer})}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "metadata"),
+    [
+        (None, wan_shapes(), {}),
+        (None, wan_shapes(layout="diffusers"), {"format": "pt"}),
+        (None, wan_shapes(), said(model_type="t2v")),
+        ("Wan VACE", wan_shapes(vace_patch_embedding__weight=(WIDTH, 96, 1, 2, 2)), {}),
+        ("Wan Fun Camera", wan_shapes(32, control_adapter__conv__weight=(WIDTH, 1536, 2, 2)), {}),
+        ("Wan S2V", wan_shapes(casual_audio_encoder__encoder__final_linear__weight=(WIDTH, WIDTH)), {}),
+        ("HuMo", wan_shapes(36, audio_proj__audio_proj_glob_1__layer__bias=(WIDTH,)), {}),
+        ("Wan Animate", wan_shapes(36, face_adapter__fuser_blocks__0__k_norm__weight=(128,)), {}),
+        ("Wan Animate", wan_shapes(36, layout="diffusers", face_adapter__0__norm_k__weight=(128,)), {}),
+        ("SCAIL-2", wan_shapes(patch_embedding_mask__weight=(WIDTH, 28, 1, 2, 2)), {}),
+        ("SCAIL", wan_shapes(20, patch_embedding_pose__weight=(WIDTH, 20, 1, 2, 2)), {}),
+        ("Wan Dancer", wan_shapes(36, patch_embedding_global__weight=(WIDTH, 36, 1, 2, 2)), {}),
+        ("Wan Fun Control", wan_shapes(48, ref_conv__weight=(WIDTH, 16, 2, 2), img_emb__proj__0__bias=(1280,)), {}),
+        ("Wan FLF2V", wan_shapes(36, img_emb__emb_pos=(1, 514, 1280), img_emb__proj__0__bias=(1280,)), {}),
+        ("Wan 2.1 I2V", wan_shapes(36, img_emb__proj__0__bias=(1280,)), {}),
+        ("Wan 2.1 I2V", wan_shapes(36, 64, "diffusers", condition_embedder__image_embedder__norm1__bias=(1280,)), {}),
+        ("Wan 2.2 I2V", wan_shapes(36), {}),
+        ("Wan Fun Control", wan_shapes(48), {}),
+        ("Wan 2.2 TI2V 5B", wan_shapes(48, 192), {}),
+        ("a Wan that takes 20 channels and predicts 16", wan_shapes(20), {}),
+        ("Wan Causal Forcing", wan_shapes(), said(causal_ar=True)),
+        ("Wan flow_rvs", wan_shapes(), said(model_type="flow_rvs")),
+    ],
+)
+def test_other_kinds_of_wan_are_refused_by_their_names(kind, shapes, metadata):
+    assert WAN.reject(shapes, metadata) == kind

@@ -17,6 +17,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
 )
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
@@ -32,6 +34,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 CLIP_LENGTH = 10
@@ -251,6 +255,36 @@ def test_conditioning_equals_the_hunyuandit_pipeline(tmp_path):
             assert torch.equal(ours[f"tokens{suffix}"], tokens), prompt
             assert torch.equal(ours[f"mask{suffix}"], mask.float()), prompt
         assert len(ours) == 4
+
+
+def save_wan(place: Path) -> Path:
+    save_tokenizers(place, None)
+    shutil.rmtree(place / "tokenizer")
+    (place / "tokenizer_2").rename(place / "tokenizer")
+    torch.manual_seed(0)
+    umt5 = UMT5Config(vocab_size=32, d_model=20, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    UMT5EncoderModel(umt5).save_pretrained(place / "text_encoder")
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    return place
+
+
+@pytest.mark.usefixtures("offline")
+def test_conditioning_equals_the_wan_pipeline(tmp_path):
+    folder = save_wan(tmp_path)
+    encoders = load_text_encoders(folder, device="cpu", dtype=torch.float32)
+    pipeline = WanPipeline(
+        tokenizer=T5Tokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=None,
+        scheduler=UniPCMultistepScheduler(),
+    )
+    for prompt in (*MASKED_PROMPTS, "fox &amp;amp; dog\n in  &lt;snow&gt;"):
+        ours = encoders.encode(prompt).tensors()
+        with torch.no_grad():
+            tokens, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
+        assert ours.keys() == {"tokens"}
+        assert torch.equal(ours["tokens"], tokens), prompt
+        assert tokens.shape == (1, 512, 20)
 
 
 def test_what_is_cut_off_is_logged(flux_folder, caplog):

@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.tests.tiny_models import TINY_MODELS
 
 
-@pytest.mark.parametrize("model", ["pixart alpha", "hunyuandit 1.1"])
+@pytest.mark.parametrize("model", ["pixart alpha", "hunyuandit 1.1", "wan 2.1"])
 @torch.inference_mode()
 def test_text_is_computed_once_for_each_condition(model):
     tiny = TINY_MODELS[model]
@@ -26,7 +26,7 @@ def test_text_is_computed_once_for_each_condition(model):
     one, two, three = (Axis(name, [0], None, Ledger()) for name in ("ulysses", "ring", "sequence"))
     predict = SequenceParallel(family, three, AttentionCore(one, two, KERNELS["sdpa"])).predict
     conditions = [replace(tiny.condition(draw, batch, 5), size=(64, 64)) for batch in (1, 2)]
-    latent, timestep = draw(2, 4, 8, 8), torch.full((2,), 500.0)
+    latent, timestep = tiny.latent(draw, 2, 8, 8), torch.full((2,), 500.0)
     first = [predict(latent, timestep, condition) for condition in conditions]
     assert len(calls) == 2 * len(family.layers)
     again = [predict(latent, timestep, condition.part(slice(0, 2), 2)) for condition in conditions]

@@ -19,7 +19,12 @@ TEMPLATE_FOLDERS = ("example_workflows", "example", "examples", "workflow", "wor
 """In these folders of a pack ComfyUI takes every JSON file for a template."""
 
 KNOWN = {**core_nodes(Folders(Path(), Path(), Path())), **NODE_CLASS_MAPPINGS}
-HOST_OUTPUTS = {"DualCLIPLoader": ("CLIP",), "CLIPTextEncode": ("CONDITIONING",), "FluxGuidance": ("CONDITIONING",)}
+HOST_OUTPUTS = {
+    "CLIPLoader": ("CLIP",),
+    "DualCLIPLoader": ("CLIP",),
+    "CLIPTextEncode": ("CONDITIONING",),
+    "FluxGuidance": ("CONDITIONING",),
+}
 """Nodes of ComfyUI that run there only: the tests of the host compare their inputs with its own list."""
 
 VALUES = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
