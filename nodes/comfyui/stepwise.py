@@ -135,7 +135,8 @@ class StepwiseModel:
         )
         tensors = {f"latent{name}": latent for name, latent in zip(names, latents, strict=True)}
         tensors |= {"timestep": timestep, **residual_tensors}
-        tensors |= {} if next_timestep is None else {"next_timestep": next_timestep}
+        if next_timestep is not None and run.handle.spec.takes_next_time:
+            tensors["next_timestep"] = next_timestep
         answered = self._ask(run, message, tensors)
         return [answered[f"prediction{name}"].to(latents[0].device) for name in names]
 

@@ -67,9 +67,8 @@ def sample(
     job = _job(request, tensors, family, latents, packing, model_sampling, own)
     strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
-    guidance = Guidance(
-        strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, job.sigmas.float().cpu()
-    )
+    levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
+    guidance = Guidance(strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, levels)
 
     def preview(x: Tensor) -> Tensor | None:
         """The first picture, of a video its first frame, as what it is now."""

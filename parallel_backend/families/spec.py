@@ -171,6 +171,8 @@ class FamilySpec:
     """Whether ComfyUI takes a list only with a residual for each of these blocks."""
     takes_references: bool = False
     """Whether tokens of reference pictures may follow the picture's."""
+    takes_next_time: bool = False
+    """Whether the model is given the time of the noise level to which the sampler will step."""
     can: Capabilities = field(default_factory=Capabilities)
     """The parallel methods that its view serves."""
     published: Mapping[str, Config] = field(default_factory=dict)

@@ -61,13 +61,19 @@ def inputs(**changes: Any) -> dict[str, Any]:
     return given | changes
 
 
-def test_videos_travel_with_a_time_for_each_frame_and_that_of_the_next_level(ask):
+@pytest.mark.parametrize("takes_next_time", [True, False])
+def test_videos_travel_with_a_time_for_each_frame_and_with_that_of_the_next_level_if_the_model_takes_it(
+    ask, monkeypatch, takes_next_time
+):
+    monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], takes_next_time=takes_next_time))
     video, times = torch.zeros(4, 4, 3, 6, 6), torch.rand(4, 3)
     (found,) = running().predict([video], times, inputs(), (0, 1), 0.5, torch.full((4,), 0.25))
     _, tensors = ask.last(messages.Predict)
     assert torch.equal(found, video + 1)
     assert torch.equal(tensors["timestep"], times)
-    assert tensors["next_timestep"].tolist() == [0.25] * 4
+    assert ("next_timestep" in tensors) == takes_next_time
+    if takes_next_time:
+        assert tensors["next_timestep"].tolist() == [0.25] * 4
 
 
 def test_several_latents_travel_by_name_and_come_back_in_order(ask, monkeypatch):

@@ -101,6 +101,7 @@ MADE_UP = FamilySpec(
     derive_config=derive_config,
     cuts=CUTS,
     heads=GROUPS,
+    takes_next_time=True,
 )
 
 
