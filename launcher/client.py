@@ -99,7 +99,7 @@ class Client:
         cancelled: Callable[[], bool] | None = None,
         timeout: float | None = None,
     ) -> tuple[messages.Result, Tensors]:
-        """The sidecar's answer to `message` (its id is set here). `on_event` and `cancelled` are called in this thread.
+        """The sidecar's reply to `message` (its id is set here). `on_event` and `cancelled` are called in this thread.
 
         Raises `Cancelled` once every rank has left the run, `UserError`, `SidecarError` when the sidecar is lost, and
         `TimeoutError` after `timeout` seconds.
@@ -170,7 +170,8 @@ class Client:
             self._stream.send(messages.Cancel(id=self._current))
 
     def _error(self, failure: messages.Failure) -> Exception:
-        """Where the failure names a rank, the ranks are out of step and the sidecar ends: its remains are removed."""
+        """The exception for `failure`. If it names a rank, the ranks are out of step and the sidecar ends: its remains
+        are removed."""
         hint = failure.hint
         if failure.rank is not None:
             self.close()

@@ -76,8 +76,8 @@ def rank_environment(
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     elif gpus:
-        shown = base.get("CUDA_VISIBLE_DEVICES", "")
-        names = shown.split(",") if shown else [str(gpu) for gpu in range(max(gpus) + 1)]
+        visible = base.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
     return env
 

@@ -1,4 +1,4 @@
-"""One life of a sidecar, as its directory tells it: which processes, whether they live, why they ended."""
+"""One instance of a sidecar, read from its directory: its processes, whether they live, why they ended."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class SidecarInstance:
         return f"The sidecar's torchrun (process {agent.pid if agent else 'unknown'}) ended without a word.", ""
 
     def why_not_started(self) -> tuple[str, str]:
-        """Like `why`, but a start also fails of things that only the logs tell: they are read for the known ones."""
+        """Like `why`, for a start: it also searches the logs for known failures, which only they show."""
         message, hint = self.why(patience=1.0)
         text = "\n".join([message, self.tail(), *(self.tail(rank) for rank in self.ranks)])
         for pattern, known, remedy in KNOWN_FAULTS:

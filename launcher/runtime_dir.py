@@ -21,7 +21,7 @@ from pathlib import Path
 from ..parallel_backend.errors import UserError
 
 KEPT_LIVES = 3
-BESIDE = "vae"
+VAE_SLOT = "vae"
 ROOT_VARIABLE = "PARALLELDIT_RUNTIME_DIR"
 
 
@@ -43,9 +43,9 @@ class Slot:
         self.directory = (directory or root()) / f"node-{node_rank}"
 
     @property
-    def beside(self) -> Slot:
-        """That of the second sidecar on this host."""
-        return Slot(0, self.directory.parent / BESIDE)
+    def vae(self) -> Slot:
+        """The slot of the VAE's own sidecar on this host."""
+        return Slot(0, self.directory.parent / VAE_SLOT)
 
     @property
     def life(self) -> Path | None:

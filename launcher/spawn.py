@@ -107,7 +107,7 @@ def _wait_ready(
 
 
 def free_port() -> int:
-    """Of those below Linux' outgoing connections (from 32768 on), one of which could take it before a rank listens."""
+    """A free port below those of Linux' outgoing connections (from 32768 on), which might take it before a rank."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

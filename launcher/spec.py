@@ -57,9 +57,9 @@ class SidecarSpec:
     def slot(self) -> Slot:
         return Slot(self.node_rank, self.directory)
 
-    def beside(self, ranks: int, gpus: tuple[int, ...] = ()) -> SidecarSpec:
-        """A second sidecar, on this host, that works while this one does."""
-        place = self.slot.beside.directory.parent
+    def for_vae(self, ranks: int, gpus: tuple[int, ...] = ()) -> SidecarSpec:
+        """The spec of the VAE's own sidecar on this host, which works while this one does."""
+        place = self.slot.vae.directory.parent
         return replace(
             self, ranks=ranks, gpus=gpus, directory=place, nnodes=1, node_rank=0, rdzv_endpoint="", address="unix"
         )

@@ -1,4 +1,4 @@
-"""Parallel ControlNet Loader and Parallel ControlNet Apply: ControlNets that the ranks evaluate beside the model."""
+"""Parallel ControlNet Loader and Parallel ControlNet Apply: ControlNets that the ranks evaluate with the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.controlnet import read_controlnet
 from ..parallel_backend.protocol.messages import ControlNetRef, ControlUse
 from . import model_files
-from .request.controls import CONTROL, PREPARED, WaitingControl, WaitingControls, waiting
+from .request.controls import CONTROL, PREPARED, PendingControl, PendingControls, pending_controls
 from .widgets import SPAN, check_span, verdict
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ KIND = "controlnet"
 WHAT = "The ControlNet"
 NO_MODE = -1
 IDLE = "the ControlNet would never work"
-"""In a span without time."""
+"""The error's text for a span without time."""
 
 
 class ParallelDiTControlNetLoader:
@@ -135,11 +135,12 @@ class ParallelDiTControlNetApply:
         if vae is None and not info.takes_pixels:
             raise UserError(f"{info.name} takes the latent of its picture.", "Connect the model's VAE.")
         prepare = PREPARED.get(info.picture_type, lambda picture: picture)
-        control = WaitingControl(message, prepare(image[..., :3]), None if info.takes_pixels else vae)
+        control = PendingControl(message, prepare(image[..., :3]), None if info.takes_pixels else vae)
         return _with(positive, control), _with(negative, control)
 
 
-def _with(conditioning: Sequence[Any], control: WaitingControl) -> list[Any]:
+def _with(conditioning: Sequence[Any], control: PendingControl) -> list[Any]:
     return [
-        [tokens, {**entry, CONTROL: WaitingControls((*waiting("", entry), control))}] for tokens, entry in conditioning
+        [tokens, {**entry, CONTROL: PendingControls((*pending_controls("", entry), control))}]
+        for tokens, entry in conditioning
     ]

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POSITIVE, NEGATIVE = 0, 1
-"""As ComfyUI numbers the sides of a prompt."""
+"""The sides of a prompt, as ComfyUI numbers them."""
 
 
 @dataclass(frozen=True, eq=False)
-class ShownPicture:
-    """A picture that a MODEL is shown; `embeddings` `[B, …]`: for the positive prompt and for the negative one."""
+class EncodedPicture:
+    """A picture that prompts a MODEL; `embeddings` `[B, …]`: for the positive prompt and for the negative one."""
 
     message: ImagePromptUse
     embeddings: tuple[Tensor, Tensor]
@@ -43,9 +43,9 @@ OWN_LOADER = "load the model with ComfyUI's own loader."
 
 @dataclass(frozen=True)
 class ModelHandle:
-    """`family` and `config` (as diffusers names them) are what the checkpoint's header tells.
+    """A model in the ranks. `family` and `config` (as diffusers names them) are derived from the checkpoint's header.
 
-    `loras`: the files that the ranks lay beside the weights. `pictures`: what the model is shown beside the prompt.
+    `loras`: the LoRA files that the ranks apply. `pictures`: the image prompts.
     """
 
     ref: ModelRef
@@ -53,7 +53,7 @@ class ModelHandle:
     family: str
     config: dict[str, Any]
     loras: tuple[LoraRef, ...] = ()
-    pictures: tuple[ShownPicture, ...] = ()
+    pictures: tuple[EncodedPicture, ...] = ()
 
     @property
     def spec(self) -> FamilySpec:

@@ -24,7 +24,7 @@ frame of one, `[1, C, 1, H, W]`."""
 
 
 class Host:
-    """Runs nodes without ComfyUI. `models`: a folder laid out as ComfyUI's `models`; `spec`: the sidecar to use.
+    """Runs nodes without ComfyUI. `models`: a folder with the layout of ComfyUI's `models`; `spec`: the sidecar to use.
 
     An `owned` sidecar ends with this process; another one stays warm until its idle time is over.
     """
@@ -45,13 +45,13 @@ class Host:
         self._on_progress = on_progress
 
     cpu_noise_offset = 1
-    """From the seed of a run to that of a stochastic sampler's own noise, where it is drawn on a CPU."""
+    """Added to the seed of a run, it gives that of a stochastic sampler's own noise, where it is drawn on a CPU."""
 
     takes_paths = True
     """Whether a loader may be given a path instead of a name in a list."""
 
     def folders(self, kind: str) -> Sequence[Path]:
-        """Where models of a kind (`diffusion_models`, `diffusers`, `vae`) lie."""
+        """The folders of models of a kind (`diffusion_models`, `diffusers`, `vae`)."""
         kinds = {"diffusion_models": ("unet", "diffusion_models")}.get(kind, (kind,))
         return [self.models / each for each in kinds] if self.models else []
 

@@ -1,4 +1,4 @@
-"""Parallel IP-Adapter: a picture as a prompt, which the ranks show the model beside the text."""
+"""Parallel IP-Adapter: a picture as a prompt, in addition to the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.ip_adapter import IPAdapterInfo, read_ip_adapter
 from ..parallel_backend.protocol.messages import ImagePromptUse, IPAdapterRef
 from . import host, model_files
-from .handles import ShownPicture, handle_of
+from .handles import EncodedPicture, handle_of
 from .widgets import SPAN, check_span, verdict
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ KIND = "ipadapter"
 WHAT = "The IP-Adapter"
 MOST = 100.0
 IDLE = "the picture would never be looked at"
-"""In a span without time."""
+"""The error's text for a span without time."""
 
 
 class ParallelDiTIPAdapter:
     CATEGORY = "ParallelDiT"
     DESCRIPTION = (
-        "Shows the model a picture beside the prompt, through an IP-Adapter in the ranks. Works with Parallel Sampler "
-        "and with ComfyUI's own samplers."
+        "Adds a picture to the prompt, through an IP-Adapter in the ranks. Works with Parallel Sampler and with "
+        "ComfyUI's own samplers."
     )
     RETURN_TYPES = ("MODEL",)
     OUTPUT_TOOLTIPS = ("The model that sees the picture, for another Parallel IP-Adapter or a sampler.",)
@@ -104,7 +104,7 @@ class ParallelDiTIPAdapter:
             adapter=IPAdapterRef(path=str(path)), weight=weight, start=start_percent, end=end_percent
         )
         against = positive.new_zeros(positive.shape) if negative is None else _embedding(info, negative)
-        picture = ShownPicture(message, (positive, against))
+        picture = EncodedPicture(message, (positive, against))
         return (host.current().with_handle(model, replace(handle, pictures=(*handle.pictures, picture))),)
 
 

@@ -20,7 +20,7 @@ MOST = 100.0
 class ParallelDiTLora:
     CATEGORY = "ParallelDiT"
     DESCRIPTION = (
-        "Lays a LoRA beside the weights in the ranks. Changing it or its strength reloads nothing. ComfyUI's own Load "
+        "Adds a LoRA to the model in the ranks. Changing it or its strength reloads nothing. ComfyUI's own Load "
         "LoRA nodes work on the same MODEL too."
     )
     RETURN_TYPES = ("MODEL",)

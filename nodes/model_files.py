@@ -65,7 +65,7 @@ def _known(kind: str | None) -> Iterator[tuple[str, Path]]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links to other folders too: models often lie on another disk."""
+    """All files below `folder`, through links to other folders too: models are often on another disk."""
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         yield from (Path(place, file) for file in sorted(files))

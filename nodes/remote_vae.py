@@ -17,7 +17,7 @@ from .session import session
 
 @dataclass(frozen=True)
 class ParallelVAE:
-    """A VAE in the ranks, which ComfyUI's own VAE nodes use as theirs; `header` is what its file tells.
+    """A VAE in the ranks, which ComfyUI's own VAE nodes use as theirs; `header` is its file's header.
 
     `own_ranks`: those of a sidecar of its own; 0: it is in the ranks that sample.
     """
@@ -51,11 +51,11 @@ class ParallelVAE:
         return self._ask(EncodeImage, tiling, on_out_of_memory, {"image": image}).tensors["latent"]
 
     def decode_tiled(self, samples: Tensor, tile_x: int, tile_y: int, overlap: int, **in_time: Any) -> Tensor:
-        """As ComfyUI's tiled node calls it, in latent pixels. Frames are never cut into tiles."""
+        """Has the signature that ComfyUI's tiled node calls, in latent pixels. Frames are never cut into tiles."""
         return self.decode(samples, Tiling(max(tile_x, tile_y) * self.downscale_ratio, overlap * self.downscale_ratio))
 
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int, tile_y: int, overlap: int, **in_time: Any) -> Tensor:
-        """As ComfyUI's tiled node calls it, in pixels. Frames are never cut into tiles."""
+        """Has the signature that ComfyUI's tiled node calls, in pixels. Frames are never cut into tiles."""
         return self.encode(pixel_samples, Tiling(max(tile_x, tile_y), overlap))
 
     @property
@@ -87,8 +87,8 @@ class ParallelVAE:
         tensors: dict[str, Tensor],
     ) -> session.Reply:
         if self.works_aside:
-            client = session.client_beside(self.own_ranks, self.layout.ranks if self.layout else 0)
+            client = session.vae_client(self.own_ranks, self.layout.ranks if self.layout else 0)
         else:
             client = session.client_for(self.layout.ranks if self.layout else None)
         request = kind(id=0, vae=self.ref, **tiling._asdict(), on_out_of_memory=on_out_of_memory)
-        return session.ask(client, request, tensors, beside=self.works_aside)
+        return session.ask(client, request, tensors, on_vae_sidecar=self.works_aside)

@@ -35,8 +35,8 @@ class ParallelDiTStatus:
         if session.running() is not None:
             client = session.client_for(None)
             lines += _lines(client.welcome, session.ask(client, Status(id=0)).result.data)
-        if beside := session.visit_beside(Status(id=0)):
-            lines += ["The VAE's own:", *_lines(*beside)]
+        if visited := session.visit_vae_sidecar(Status(id=0)):
+            lines += ["The VAE's own:", *_lines(*visited)]
         text = "\n".join(lines) or NOT_RUNNING
         host.current().show(text)
         return {"ui": {"text": [text]}, "result": (text,)}

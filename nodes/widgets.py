@@ -35,7 +35,7 @@ def check_span(start: float, end: float, otherwise: str) -> None:
 
 
 def verdict(check: Callable[..., object], *inputs: object) -> bool | str:
-    """What VALIDATE_INPUTS answers: True, or the reason why `check(*inputs)` raised `UserError`.
+    """What VALIDATE_INPUTS returns: True, or the reason why `check(*inputs)` raised `UserError`.
 
     An input that another node gives arrives as None before the run; then the check waits for the run.
     """

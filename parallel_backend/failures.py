@@ -54,12 +54,12 @@ def describe(error: Exception, rank: int, device: torch.device) -> Outcome:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """On CPU, torch raises a plain RuntimeError that names its allocator."""
+    """Whether memory ran out. On CPU, torch raises a plain RuntimeError that names its allocator."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """To another rank, over gloo, which names the file of its own that raised."""
+    """Whether gloo lost the connection to another rank; its message names the source file that raised."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 

@@ -30,7 +30,7 @@ class Run:
         self._is_cancelled = is_cancelled
 
     def progress(self, phase: messages.Phase, step: int, total: int, preview: torch.Tensor | None = None) -> None:
-        """Tell the client; nothing on ranks other than 0. `preview` [1, C, H, W] or [1, C, 1, H, W]."""
+        """Sends the client an event; does nothing on ranks other than 0. `preview` [1, C, H, W] or [1, C, 1, H, W]."""
         if self._control.rank != 0:
             return
         event = messages.Progress(id=self._request, phase=phase, step=step, total=total)
@@ -42,7 +42,7 @@ class Run:
             self._send(messages.Log(id=self._request, level=level, text=text), {})
 
     def memory(self, used: int, free: int) -> None:
-        """A collective: tell the client how many bytes every rank's device has in use and free."""
+        """A collective: sends the client how many bytes every rank's device has in use and free."""
         ranks = self._control.gather([used, free])
         if self._control.rank == 0:
             used_by_rank, free_by_rank = zip(*ranks, strict=True)  # pyright: ignore[reportArgumentType]

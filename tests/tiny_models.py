@@ -145,7 +145,7 @@ def _sd3(dual: bool, qk_norm: str | None) -> TinyModel:
     return TinyModel(SD3, build, condition, sigma, denoise)
 
 
-def _pixart(spec: FamilySpec, told_size: bool) -> TinyModel:
+def _pixart(spec: FamilySpec, takes_size: bool) -> TinyModel:
     clean_share = _clean_share("linear", 0.0001, 0.02)
 
     def build(heads: int, depth: int) -> PixArtTransformer2DModel:
@@ -157,7 +157,7 @@ def _pixart(spec: FamilySpec, told_size: bool) -> TinyModel:
             caption_channels=20,
             sample_size=16,
             interpolation_scale=2,
-            use_additional_conditions=told_size,
+            use_additional_conditions=takes_size,
         )
         for layer in model.transformer_blocks:
             layer.scale_shift_table.data *= 4  # gates that let the attention through
@@ -165,7 +165,7 @@ def _pixart(spec: FamilySpec, told_size: bool) -> TinyModel:
 
     def condition(draw: Draw, batch: int, text: int) -> Condition:
         size = (96, 64) if batch == 1 else None
-        mask = None if told_size and batch == 1 else _mask(batch, text)
+        mask = None if takes_size and batch == 1 else _mask(batch, text)
         tokens = {"tokens": draw(batch, text, 20)}
         return Condition(tokens if mask is None else {**tokens, "mask": mask}, size=size)
 
@@ -173,7 +173,7 @@ def _pixart(spec: FamilySpec, told_size: bool) -> TinyModel:
         batch, _, height, width = latent.shape
         noisy = whole_patches(latent) * clean_share**0.5
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if told_size:
+        if takes_size:
             pixels = condition.size or tuple(8 * side for side in latent.shape[2:])
             told["resolution"] = torch.tensor([pixels] * batch).float()
             told["aspect_ratio"] = torch.tensor([[pixels[0] / pixels[1]]] * batch)
@@ -189,8 +189,8 @@ def _pixart(spec: FamilySpec, told_size: bool) -> TinyModel:
     return TinyModel(spec, build, condition, (1 / clean_share - 1) ** 0.5, denoise)
 
 
-def _hunyuandit(told_size: bool) -> TinyModel:
-    clean_share = _clean_share("scaled_linear", 0.00085, 0.03 if told_size else 0.018)
+def _hunyuandit(takes_size: bool) -> TinyModel:
+    clean_share = _clean_share("scaled_linear", 0.00085, 0.03 if takes_size else 0.018)
 
     def build(heads: int, depth: int) -> HunyuanDiT2DModel:
         return HunyuanDiT2DModel(
@@ -206,7 +206,7 @@ def _hunyuandit(told_size: bool) -> TinyModel:
             pooled_projection_dim=12,
             text_len=5,
             text_len_t5=7,
-            use_style_cond_and_image_meta_size=told_size,
+            use_style_cond_and_image_meta_size=takes_size,
         )
 
     def condition(draw: Draw, batch: int, text: int) -> Condition:
@@ -332,9 +332,9 @@ TINY_MODELS = {
     "flux schnell": _flux(guidance=False),
     "sd3 medium": _sd3(dual=False, qk_norm=None),
     "sd3.5 medium": _sd3(dual=True, qk_norm="rms_norm"),
-    "pixart alpha": _pixart(PIXART_ALPHA, told_size=True),
-    "pixart sigma": _pixart(PIXART_SIGMA, told_size=False),
-    "hunyuandit 1.1": _hunyuandit(told_size=True),
-    "hunyuandit 1.2": _hunyuandit(told_size=False),
+    "pixart alpha": _pixart(PIXART_ALPHA, takes_size=True),
+    "pixart sigma": _pixart(PIXART_SIGMA, takes_size=False),
+    "hunyuandit 1.1": _hunyuandit(takes_size=True),
+    "hunyuandit 1.2": _hunyuandit(takes_size=False),
     "wan 2.1": _wan(),
 }

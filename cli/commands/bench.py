@@ -139,7 +139,7 @@ def usual_layouts(ranks: int, *, guided: bool) -> list[Layout]:
 
 @contextmanager
 def one_rank(spec: SidecarSpec) -> Iterator[Client]:
-    """A sidecar of one rank beside the other, for as long as it is needed."""
+    """A second sidecar, of one rank, for the duration of the context."""
     with tempfile.TemporaryDirectory(prefix="paralleldit-") as folder:
         alone = replace(spec, ranks=1, nnodes=1, node_rank=0, rdzv_endpoint="", address="unix", directory=Path(folder))
         try:
@@ -176,10 +176,10 @@ def sampled(client: Client, run: Captured, layout: Layout) -> tuple[float, float
         if isinstance(event, Progress) and event.phase == "sample":
             steps = event.total
 
-    result, answer = client.request(run.message.model_copy(update={"layout": layout}), run.tensors, on_event)
-    told: dict[str, Any] = result.data
-    sent = sum(traffic["bytes"] for traffic in told["traffic"].values())
-    return told["seconds"], sent / steps, used, answer["latent"]
+    result, tensors = client.request(run.message.model_copy(update={"layout": layout}), run.tensors, on_event)
+    data: dict[str, Any] = result.data
+    sent = sum(traffic["bytes"] for traffic in data["traffic"].values())
+    return data["seconds"], sent / steps, used, tensors["latent"]
 
 
 def table(results: Mapping[str, Measured]) -> list[str]:

@@ -72,7 +72,7 @@ class Report:
             self._close_bar()
 
     def summary(self) -> Summary:
-        """Of the run that has just sampled."""
+        """The summary of the run that has just sampled."""
         lines = []
         if self._sample is not None:
             lines.append(f"seed              {self._sample.seed}")
@@ -84,8 +84,8 @@ class Report:
             lines.append(f"ranks             {self._welcome.ranks} on {self._welcome.device}")
         return Summary(lines, self._began)
 
-    def end(self, summary: Summary, shown: dict[str, Any]) -> None:
-        for ui in shown.values():
+    def end(self, summary: Summary, outputs: dict[str, Any]) -> None:
+        for ui in outputs.values():
             for picture in ui.get("images", ()):
                 print(f"picture           {picture['path']}")
             for text in ui.get("text", ()):

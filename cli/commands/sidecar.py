@@ -50,7 +50,7 @@ def _start(args: argparse.Namespace) -> int:
 
 def _stop(args: argparse.Namespace) -> int:
     slot = Slot(args.node_rank)
-    ended = {name: stop(each, _say) for name, each in (("", slot), (" of the VAE", slot.beside))}
+    ended = {name: stop(each, _say) for name, each in (("", slot), (" of the VAE", slot.vae))}
     if not any(ended.values()):
         return _no_sidecar(slot)
     for name, was_alive in ended.items():
@@ -60,7 +60,7 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    life = current(Slot(args.node_rank).beside)
+    life = current(Slot(args.node_rank).vae)
     if not args.vae and not args.json and life is not None and life.is_alive:
         print("a sidecar of the VAE runs, too: see status --vae", file=sys.stderr)
     return _status_of(_slot(args), args)
@@ -68,7 +68,7 @@ def _status(args: argparse.Namespace) -> int:
 
 def _slot(args: argparse.Namespace) -> Slot:
     slot = Slot(args.node_rank)
-    return slot.beside if args.vae else slot
+    return slot.vae if args.vae else slot
 
 
 def _status_of(slot: Slot, args: argparse.Namespace) -> int:

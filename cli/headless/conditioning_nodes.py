@@ -159,7 +159,7 @@ SETTERS: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]]]] = {
     "FluxDisableGuidance": ({}, lambda: {"guidance": None}),
     "FluxKontextMultiReferenceLatentMethod": ({"reference_latents_method": (METHODS, {})}, _references_by),
 }
-"""From a node's name to its inputs beside the CONDITIONING, and from these to the keys that it sets."""
+"""Maps a node's name to its inputs other than the CONDITIONING, and to the function from these to the keys it sets."""
 
 CONDITIONING_NODES: dict[str, type] = {
     **{

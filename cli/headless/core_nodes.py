@@ -52,7 +52,7 @@ class EmptySD3LatentImage(EmptyLatentImage):
 
 
 class EmptyHunyuanLatentVideo:
-    """Of videos with 4 frames to a cell, the first frame in a cell of its own: HunyuanVideo, Wan 2.1."""
+    """Makes latents of videos with 4 frames to a cell, the first frame in a cell of its own: HunyuanVideo, Wan 2.1."""
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "generate"
@@ -252,7 +252,7 @@ def _place(folder: Path, prefix: str, images: Tensor) -> Path:
 
 
 def _picture(image: Tensor) -> Image.Image:
-    """Of `[H, W, 3]` in 0..1."""
+    """Converts an image `[H, W, 3]` in 0..1."""
     return Image.fromarray((255.0 * image.float().numpy()).clip(0, 255).astype(np.uint8))
 
 

@@ -72,7 +72,7 @@ class WorkflowRun:
                 self._run(node)
 
     def finish(self) -> tuple[Outputs, dict[str, Any]]:
-        """In any thread, once: while it works, the ranks that sample may take the next workflow."""
+        """Finishes the run; call it once, in any thread. Meanwhile the ranks that sample may take the next workflow."""
         for node in self._left:
             self._run(node)
         return self._outputs, self._shown
@@ -94,7 +94,7 @@ class WorkflowRun:
 
 
 def finish_meanwhile(runs: Iterator[tuple[WorkflowRun, OnShown]]) -> None:
-    """Finishes each run, in turn and in another thread, while `runs` begins the next one; then tells what it shows.
+    """Finishes each run, in turn and in another thread, while `runs` begins the next one; then reports its pictures.
 
     At most one run is unfinished while another begins.
     """

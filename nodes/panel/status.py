@@ -16,7 +16,7 @@ from ..session import session
 from ..session.activity import KNOWN_ERRORS, activity
 
 ANSWER_S = 10.0
-"""How long the ranks may take to tell their state: they answer at once, unless they have just begun to work."""
+"""The time limit for the ranks' reply to a status request: it comes at once, unless they have just begun to work."""
 UNLOAD_S = 60.0
 LOG_LINES = 60
 
@@ -25,7 +25,7 @@ _asking = threading.Lock()
 
 
 def status() -> dict[str, Any]:
-    """The state of the sidecar, what the nodes have learnt of it, and what the ranks tell.
+    """The state of the sidecar, what the nodes have learnt of it, and what the ranks report.
 
     The ranks are asked only when something has changed: to be asked counts as work, and would put off their idle time.
     """
@@ -41,7 +41,7 @@ def status() -> dict[str, Any]:
         "activity": now.to_json(),
         "log": "",
         "details": {},
-        "beside": _ranks_beside(),
+        "beside": _vae_ranks(),
     }
     if answer["state"] in ("ready", "remote"):
         answer["details"] = _details((life.path if life else None, now.version))
@@ -78,7 +78,7 @@ def stop() -> dict[str, Any]:
     if owner and owner.alive and owner != records.this_process():
         raise UserError(f"The sidecar belongs to process {owner.pid}.", "Stop it there, or with `python cli stop`.")
     with activity.during("stop"):
-        ended = [lifecycle.stop(slot) for slot in (spec.slot.beside, spec.slot)]
+        ended = [lifecycle.stop(slot) for slot in (spec.slot.vae, spec.slot)]
         if not any(ended):
             raise UserError("No sidecar is running.")
     return status()
@@ -89,7 +89,7 @@ def unload() -> dict[str, Any]:
     if activity.now.phase is not None:
         raise UserError("The ranks are at work.", "Unload the models when the run is over, or interrupt it.")
     with activity.during("unload"):
-        if session.visit_beside(Unload(id=0), UNLOAD_S) is None or session.running() is not None:
+        if session.visit_vae_sidecar(Unload(id=0), UNLOAD_S) is None or session.running() is not None:
             _ask(Unload(id=0), UNLOAD_S)
     return status()
 
@@ -106,15 +106,15 @@ def _state(life: SidecarInstance | None) -> str:
     return "stopped" if life.end is None or life.end.clean else "failed"
 
 
-def _ranks_beside() -> int:
+def _vae_ranks() -> int:
     """How many ranks a VAE has for itself now."""
     spec = host.current().spec
-    life = None if spec.remote else lifecycle.current(spec.slot.beside)
+    life = None if spec.remote else lifecycle.current(spec.slot.vae)
     return life.settings.ranks if life and life.is_alive and life.settings else 0
 
 
 def _default_ranks() -> int:
-    """How many ranks a layout that names none would have; 0 when that cannot be told."""
+    """How many ranks a layout that names none would have; 0 when that is unknown."""
     try:
         return session.ranks_for(0)
     except UserError:
@@ -122,7 +122,7 @@ def _default_ranks() -> int:
 
 
 def _details(change: object) -> dict[str, Any]:
-    """What the ranks have told of themselves since `change`; an answer given during a run is not kept."""
+    """What the ranks have reported of themselves since `change`; a reply during a run is not kept."""
     global _asked
     with _asking:
         if _asked[0] == change:

@@ -40,7 +40,7 @@ OWN_SAMPLER = "use KSampler with this model, which does this too."
 REFERENCE_PLACES = ("offset", "index", "uxo")
 
 ENTRY_KEYS = {each.name: each.entry for spec in FAMILIES.values() for each in spec.inputs if each.entry}
-"""From the names of a condition's tensors to their keys in an entry, the same for all families."""
+"""Maps the names of a condition's tensors to their keys in an entry, the same for all families."""
 
 
 def to_message(
@@ -58,7 +58,7 @@ def to_message(
     own: list[dict[str, Tensor]] = []
     for index, (tokens, entry) in enumerate(entries):
         _check(side, entry, family)
-        tensors = _told(tokens, entry, family)
+        tensors = _model_tensors(tokens, entry, family)
         owner = next((number for number, known in enumerate(own) if _are_same(known, tensors)), index)
         own.append(tensors)
         messages.append(_message(side, entry, shape, None if owner == index else owner))
@@ -84,8 +84,8 @@ def _check(side: str, entry: Mapping[str, Any], family: str) -> None:
             )
 
 
-def _told(tokens: Tensor, entry: Mapping[str, Any], family: str) -> dict[str, Tensor]:
-    """The tensors of an entry that the model is told, by the names in the request."""
+def _model_tensors(tokens: Tensor, entry: Mapping[str, Any], family: str) -> dict[str, Tensor]:
+    """The tensors of an entry that the model takes, by their names in the request."""
     keys = {each.name: each.entry for each in FAMILIES[family].inputs if each.entry}
     references = enumerate(entry.get("reference_latents") or ())
     return {
@@ -149,7 +149,7 @@ def entry_of(tensors: Mapping[str, Tensor], guidance: float) -> list[Any]:
 
 
 def _size(side: str, entry: Mapping[str, Any], prefix: str) -> tuple[int, int] | None:
-    """What an entry tells the model of the picture's height and width."""
+    """The picture's height and width that an entry gives the model."""
     height, width = (entry.get(f"{prefix}{name}") for name in ("height", "width"))
     if height is None or width is None:
         return None

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTROL = "control"
-"""Where ComfyUI's samplers look for a ControlNet in a prompt: so they cannot overlook one of ours."""
+"""The key of a prompt's ControlNet in ComfyUI: its samplers find one of ours there, and refuse it."""
 CELL = 8
 """Pixels of a picture for a cell of its latent, in both directions."""
 
 PREPARED: dict[int | None, Callable[[Tensor], Tensor]] = {
-    # Its VAE was shown edges of half of 255, not of 1: that is twice this, less 1.
+    # In training, its VAE encoded edges of half of 255, not of 1: that is twice this, less 1.
     1: lambda edges: 63.75 * edges + 0.75,
     # It was trained on depths, of which other programs draw the near ones bright.
     2: lambda depth: 1.0 - depth,
@@ -26,7 +26,7 @@ PREPARED: dict[int | None, Callable[[Tensor], Tensor]] = {
 """What Stability's ControlNets for 3.5 Large make of a picture in 0..1, by the number of its kind in the file."""
 
 
-class WaitingControls(tuple["WaitingControl", ...]):
+class PendingControls(tuple["PendingControl", ...]):
     """The ControlNets of a prompt, for Parallel Sampler. ComfyUI's own samplers would ask them for residuals."""
 
     def get_models(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -39,7 +39,7 @@ class WaitingControls(tuple["WaitingControl", ...]):
 
 
 @dataclass(frozen=True)
-class WaitingControl:
+class PendingControl:
     """A ControlNet and its picture `[B, H, W, 3]` in 0..1, encoded by `vae` when the latent's size is known.
 
     Without one: the ControlNet takes pixels.
@@ -50,7 +50,7 @@ class WaitingControl:
     vae: Any
 
     def picture(self, height: int, width: int) -> Tensor:
-        """What travels of the picture, for a latent of `height` and `width`: its latent of that size, or its pixels."""
+        """What is sent of the picture, for a latent of `height` and `width`: its latent of that size, or its pixels."""
         picture = resized(self.image, CELL * height, CELL * width)
         if self.vae is None:
             return picture.movedim(-1, 1).float().contiguous()
@@ -59,9 +59,9 @@ class WaitingControl:
 
 @dataclass(frozen=True)
 class PlacedControl:
-    """A ControlNet whose whole picture is laid over the latent, or over an area of `size` (height and width)."""
+    """A ControlNet whose whole picture covers the latent, or an area of `size` (height and width)."""
 
-    control: WaitingControl
+    control: PendingControl
     size: tuple[int, int] | None
 
     @property
@@ -69,7 +69,7 @@ class PlacedControl:
         return self.control.message
 
     def picture(self, like: Tensor) -> Tensor:
-        """What travels of the picture for a run over the latent `like` `[B, C, ..., h, w]`."""
+        """What is sent of the picture for a run over the latent `like` `[B, C, ..., h, w]`."""
         height, width = self.size or like.shape[-2:]
         return self.control.picture(height, width)
 
@@ -85,12 +85,12 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(middle, size=(height, width), mode="nearest-exact").movedim(1, -1)
 
 
-def waiting(side: str, entry: Mapping[str, Any]) -> WaitingControls:
+def pending_controls(side: str, entry: Mapping[str, Any]) -> PendingControls:
     """The ControlNets of a prompt's entry. Raises `UserError` for those of ComfyUI's own nodes."""
     control = entry.get(CONTROL)
     if control is None:
-        return WaitingControls()
-    if not isinstance(control, WaitingControls):
+        return PendingControls()
+    if not isinstance(control, PendingControls):
         raise UserError(
             f"The {side} prompt has a ControlNet of ComfyUI's own, which Parallel Sampler cannot send to the ranks.",
             "Use Parallel ControlNet Loader and Parallel ControlNet Apply, or sample with KSampler.",
@@ -111,13 +111,13 @@ def to_message(
         own = []
         for message, (_, entry) in zip(messages, conditioning, strict=True):
             size = None if message.area is None else message.area[:2]
-            numbers = tuple(_number(controls, each, size) for each in waiting(side, entry))
+            numbers = tuple(_number(controls, each, size) for each in pending_controls(side, entry))
             own.append(message.model_copy(update={"controls": numbers}))
         named[side] = tuple(own)
     return named, controls
 
 
-def _number(controls: list[PlacedControl], control: WaitingControl, size: tuple[int, int] | None) -> int:
+def _number(controls: list[PlacedControl], control: PendingControl, size: tuple[int, int] | None) -> int:
     """Its place among `controls`, where it is put if it is not there yet: both prompts mostly have the same."""
     for index, known in enumerate(controls):
         if known.control is control and known.size == size:

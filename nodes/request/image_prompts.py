@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...parallel_backend.protocol.messages import Conditioning
-from ..handles import NEGATIVE, POSITIVE, ShownPicture
+from ..handles import NEGATIVE, POSITIVE, EncodedPicture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def to_message(
-    entries: tuple[Conditioning, ...], side: str, pictures: Sequence[ShownPicture]
+    entries: tuple[Conditioning, ...], side: str, pictures: Sequence[EncodedPicture]
 ) -> tuple[tuple[Conditioning, ...], dict[str, Tensor]]:
     """The message's entries of one `side` (positive or negative) with the model's pictures, and their tensors."""
     messages = tuple(picture.message for picture in pictures)
@@ -27,6 +27,6 @@ def to_message(
     return tuple(entry.model_copy(update={"image_prompts": messages}) for entry in entries), tensors
 
 
-def embeddings(pictures: Sequence[ShownPicture], side: int) -> Mapping[str, Tensor]:
-    """By the names of a condition's tensors, what one side of the prompt is shown."""
+def embeddings(pictures: Sequence[EncodedPicture], side: int) -> Mapping[str, Tensor]:
+    """The embeddings of one side of the prompt, by the names of a condition's tensors."""
     return {f"image.{number}": picture.embeddings[side] for number, picture in enumerate(pictures)}

@@ -78,7 +78,7 @@ def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[in
 
 
 def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Prompt:
-    """What the networks are told beside tensors: distilled guidance, the picture's size, references."""
+    """The networks' inputs that are not tensors of a prompt: distilled guidance, the picture's size, references."""
     guidance, size, target_size = _shared(inputs.get("guidance"), rows), None, None
     if inputs.get("c_size") is not None:
         height, width = size = _shared(inputs["c_size"], rows, 2)

@@ -25,9 +25,9 @@ PLACE = (
     "clip_end_percent",
     "control",
 )
-"""Keys of an entry that are about its place among the others; the rest is what the model is told."""
+"""Keys of an entry that give its place among the others; the rest is the model's condition."""
 LEAST_SIDE = 8
-"""Of an area around a mask, in cells."""
+"""The least side of an area around a mask, in cells."""
 
 Area = tuple[int, int, int, int]
 """Height, width, top and left, in cells of the latent."""
@@ -159,8 +159,8 @@ def _add_for_area(entries: list[Any], like: Mapping[str, Any]) -> None:
     tokens, nearest = min(around, key=lambda each: each[1]["area"][0] * each[1]["area"][1]) if around else whole[0]
     if nearest.get("area") == area:
         return
-    told = {key: value for key, value in nearest.items() if key not in PLACE}
-    entries.append([tokens, told | {key: like[key] for key in PLACE if key in like}])
+    condition = {key: value for key, value in nearest.items() if key not in PLACE}
+    entries.append([tokens, condition | {key: like[key] for key in PLACE if key in like}])
 
 
 def _contains(outer: Area, inner: Area) -> bool:

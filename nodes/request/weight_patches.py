@@ -1,6 +1,6 @@
-"""The weight patches that ComfyUI's LoRA nodes leave on a MODEL, as changes that the ranks lay beside their layers.
+"""The weight patches that ComfyUI's LoRA nodes leave on a MODEL, as changes that the ranks add to their layers.
 
-What travels are a LoRA's own small tensors, once; a patch is asked for by the digest of its tensors from then on.
+A LoRA's own small tensors are sent once; later requests name a patch by the digest of its tensors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ROLES = {
     "loha": ("w1_a", "w1_b", "alpha", "w2_a", "w2_b", "t1", "t2", "dora_scale"),
     "lokr": ("kron_1", "kron_2", "alpha", "kron_1_a", "kron_1_b", "kron_2_a", "kron_2_b", "kron_t2", "dora_scale"),
 }
-"""By the name of ComfyUI's kind of adapter: what its tensors are, in its order; None for what cannot be obeyed."""
+"""The tensors of each of ComfyUI's kinds of adapter, in its order; None for one that is not supported."""
 SWAP = "swap_scale_shift"
 """ComfyUI's function for a patch whose halves are the other way around in the diffusers layout."""
 
 _digests = WeakTensorKeyDictionary()
-"""Of every tensor that was hashed, as long as it lives: those of a loaded LoRA outlive many runs."""
+"""Digests of hashed tensors, kept as long as the tensors: those of a loaded LoRA outlive many runs."""
 
 
 def changes_of(patches: Mapping[str, Sequence[Any]]) -> list[SentChange]:

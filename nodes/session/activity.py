@@ -17,7 +17,7 @@ KNOWN_ERRORS = (UserError, SidecarError, ProtocolError)
 
 @dataclass(frozen=True)
 class Phase:
-    """What the ranks do now: `start`, or the type of a request until it tells more itself."""
+    """What the ranks do now: `start`, or the type of a request until the request's events say more."""
 
     name: str
     step: int = 0
@@ -39,7 +39,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class Fault:
-    """The last error. `sidecar_failed`: it was the sidecar's, whose log then tells more."""
+    """The last error. `sidecar_failed`: the sidecar failed, and its log has details."""
 
     message: str
     hint: str
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 class Activity:
-    """Notes what happens and tells every listener, in the thread in which it happens."""
+    """Records events and calls every listener, in the thread of the event."""
 
     def __init__(self) -> None:
         self.now = Snapshot()
@@ -100,7 +100,7 @@ class Activity:
                     self._note(phase=replace(self.now.phase, text=event.text))
 
     def done(self, message: Request, result: Result) -> None:
-        """What a run has cost, as its result tells."""
+        """What a run has cost, from its result."""
         if not isinstance(message, Sample) or "traffic" not in result.data:
             self._note(error=None)
             return
@@ -129,4 +129,4 @@ class Activity:
 
 
 activity = Activity()
-"""Of this process, whichever of its sidecars is at work."""
+"""The activity of this process, whichever of its sidecars works."""

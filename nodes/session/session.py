@@ -41,9 +41,10 @@ def client_for(ranks: int | None) -> Client:
     return _client(spec)
 
 
-def client_beside(ranks: int, sampling_ranks: int) -> Client:
-    """A client of a second sidecar of `ranks` ranks, started if need be, beside one of `sampling_ranks` (0: the usual
-    number). On GPUs it takes the last ones. Raises `UserError` for too few GPUs, and where there can be no second."""
+def vae_client(ranks: int, sampling_ranks: int) -> Client:
+    """A client of the VAE's own sidecar of `ranks` ranks, started if need be. `sampling_ranks`: those of the other one
+    (0: the usual number). On GPUs it takes the last ones. Raises `UserError` for too few GPUs, and where there can be
+    no second sidecar."""
     spec = host.current().spec
     if spec.remote or spec.address != "unix":
         raise UserError(
@@ -53,7 +54,7 @@ def client_beside(ranks: int, sampling_ranks: int) -> Client:
     count = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
     device, _ = devices.choose(spec.device, ranks, 1, count)
     if device == "cpu":
-        return _client(spec.beside(ranks))
+        return _client(spec.for_vae(ranks))
     sampling = ranks_for(sampling_ranks) // spec.nnodes
     if sampling + ranks > count:
         raise UserError(
@@ -61,7 +62,7 @@ def client_beside(ranks: int, sampling_ranks: int) -> Client:
             f"sees {count}.",
             f"Set ranks of Parallel Layout to {count - ranks}, or own_ranks to {max(0, count - sampling)}.",
         )
-    return _client(spec.beside(ranks, tuple(range(count - ranks, count))))
+    return _client(spec.for_vae(ranks, tuple(range(count - ranks, count))))
 
 
 def _client(spec: SidecarSpec) -> Client:
@@ -94,10 +95,10 @@ def running() -> SidecarSpec | None:
     return replace(spec, ranks=life.settings.ranks)
 
 
-def visit_beside(message: Request, timeout: float | None = None) -> tuple[Welcome, dict[str, Any]] | None:
-    """The answer of the second sidecar, and what it is; None when there is none."""
+def visit_vae_sidecar(message: Request, timeout: float | None = None) -> tuple[Welcome, dict[str, Any]] | None:
+    """The welcome and the reply of the VAE's own sidecar; None when there is none."""
     spec = host.current().spec
-    client = None if spec.remote else lifecycle.visit(spec.beside(0))
+    client = None if spec.remote else lifecycle.visit(spec.for_vae(0))
     if client is None:
         return None
     try:
@@ -112,11 +113,11 @@ def ask(
     tensors: Mapping[str, Tensor] | None = None,
     model: Any = None,
     *,
-    beside: bool = False,
+    on_vae_sidecar: bool = False,
 ) -> Reply:
     """Sends `message` and waits; shows progress and previews of `model`, and leaves when the user cancels.
 
-    `beside`: the client is that of the second sidecar, whose devices nobody else uses.
+    `on_vae_sidecar`: the client is that of the VAE's own sidecar, whose devices nobody else uses.
     """
     here = host.current()
     on_progress = here.progress(model)
@@ -133,7 +134,7 @@ def ask(
                 here.say(f"memory in use by the ranks: {used}")
 
     sent = _sendable(tensors or {})
-    if not beside:
+    if not on_vae_sidecar:
         here.sending(message, sent, client.welcome)
     try:
         with activity.during(message.type.replace("_", " ")):
@@ -149,10 +150,10 @@ def unload() -> str:
     freed: list[Any] = []
     if running() is not None:
         freed.append(ask(client_for(None), Unload(id=0)).result.data["freed_bytes"])
-    if beside := visit_beside(Unload(id=0)):
-        freed.append(beside[1]["freed_bytes"])
-    told = [", ".join(f"{size / 1e9:.2f} GB" for size in of_ranks) for of_ranks in freed]
-    return f"Freed {'; of the VAE: '.join(told)} (rank by rank)." if told else ""
+    if visited := visit_vae_sidecar(Unload(id=0)):
+        freed.append(visited[1]["freed_bytes"])
+    sizes = [", ".join(f"{size / 1e9:.2f} GB" for size in of_ranks) for of_ranks in freed]
+    return f"Freed {'; of the VAE: '.join(sizes)} (rank by rank)." if sizes else ""
 
 
 def _sendable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

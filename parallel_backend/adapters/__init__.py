@@ -1,1 +1,1 @@
-"""LoRA and its kin in the ranks: what files and graphs say of weights, laid beside the layers that a rank holds."""
+"""Adapters in the ranks: LoRAs, ControlNets and IP-Adapters, from files or the graph, added to a rank's layers."""

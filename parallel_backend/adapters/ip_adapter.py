@@ -1,4 +1,4 @@
-"""IP-Adapters (arXiv 2308.06721): pictures as prompts, which a model's attention sites see beside the text.
+"""IP-Adapters (arXiv 2308.06721): pictures as prompts, which a model's attention sites attend to like the text.
 
 Every rank has the picture's few keys and values: nothing is sent for them but, with tensor parallelism, what Flux adds.
 """
@@ -33,7 +33,7 @@ CUT = ("to_k_ip", "to_v_ip")
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture's tokens `[B, n, C]`, and for an adapter that is told of it, an embedding of the time `[B, Ct]`."""
+    """A picture's tokens `[B, n, C]` and, for an adapter that takes it, an embedding of the time `[B, Ct]`."""
 
     tokens: Tensor
     time: Tensor | None = None
@@ -75,7 +75,7 @@ class IPAdapter(ABC):
     def attended(
         self, site: SiteId, number: int, seen: Seen, own: Sequence[Tensor], attention: Attention, tensor: Axis
     ) -> Tensor:
-        """As `TimedImagePrompt.added`, at weight 1; `tensor`: the ranks of which each has some of the heads."""
+        """Returns `TimedImagePrompt.added` at weight 1; `tensor`: the ranks that each hold some of the heads."""
 
     def check_picture(self, picture: Tensor, batch: int) -> None:
         """Raise `UserError` for a picture of another image encoder, or for as many as there are not in the batch."""
@@ -167,7 +167,7 @@ class SD3IPAdapter(IPAdapter):
 
 
 IP_ADAPTERS: dict[str, type[IPAdapter]] = {"flux": FluxIPAdapter, "sd3": SD3IPAdapter}
-"""By the family of the models that they are for."""
+"""IP-Adapters by the family of their models."""
 
 
 @dataclass(frozen=True)

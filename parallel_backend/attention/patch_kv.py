@@ -46,7 +46,7 @@ class PatchAttention:
         self.set_lengths(self._plans[condition].lengths(patches))
 
     def plan(self, condition: int) -> TokenPlan:
-        """Of the condition of that number."""
+        """The token plan of the condition with this number."""
         return self._plans[condition]
 
     def forget(self) -> None:
@@ -125,8 +125,8 @@ class PatchAttention:
         ]
 
     def _runs(self, streams: Streams, patches: Patches) -> Iterator[tuple[int, int]]:
-        """Of each rank of the chunk and each stream: where its tokens of `patches` begin in what is kept, and their
-        number."""
+        """Yields, for each rank of the chunk and each stream, where its tokens of `patches` begin in the kept keys and
+        values, and how many they are."""
         plan, first = self._plan, self._core.ring.rank * self._core.ulysses.size
         start = 0
         for rank in range(first, first + self._core.ulysses.size):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..distributed.axis import Exchange
 
 SiteId = tuple[int | str, ...]
-"""The number of a block, then what tells the sites of a block apart."""
+"""The number of a block, then the name of the site within the block."""
 
 Streams = tuple[str, ...]
 """The names of the streams that a site's tokens belong to, in the order in which they are concatenated."""
@@ -24,7 +24,7 @@ KeysValues = tuple[Tensor, Tensor]
 """Keys and values, `[B, S, H, D]` each."""
 
 Sum = Callable[[slice], Tensor]
-"""Of some of this rank's tokens of a stream: their contribution to a sum over all tokens."""
+"""Maps a slice of this rank's tokens of a stream to their contribution to a sum over all tokens."""
 
 
 class Sent:

@@ -79,7 +79,7 @@ class StaleAttention:
         self._parts_of_sites.clear()
 
     def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
-        """As `Attention.set_lengths`, over the ranks of `axis` too: they change slowest."""
+        """Sets what `Attention.set_lengths` sets, over the ranks of `axis` too: they change slowest."""
         self._lengths = lengths
         inner = self._core.ulysses.size * self._core.ring.size
         own = slice(self._axis.rank * inner, (self._axis.rank + 1) * inner)
@@ -146,7 +146,7 @@ class StaleAttention:
         kept.coming = None
 
     def _parts(self, streams: Streams, ring: int) -> list[int]:
-        """Of the tokens of the ring rank `ring`, those that each rank of `axis` computes."""
+        """How many of the tokens of the ring rank `ring` each rank of `axis` computes."""
         lengths = [sum(each) for each in zip(*(self._lengths[name] for name in streams), strict=True)]
         ulysses, rings = self._core.ulysses.size, self._core.ring.size
         chunks = [sum(lengths[start : start + ulysses]) for start in range(0, len(lengths), ulysses)]

@@ -178,13 +178,13 @@ class AttentionCore:
         ]
 
     def _own_serves(self, serves: Sequence[int], own: range) -> list[int]:
-        """For each query head of this rank the one of its own key and value heads that serves it."""
+        """Returns, for each query head of this rank, which of its own key and value heads serves it."""
         sizes = split_sizes(len(serves), self.ulysses.size)
         first = sum(sizes[: self.ulysses.rank])
         return [head - own.start for head in serves[first : first + sizes[self.ulysses.rank]]]
 
     def _own_heads(self, whole: KeysValues) -> tuple[Tensor, Tensor]:
-        """From tokens of all heads `[B, S, H, D]` to this rank's heads of them, `[B, h, S, D]`."""
+        """Cuts this rank's heads `[B, h, S, D]` out of tokens of all heads `[B, S, H, D]`."""
         counts = split_sizes(whole[0].shape[2], self.ulysses.size)
         start = sum(counts[: self.ulysses.rank])
         keys, values = (each.narrow(2, start, counts[self.ulysses.rank]).transpose(1, 2) for each in whole)
@@ -257,7 +257,7 @@ def _joined(sets: Sequence[tuple[Tensor, Tensor]], extra: tuple[Tensor, Tensor] 
 
 
 def _by_place(x: Tensor, places: int) -> Tensor:
-    """From frames of `places`, `[B, h, F * P, D]`, to the frames of each place, `[B * P, h, F, D]`."""
+    """Regroups frames of `places`, `[B, h, F * P, D]`, into the frames of each place, `[B * P, h, F, D]`."""
     return x.unflatten(2, (-1, places)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 

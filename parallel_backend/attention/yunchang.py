@@ -21,7 +21,7 @@ from .site import KeySet, KeysValues, Sent, SiteId, Streams, Sum
 
 
 class YunchangAttention:
-    """As `AttentionCore`, for shares of equal length and heads that the Ulysses degree divides."""
+    """Implements `AttentionCore` for shares of equal length and heads that the Ulysses degree divides."""
 
     keeps = False
 

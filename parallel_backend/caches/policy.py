@@ -8,7 +8,7 @@ from ..families.state import State
 
 
 class BlockPolicy(Protocol):
-    """Asked around every block of an evaluation. Ranks that compute one prediction must be told the same.
+    """Is consulted around every block of an evaluation. Ranks that compute one prediction must get the same inputs.
 
     A block that is not computed moves nothing: what sites keep is found by their ids, and sharded weights are gathered
     for blocks that are computed alone.

@@ -29,7 +29,7 @@ def not_compiled(function: Called) -> Called:
 
 @cache
 def keep_talk_out_of_compiled_blocks() -> None:
-    """To be called before the first block is compiled. What the ledger counts would make each call another to compile.
+    """Must be called before the first block is compiled: what the ledger counts would make every call compile anew.
 
     Not done where the functions are defined: torch's compiler takes seconds to import, and most ranks never use it.
     """

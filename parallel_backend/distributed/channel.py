@@ -93,7 +93,7 @@ class Channel:
             self.send_nothing()
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
+        """Waits until nothing is on its way."""
         for hop in (*self._posted, *self._sends):
             hop.wait()
         self._posted.clear()

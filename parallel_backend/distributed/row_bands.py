@@ -140,7 +140,7 @@ class Bands(TorchFunctionMode):
     ) -> Tensor:
         above, reach, step = padding[-2], dilation[-2] * (weight.shape[-2] - 1) + 1, stride[-2]
         if above == 0:
-            # Whatever is beside the band has been padded to it before.
+            # The rows next to the band have been padded to it before.
             return conv(x, weight, bias, stride, padding, dilation, groups)
         below = reach - step - above
         inward = [*padding[:-2], 0, padding[-1]]
@@ -155,7 +155,7 @@ class Bands(TorchFunctionMode):
                 under = _zeros(x, above)
             x = torch.cat([part for part in (over, x, under) if part is not None], dim=-2)
             return conv(x, weight, bias, stride, inward, dilation, groups)
-        # While the halo travels, the band is computed as if nothing were beside it; then its first and last rows anew.
+        # While the halo travels, the band is computed as if it had no neighbours; then its first and last rows anew.
         out = conv(x, weight, bias, stride, padding, dilation, groups)
         over, under = halo.wait()
         if over is not None:
@@ -239,12 +239,12 @@ class Bands(TorchFunctionMode):
     def _joint_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """`[…, S, D]`, the rows of every frame being cut. `attn_mask` `[…, S, S]` may tell frames apart, not rows."""
+        """`[…, S, D]`, the rows of every frame being cut. `attn_mask` `[…, S, S]` may differ by frame, not by row."""
         tokens = key.shape[-2]
         sizes = [tokens // self.rows[self.axis.rank] * rows for rows in self.rows]
         key, value = (self.axis.all_gather(each, sizes, dim=key.ndim - 2).contiguous() for each in (key, value))
         if attn_mask is not None:
-            # Every rank has as many frames: a token's place among its rank's tokens tells its frame.
+            # Every rank has as many frames: a token's place among its rank's tokens gives its frame.
             places = [torch.arange(size, device=attn_mask.device) * tokens // size for size in sizes]
             attn_mask = attn_mask[..., torch.cat(places)]
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)

@@ -1,1 +1,1 @@
-"""Answers requests on every rank: loads models, samples, encodes and decodes."""
+"""Serves requests on every rank: loads models, samples, encodes and decodes."""

@@ -1,4 +1,4 @@
-"""From the entries and tensors of a request to what the engine evaluates: prompts, their ControlNets, their places."""
+"""Makes the prompts that the engine evaluates, with their ControlNets and areas, of a request's entries and tensors."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _references_of(
 
 
 def sizes_of_controls(entries: Sequence[Conditioning], count: int, shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Height and width that the pictures of `count` controls are laid over: the latent's, or those of an area.
+    """Height and width that the pictures of `count` controls cover: the latent's, or those of an area.
 
     Raises `UserError` for entries that do not agree on it, or name a control that there is not.
     """
@@ -238,7 +238,8 @@ def image_prompts_of(
     batch: int,
     model_sampling: ModelSampling | None = None,
 ) -> tuple[ActiveImagePrompt, ...]:
-    """Pictures at work in a run, in parts of it where the `model_sampling` is told. Raises `UserError` for misfits."""
+    """The active image prompts of a run, limited to parts of it if `model_sampling` is given. Raises `UserError` for
+    those that do not fit the model."""
     prompts = []
     for prompt, picture in asked:
         adapter = adapters[prompt.adapter.path]

@@ -82,7 +82,7 @@ class Transformer:
         self.family.blocks = self._compiled
 
     def abandon(self) -> None:
-        """Of what is under way to other ranks, wherever it was interrupted."""
+        """Drops all transfers to other ranks that are under way, wherever they were interrupted."""
         if self._sharded:
             self._sharded.abandon()
 

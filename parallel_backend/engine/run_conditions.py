@@ -1,4 +1,4 @@
-"""What a client has told for the run of a sampler of its own, and the ranks keep between the run's predictions."""
+"""Conditions of a run whose sampler is the client's own: the ranks keep them between the run's predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a `Sample` request to its latent: what is checked, who computes what, and what is told on the way."""
+"""Serves a `Sample` request: checks it, distributes the work over the ranks, reports progress, returns the latent."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def run_blocks(
     """The state behind `blocks`, which are number `first` and the following of the `family`.
 
     `policy` may know the state behind a block without computing it. `residuals`: what controls add behind blocks, by
-    their numbers. `on_block` is told the state behind every block.
+    their numbers. `on_block` is called with the state behind every block.
     """
     for number, block in enumerate(blocks, first):
         known = policy.before(number, state)

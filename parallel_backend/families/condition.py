@@ -29,7 +29,7 @@ class ResidualSource(Protocol):
     def is_active(self, timestep: float) -> bool: ...
 
     def targets(self, family: TokenFamily) -> dict[int, int]:
-        """From each block of the model that gets a residual to the number of that residual."""
+        """Maps each block of the model that gets a residual to the number of that residual."""
         ...
 
     def segments(
@@ -39,7 +39,7 @@ class ResidualSource(Protocol):
         ...
 
     def residuals(self, evaluation: Evaluation, attention: Attention) -> list[Tensor]:
-        """Of the grid's tokens in the shard of the `evaluation`, which is of its own streams: `[B, S, h]` each.
+        """Residuals of the grid's tokens in the `evaluation`'s shard, which is of its own streams: `[B, S, h]` each.
 
         `attention` spans the ranks of the shards.
         """
@@ -79,7 +79,7 @@ class Condition:
     `tensors`: by the names of the family's inputs, such as `tokens` `[B, St, C]` with a `mask` `[B, St]` of those that
     count. `guidance`: the distilled guidance scale (None: the model is given none). `size`, `target_size`: height and
     width of the picture, in pixels, for models that take them (every request gives a size). `references`: latents
-    `[B, C, h, w]` that the model looks at, scaled as its own, and by what rule they lie beside it. `controls` add to
+    `[B, C, h, w]` that the model looks at, scaled as its own, and the rule of their positions. `controls` add to
     the model's tokens; `image_prompts` are pictures that it attends to.
     """
 

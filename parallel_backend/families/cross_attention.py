@@ -108,7 +108,7 @@ class TextOfBlock:
         self._kept = WeakTensorKeyDictionary()
 
     def __call__(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """From `context` `[B or 1, St, C]` to `[B or 1, H, St, D]` each."""
+        """Projects `context` `[B or 1, St, C]` to keys and values, `[B or 1, H, St, D]` each."""
         if context not in self._kept:
             attn = self._attn
             key = _normed(attn, attn.norm_k, attn.to_k(context), self._across_heads).transpose(1, 2)
@@ -117,7 +117,7 @@ class TextOfBlock:
 
 
 Compute = Callable[[CrossAttentionState, tuple[Tensor, Tensor], Tensor | None], Tensor]
-"""From the state before a block, the keys and values of its text, and the skip that it takes, to its tokens."""
+"""Computes a block's tokens from the state before it, its text's keys and values, and the skip that it takes."""
 
 
 @dataclass(frozen=True)

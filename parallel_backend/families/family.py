@@ -68,7 +68,7 @@ class Family(ABC):
         return None
 
     def prelude(self, condition: Condition) -> Any:
-        """As `make_prelude`, kept as long as the condition, or until `forget_preludes`."""
+        """Returns `make_prelude(condition)`, kept as long as the condition, or until `forget_preludes`."""
         if condition not in self._preludes:
             self._preludes[condition] = self.make_prelude(condition)
         return self._preludes[condition]
@@ -79,7 +79,7 @@ class Family(ABC):
 
     @property
     def name(self) -> str:
-        """Of the family."""
+        """The family's name."""
         return self.spec.name
 
     @property
@@ -101,7 +101,7 @@ class Family(ABC):
             )
 
     def process_in(self, latent: Tensor, spec: LatentSpec | None = None) -> Tensor:
-        """From the VAE's latent to the latent that the transformer was trained on."""
+        """Converts the VAE's latent to the latent that the transformer was trained on."""
         spec = spec or self.latent
         if spec.mean:
             latent = (latent - _by_channel(spec.mean, latent)) / _by_channel(spec.std, latent)
@@ -114,7 +114,7 @@ class Family(ABC):
         return latent * _by_channel(spec.std, latent) + _by_channel(spec.mean, latent) if spec.mean else latent
 
     def packing(self, latents: Mapping[str, Tensor]) -> Packing:
-        """Of a run's latents, by name."""
+        """The packing of a run's latents, given by name."""
         return Packing({name: tuple(latent.shape[1:]) for name, latent in latents.items()})
 
     def grids(self, latents: Mapping[str, Tensor]) -> dict[str, Grid]:
@@ -139,22 +139,22 @@ class TokenFamily(Family):
         device: torch.device,
         latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
-        """As `Family`."""
+        """Takes `Family`'s arguments."""
         super().__init__(dtype, device, latents)
         self.transformer: Any = transformer
         self.sites = Sites()
         self.skips: Mapping[int, int] = {}
-        """From each block that leaves a skip in the state to the later one that takes it."""
+        """Maps each block that leaves a skip in the state to the later one that takes it."""
         shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
         self.block_parameters = list(block_parameters(shapes, self.spec.blocks).values())
 
     @abstractmethod
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        """Of what the streams of an evaluation consist, for latents of these grids."""
+        """The segments of an evaluation's streams, by name, for latents of these grids."""
 
     @abstractmethod
     def embed(self, evaluation: Evaluation) -> State:
-        """From the tokens of the whole latents to the state of those in the shard."""
+        """Embeds the tokens of the whole latents; returns the state of those in the shard."""
 
     @abstractmethod
     def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
@@ -185,16 +185,16 @@ class TokenFamily(Family):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Of the tokens of each stream."""
+        """The width of each stream's tokens."""
         return dict.fromkeys(self.streams, self.hidden_size)
 
     @property
     def carry_dtype(self) -> torch.dtype:
-        """Of the tokens between two blocks."""
+        """The dtype of the tokens between two blocks."""
         return self.dtype
 
     def tokenise(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of each latent the tokens `[B, S, C * pt * ph * pw]`."""
+        """Cuts each latent into tokens `[B, S, C * pt * ph * pw]`."""
         return {
             spec.name: tokenise(latents[spec.name], spec.patch, channels_last=spec.channels_last)
             for spec in self.latents

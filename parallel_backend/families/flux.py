@@ -28,7 +28,7 @@ from .spec import LatentSpec
 from .state import Evaluation, State
 
 STREAMS = ("text", "image")
-"""Of every site, in this order."""
+"""The streams of every site, in this order."""
 
 
 class JointSite:

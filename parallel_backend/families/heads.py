@@ -34,7 +34,7 @@ class OwnHeads:
                 )
 
     def count(self, group: str) -> int:
-        """Of the whole model."""
+        """How many heads `group` has in the whole model."""
         return self._counts[group]
 
     def dim(self, group: str) -> int:
@@ -52,12 +52,13 @@ class OwnHeads:
         return range(start, start + sizes[index])
 
     def counted(self, group: str) -> range:
-        """Of this rank's heads those that no share before it has: over all shares every head once."""
+        """Those of this rank's heads that no share before it has: all shares together count every head once."""
         own, before = self.own(group), [self.own(group, index) for index in range(self.share.index)]
         return range(max((each.stop for each in before if each), default=own.start), own.stop) if own else own
 
     def serves(self, group: str) -> list[int]:
-        """For each of this rank's query heads, in order, which of its heads of `group` serves it: `Attention.send`."""
+        """Returns, for each of this rank's query heads in order, which of its heads of `group` serves it; see
+        `Attention.send`."""
         first, each = self.own(group).start, self._each_serves(group)
         return [query // each - first for query in self.own(self._served[group])]
 

@@ -29,7 +29,7 @@ from .state import Evaluation, State
 TRAINED_SIDE = 64
 """Latent cells of the square that positions are spread over."""
 BETA_END = {True: 0.03, False: 0.018}
-"""By whether the model is told the size of the picture (up to version 1.1)."""
+"""The schedule's last beta, by whether the model takes the size of the picture (up to version 1.1)."""
 
 
 class HunyuanDiT(CrossAttentionFamily):
@@ -66,10 +66,10 @@ class HunyuanDiT(CrossAttentionFamily):
         for name, length in (("", config["text_len"]), ("_2", config["text_len_t5"])):
             found = condition.get(f"mask{name}")
             if found is None or found.shape[1] < length:
-                told = "no attention mask" if found is None else f"{found.shape[1]}"
+                length_found = "no attention mask" if found is None else f"{found.shape[1]}"
                 raise UserError(
                     f"A HunyuanDiT model needs {length} text tokens{' of mT5' if name else ''}, padded, with their "
-                    f"attention mask; the conditioning has {told}.",
+                    f"attention mask; the conditioning has {length_found}.",
                     f"Encode the prompt with the text encoders that belong to the model ({self.spec.encoders}).",
                 )
 

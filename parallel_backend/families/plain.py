@@ -41,7 +41,7 @@ class PlainFamily(Family):
         device: torch.device,
         latents: tuple[LatentSpec, ...] | None = None,
     ) -> None:
-        """As `Family`. Raises `ValueError` for a site that does more than project, attend and project."""
+        """Takes `Family`'s arguments. Raises `ValueError` for a site that does more than project, attend, project."""
         super().__init__(dtype, device, latents)
         self.network = network
         sites = self.self_attentions()
@@ -74,7 +74,7 @@ class PlainFamily(Family):
     def forward(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The network's output for `latent` `[B, C, H, W]` at `timestep` `[B]`; H may be those of a part of a picture.
 
-        What the network is told of the picture's size comes from `condition`, not from the latent.
+        The network takes the picture's size from `condition`, not from the latent.
         """
 
     def check_condition(self, condition: Condition) -> None:

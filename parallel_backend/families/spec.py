@@ -17,7 +17,7 @@ from ..layout.stages import BlockList
 SUFFIXES = {"weight": "weight", "bias": "bias"}
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of a file's or a model's tensors, by their names."""
+"""The shapes of a file's or a model's tensors, by name."""
 
 Config = Mapping[str, Any]
 """The arguments of a model's class in diffusers."""
@@ -131,28 +131,29 @@ class FamilySpec:
 
     name: str
     title: str
-    """In words, for people."""
+    """The name that people read."""
     view: str
     """Module of this folder and class, as "flux:Flux": imported in the ranks alone."""
     class_name: str
-    """Of diffusers; of a network that diffusers lacks, module and class as for `view`."""
+    """The network's class in diffusers; module and class, as for `view`, of a network that diffusers lacks."""
     blocks: tuple[BlockList, ...]
-    """In the order of computation."""
+    """The lists of blocks, in the order of computation."""
     latents: tuple[LatentSpec, ...]
     """What it samples."""
     inputs: tuple[Input, ...]
     encoders: str
-    """In words: what makes its conditioning."""
+    """The text encoders that make its conditioning, for messages."""
     landmarks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By layout ("original", "diffusers"), by what they are: the keys of a file that only this family has together."""
+    """Keys that together occur in this family's files only: by layout ("original", "diffusers"), then by meaning."""
     reject: Callable[[Shapes, Mapping[str, str]], str | None] = lambda shapes, metadata: None
-    """From a file's shapes and metadata: which of the family's neighbours with the same landmarks it is, in words."""
+    """Names the neighbour with the same landmarks that a file belongs to, from its shapes and metadata; None if it is
+    this family's."""
     rules: tuple[Rule, ...] = ()
-    """From the original names to those of diffusers."""
+    """Map the original names to those of diffusers."""
     derive_config: Callable[[str, Shapes, Config], dict[str, Any]] = lambda layout, shapes, declared: dict(declared)
-    """From the layout, the shapes and the declared config (of config.json): the arguments of the diffusers class."""
+    """Returns the arguments of the diffusers class, from layout, shapes and the declared config (of config.json)."""
     cuts: tuple[Cut, ...] = ()
-    """Of the layers of its blocks; tensor-parallel ranks hold all of a layer that is in no row."""
+    """How tensor parallelism cuts its blocks' layers; a layer in no row is whole on every rank."""
     heads: Mapping[str, HeadGroup] = field(default_factory=lambda: HEADS)
     """Groups of attention heads that `cuts` name."""
     older_class_names: tuple[str, ...] = ()
@@ -184,7 +185,7 @@ class FamilySpec:
         return self.latents[0]
 
     def count_blocks(self, config: Config) -> int:
-        """Of a model with such a config."""
+        """The number of blocks of a model with `config`."""
         return sum(config[each.count] for each in self.blocks)
 
 

@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def grid(self) -> Grid:
-        """Of the first latent."""
+        """The grid of the first latent."""
         return next(iter(self.grids.values()))
 
 
@@ -48,8 +48,8 @@ class State:
     """The tokens that one rank holds between two blocks. A block returns a new state.
 
     `streams` by their names, `[B, S, width]` each; `modulation`: what the family's blocks make of the time and of
-    pooled text, as they take it; `rotary`: of the tokens of a site; `skips`: tokens that a later block takes in, by the
-    number of the block that gave them; `prompts`: the pictures that its blocks are shown.
+    pooled text, as they take it; `rotary`: the rotary of a site's tokens; `skips`: tokens that a later block takes
+    in, by the number of the block that gave them; `prompts`: the image prompts of its blocks.
     """
 
     streams: dict[str, Tensor]

@@ -53,7 +53,7 @@ class UNet(PlainFamily):
 
     @abstractmethod
     def added_numbers(self, condition: Condition) -> list[float]:
-        """What the network is told of the picture beside the text, such as its size: diffusers' `time_ids`."""
+        """The network's numeric inputs, such as the picture's size: diffusers' `time_ids`."""
 
     def forward(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         batch = latent.shape[0]

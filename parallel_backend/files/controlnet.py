@@ -19,7 +19,7 @@ from .key_map import Piece, ruled_map
 COMPONENT = "controlnet"
 CONFIG = "config.json"
 TYPE = "control_type"
-"""The key under which Stability's files tell what kind of picture they take."""
+"""The key under which Stability's files store the kind of picture that they take."""
 
 XLABS_RULES = (
     *FLUX.rules,
@@ -43,7 +43,7 @@ TENCENT_RULES = (
 )
 
 Derive = Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
-"""From a file's shapes and its declared config to the arguments of the diffusers class."""
+"""Maps a file's shapes and its declared config to the arguments of the diffusers class."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,23 @@ class ControlNetInfo:
 
     @property
     def modes(self) -> int:
-        """How many kinds of control picture a union ControlNet tells apart; 0 for one of a single kind."""
+        """How many kinds of control picture a union ControlNet distinguishes; 0 for one of a single kind."""
         return self.config.get("num_mode") or 0
 
     @property
     def takes_pixels(self) -> bool:
-        """Whether it is shown the control picture itself, not its latent."""
+        """Whether it takes the control picture itself, not its latent."""
         return bool(self.config.get("conditioning_embedding_channels"))
 
     @property
     def picture_type(self) -> int | None:
-        """The number of the kind of control picture, where a file tells one (0 blurred, 1 edges, 2 depth)."""
+        """The number of the kind of control picture, where a file stores one (0 blurred, 1 edges, 2 depth)."""
         found = self.checkpoint.tensors.get(TYPE)
         return None if found is None else round(float(self.checkpoint.tensor(TYPE).reshape(-1)[0]))
 
     def pieces(self, expected: Shapes) -> dict[str, list[Piece]]:
-        """Where each parameter in `expected` (diffusers names) lies. Raises `UserError` if the keys do not fit."""
+        """The pieces of the file that make each parameter in `expected` (diffusers names). Raises `UserError` if keys
+        do not fit."""
         shapes = {key: info.shape for key, info in self.checkpoint.tensors.items()}
         own = {key: shape for key, shape in shapes.items() if key not in self.format.not_weights}
         try:
@@ -116,7 +117,7 @@ class ControlNetInfo:
 
 
 def read_controlnet(path: str | Path) -> ControlNetInfo:
-    """What a file or folder holds, from its header and the config beside it. Raises `UserError` for anything else."""
+    """Describes a ControlNet's file or folder, from header and config.json. Raises `UserError` for any other file."""
     checkpoint = open_checkpoint(path, COMPONENT)
     shapes = {key: info.shape for key, info in checkpoint.tensors.items()}
     declared = checkpoint.config or _config_beside(Path(path))
@@ -147,7 +148,8 @@ def _config_beside(path: Path) -> dict[str, Any]:
 def _derived(
     row: FamilySpec, layout: str, absent: Mapping[str, tuple[int, ...]], shapes: Shapes, declared: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config of a model of the same widths. `absent`: the shapes of what only a model has, and tells its config."""
+    """The config of a model of the same widths. `absent`: the shapes of tensors that only a model has, and that its
+    config needs."""
     missing = [key for key in row.landmarks[layout].values() if key not in shapes and key not in absent]
     if missing:
         raise UserError(f"It has no {missing[0]}.", "Is it a complete ControlNet?")
@@ -198,7 +200,7 @@ def _sd3(shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sd3_image(shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Of Stability's for 3.5 Large, whose blocks see no text, and which is given the model's own embedded tokens."""
+    """Derives the config of Stability's for 3.5 Large: its blocks see no text, it takes the model's embedded tokens."""
     hidden, channels, patch, _ = shapes["pos_embed_input.proj.weight"]
     pooled = shapes.get("time_text_embed.text_embedder.linear_1.weight", (0, 0))[1]
     head_dim = declared.get("attention_head_dim", HEAD_DIM)
@@ -281,4 +283,4 @@ FORMATS = (
         _hunyuandit("diffusers", "pos_embed.proj.weight", "proj_out.weight"),
     ),
 )
-"""In the order in which they are tried."""
+"""Layouts in the order in which they are tried."""

@@ -33,7 +33,8 @@ class Detected:
         return self.spec.name
 
     def pieces(self, expected: Shapes) -> dict[str, list[Piece]]:
-        """Where each parameter in `expected` (diffusers names) lies; raises UserError if the keys do not fit."""
+        """The pieces of the file that make each parameter in `expected` (diffusers names). Raises `UserError` if keys
+        do not fit."""
         if self.layout == "diffusers":
             return identity_map(self.shapes, expected)
         return ruled_map(self.spec.rules, self.shapes, expected)
@@ -79,10 +80,10 @@ def _detected(checkpoint: Checkpoint, spec: FamilySpec, layout: str, prefix: str
     except UserError as error:
         raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
     for name, value in config.items():
-        told = declared.get(name)
-        if told is not None and told != (list(value) if isinstance(value, tuple) else value):
+        stated = declared.get(name)
+        if stated is not None and stated != (list(value) if isinstance(value, tuple) else value):
             raise UserError(
-                f"{checkpoint.source}: config.json says {name} = {told!r}, but the weights' shapes say {value!r}.",
+                f"{checkpoint.source}: config.json says {name} = {stated!r}, but the weights' shapes say {value!r}.",
                 "Config and weights must come from the same model.",
             )
     weights = {

@@ -19,7 +19,7 @@ FLUX_NAMES = (
     (r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.", r"sites.\1.to_\2_ip."),
     (r"ip_adapter\.", r"sites."),
 )
-"""From the names in files, XLabs' own and diffusers', to ours: what comes first goes first."""
+"""Maps the names in files, XLabs' own and diffusers', to ours; the first rule that matches counts."""
 SD3_NAMES = (
     (r"image_proj\.layers\.(\d+)\.0\.norm1\.", r"projection.layers.\1.ln0."),
     (r"image_proj\.layers\.(\d+)\.0\.norm2\.", r"projection.layers.\1.ln1."),
@@ -61,7 +61,7 @@ KINDS = {
         "proj_in.weight",
     ),
 }
-"""By the family of the models that they are for."""
+"""Kinds of IP-Adapter by the family of their models."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class IPAdapterInfo:
 
     @property
     def width(self) -> int:
-        """Of the models that it is for."""
+        """The width of its models' tokens."""
         return self.shapes["sites.0.to_k_ip.weight"][0]
 
     @property
     def picture_width(self) -> int:
-        """Of the embedding of a picture that it takes."""
+        """The width of the image embedding that it takes."""
         return self.shapes.get(PROJECTION + KINDS[self.family].entrance, (0, 0))[-1]
 
     @property

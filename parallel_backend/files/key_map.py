@@ -1,4 +1,4 @@
-"""From the keys of a file to the parameters of a diffusers module, driven by a family's table of rules.
+"""Maps the keys of a file to the parameters of a diffusers module, by a family's table of rules.
 
 Every parameter becomes a list of pieces (row ranges along dim 0 of a file's tensor). One piece is a view of the
 mapping, so fused matrices (qkv, qkv+mlp) are split without a copy; several pieces are concatenated.
@@ -15,7 +15,7 @@ from ..families.spec import Rule, Shapes, joined
 
 BLOCK_INDEX = re.compile(r"(\w+)\.(\d{1,9})\.")
 COMPANIONS = {"weight_scale": ("scale_weight", "weight_scale")}
-"""What files have beside a matrix that is stored scaled, and how they call it. ComfyUI's newer files have the last."""
+"""Tensors that accompany a scaled matrix in files, and their names there; ComfyUI's newer files use the last."""
 COMPANION_NAMES = {name for names in COMPANIONS.values() for name in names}
 INPUT_SCALES = {"scale_input", "input_scale"}  # for fp8 matrix units only
 SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
@@ -23,7 +23,7 @@ SCALED_FP8 = "scaled_fp8"  # ComfyUI's marker of a scaled fp8 file
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `[start, stop)` of the file's tensor `key`; `companions`: the keys of what is beside it, by what it is."""
+    """Rows `[start, stop)` of the file's tensor `key`; `companions`: the keys of its scales, by kind."""
 
     key: str
     start: int
@@ -105,7 +105,7 @@ def _checked(
 
 
 def _companions(key: str, shapes: Shapes) -> dict[str, str]:
-    """From what is beside the matrix `key` to its key."""
+    """Maps each kind of companion of the matrix `key` to the companion's key."""
     if not key.endswith(".weight"):
         return {}
     module = key.removesuffix(".weight")

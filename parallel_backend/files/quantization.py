@@ -10,14 +10,15 @@ from ..errors import UserError
 from .checkpoint import Checkpoint
 
 READ = ("float8_e4m3fn", "float8_e5m2")
-"""Of the formats that ComfyUI has told since 2026, layer by layer, in tensors or in the header's metadata."""
+"""The readable ones of the formats that ComfyUI's files have named since 2026, layer by layer, in tensors or in the
+header's metadata."""
 FORMAT = "comfy_quant"
 METADATA = "_quantization_metadata"
 OTHERS = (
     (re.compile(r"\.quant_state\.bitsandbytes__|\.weight\.absmax$"), "bitsandbytes"),
     (re.compile(r"\.(qweight|wscales|wtscale|qzeros)$"), "SVDQuant (Nunchaku), GPTQ or AWQ"),
 )
-"""By the keys that only such files have."""
+"""Formats by the keys that only their files have."""
 
 
 def refuse_unread(checkpoint: Checkpoint) -> None:
@@ -33,19 +34,19 @@ def refuse_unread(checkpoint: Checkpoint) -> None:
 
 def _formats(checkpoint: Checkpoint) -> Iterator[str]:
     if METADATA in checkpoint.metadata:
-        yield from _told(checkpoint, checkpoint.metadata[METADATA].encode(), METADATA)
+        yield from _named_formats(checkpoint, checkpoint.metadata[METADATA].encode(), METADATA)
     for key in checkpoint.tensors:
         if key.rsplit(".", 1)[-1] == FORMAT:
-            yield from _told(checkpoint, bytes(checkpoint.tensor(key).flatten().tolist()), key)
+            yield from _named_formats(checkpoint, bytes(checkpoint.tensor(key).flatten().tolist()), key)
         else:
             yield from (name for mark, name in OTHERS if mark.search(key))
 
 
-def _told(checkpoint: Checkpoint, text: bytes, place: str) -> Iterator[str]:
+def _named_formats(checkpoint: Checkpoint, text: bytes, place: str) -> Iterator[str]:
     """The formats that a JSON text names: of one layer, or of all `layers`."""
     try:
-        told = json.loads(text)
-        for layer in told["layers"].values() if place == METADATA else (told,):
+        declared = json.loads(text)
+        for layer in declared["layers"].values() if place == METADATA else (declared,):
             yield str(layer["format"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{checkpoint.source}: {place} does not tell the format of quantized layers.") from error

@@ -56,7 +56,7 @@ FOREIGN = (  # first bytes in lower case, what such a file is, what to do
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: where it lies (bytes `[start, end)` of the file) and how to read it."""
+    """One tensor of a file: its place (bytes `[start, end)` of the file) and how to read it."""
 
     file: Path
     dtype: torch.dtype

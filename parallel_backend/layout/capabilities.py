@@ -22,4 +22,4 @@ class Capabilities:
 
 
 ROWS_ALONE = Capabilities(stages=False, tensor=False, stale=False, shards=False, compile=False)
-"""Of a network without blocks (families/plain.py): data, CFG, and rows over the Ulysses and ring axes."""
+"""Capabilities of a network without blocks (families/plain.py): data, CFG, and rows over the Ulysses and ring axes."""

@@ -24,7 +24,7 @@ class BlockList:
     apart: tuple[str, ...] = ()
 
     def number(self, parameter: str) -> int | None:
-        """Of the block that the `parameter` of that name belongs to."""
+        """The number of the block that `parameter` belongs to."""
         if any(parameter.startswith(f"{module}.") for module in self.apart):
             return None
         for name in self.names:

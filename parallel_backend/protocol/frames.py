@@ -133,7 +133,7 @@ def parse(schema: TypeAdapter[Parsed], header: bytes) -> Parsed:
 
 
 def request_id(header: bytes) -> int:
-    """The id that a malformed request seems to have, so that the answer finds its sender; else 0."""
+    """The id that a malformed request seems to have, so that the reply reaches its sender; else 0."""
     found = _loose(header).get("id")
     return found if type(found) is int and found >= 0 else 0
 
@@ -153,7 +153,7 @@ def greet(stream: FrameSocket, token: str, timeout: float = 15.0) -> messages.We
 
 
 def admit(stream: FrameSocket, token: str, welcome: messages.Welcome, timeout: float = 10.0) -> None:
-    """The sidecar's half of the handshake. Raises `ProtocolError` when the client is refused; it has been told why."""
+    """The sidecar's half of the handshake. Raises `ProtocolError` for a refused client, after sending it the reason."""
     full_limits = stream.max_header, stream.max_body
     stream.max_header, stream.max_body = MAX_HELLO, 0
     try:

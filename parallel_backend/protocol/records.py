@@ -1,4 +1,4 @@
-"""What launcher and ranks tell each other through files of the sidecar's own directory (one directory per life)."""
+"""Records that launcher and ranks exchange as files of the sidecar's own directory (one directory per instance)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Settings(Message):
 
 
 class Process(Message):
-    """A process, told apart from a later one of the same pid by its start time (clock ticks since boot)."""
+    """A process. Its start time (clock ticks since boot) distinguishes it from a later one of the same pid."""
 
     pid: int
     started: int
@@ -107,7 +107,7 @@ def write(path: Path, record: Message) -> None:
 
 
 def write_first(path: Path, record: Message) -> None:
-    """Like `write`, but the record that is already there stays, and a disk that is full loses nothing else."""
+    """Writes `record` unless one is already there, which stays. A disk that is full loses nothing else."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         _write_private(part, record)

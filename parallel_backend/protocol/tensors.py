@@ -45,7 +45,7 @@ _HEADER = TypeAdapter(dict[str, _Entry])
 
 
 class Body(NamedTuple):
-    """`buffers` laid end to end are a safetensors file of `size` bytes."""
+    """`buffers`, one after another, are a safetensors file of `size` bytes."""
 
     size: int
     buffers: list[memoryview]

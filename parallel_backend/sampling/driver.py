@@ -18,7 +18,7 @@ from .solver import Denoise, NoiseSource, Solver, SolverContext
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where a model call stands in the run; `evaluation` counts the calls of one step. `sigmas`: the run's levels."""
+    """The place of a model call in the run; `evaluation` counts the calls of one step. `sigmas`: the run's levels."""
 
     index: int
     total: int
@@ -117,7 +117,7 @@ def prepare(job: SamplingJob) -> Start:
 
 
 def drive(solver: Solver, predict: Callable[[Denoise], Tensor]) -> Tensor:
-    """Answers the calls of a sampler until it returns its x."""
+    """Serves the calls of a sampler until it returns its x."""
     try:
         call = next(solver)
         while True:
@@ -214,7 +214,7 @@ def check_finite(denoised: Tensor, call: Denoise, total: int) -> None:
 
 
 def not_finite(call: Denoise, total: int, *, latent_is_finite: bool) -> UserError:
-    """What to tell of a prediction that holds NaN or infinity."""
+    """The error message for a prediction that holds NaN or infinity."""
     where = f"step {call.step + 1} of {total} (sigma {float(call.sigma):.4g})"
     if not latent_is_finite:
         return UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)

@@ -48,7 +48,7 @@ class ModelSampling(ABC):
 
     @abstractmethod
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What the model is told as its time when the noise level is `sigma`."""
+        """The model's timestep for the noise level `sigma`."""
 
     @abstractmethod
     def sigma(self, timestep: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class EpsPrediction(ModelSampling):
 
 @dataclass(frozen=True)
 class VPrediction(EpsPrediction):
-    """As `EpsPrediction`, with a model that predicts the velocity (Salimans and Ho 2022, appendix D)."""
+    """The noise levels of `EpsPrediction` for a model of the velocity (Salimans and Ho 2022, appendix D)."""
 
     def denoised(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         sigma = per_sample(sigma, x)

@@ -17,7 +17,7 @@ from ..errors import UserError
 from .solver import NoiseSource
 
 Cut = Callable[[Tensor], Tensor]
-"""From a draw for the whole latent to a part of it."""
+"""Cuts a part out of a draw for the whole latent."""
 
 
 def _generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -88,7 +88,7 @@ class BrownianNoise:
     depend on the steps in between."""
 
     DIGITS = 6
-    """Decimals of sigma that the path tells apart: torchsde's default, as in ComfyUI."""
+    """Decimals of sigma that the path distinguishes: torchsde's default, as in ComfyUI."""
 
     def __init__(self, like: Tensor, seed: int, sigmas: Tensor) -> None:
         """`sigmas` are the run's levels; the path spans the positive ones."""
@@ -128,7 +128,7 @@ def noise_source(kind: NoiseKind, like: Tensor, seed: int, sigmas: Tensor) -> No
 class SlicedNoise:
     """One whole noise source shared by several samplers, each of which steps its own part of the latent.
 
-    The n-th call of every part is answered from the same n-th draw. A draw is kept until all parts had it.
+    The n-th call of every part returns its cut of the n-th draw. A draw is kept until all parts had it.
     """
 
     def __init__(self, whole: NoiseSource, parts: Sequence[Cut]) -> None:

@@ -144,7 +144,7 @@ def sigmas_for(
     """The levels of a run of `steps` steps, first to last.
 
     `denoise` below 1 keeps the last `steps + 1` levels of a schedule of `steps / denoise`; at 0 nothing is to be
-    done and the answer is empty. Raises UserError for an unknown scheduler or sampler and for steps below 1.
+    done and the result is empty. Raises UserError for an unknown scheduler or sampler and for steps below 1.
     """
     if scheduler not in SCHEDULERS:
         known = ", ".join(sorted(SCHEDULERS))

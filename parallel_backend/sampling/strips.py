@@ -69,7 +69,7 @@ class StripSamplers:
         return self._strips.join([self._asked(strip) for strip in patches])
 
     def receive(self, patches: Sequence[int], denoised: Tensor) -> Tensor:
-        """Step one strip, or all; what they were answered, with the area that is held as it was."""
+        """Steps one strip, or all; returns the denoised strips, with the area that is held as it was."""
         parts = []
         for strip in patches:
             part = denoised if len(patches) == 1 else self._strips.cut(denoised, [strip])

@@ -54,7 +54,7 @@ class DistriFusion(SequenceParallel):
     def predict(
         self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None
     ) -> Tensor:
-        """As `SequenceParallel.predict`."""
+        """Has the contract of `SequenceParallel.predict`."""
         evaluation = self._evaluations[id(condition)]
         self._evaluations[id(condition)] += 1
         synchronous = evaluation == 0 or self._step < self._warmup_steps

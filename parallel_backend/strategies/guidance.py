@@ -23,7 +23,7 @@ Sided = tuple[int, WeightedPrompt]
 
 
 class Guidance:
-    """From a transformer's output to a guided, denoised latent (Ho and Salimans, arXiv 2207.12598).
+    """Makes a guided, denoised latent of a transformer's output (Ho and Salimans, arXiv 2207.12598).
 
     With a CFG axis of two, each of its ranks evaluates half of the entries of both sides; of a single positive and a
     single negative one that is one each. Each step they exchange a sum of predictions for every side that they have

@@ -53,14 +53,14 @@ class ShardedWeights:
                 buffer.record_stream(self._stream)
 
     def begin(self, axis: Axis) -> None:
-        """From now on gather over the ranks of `axis`, which all begin together, with no block at hand."""
+        """Makes all later gathers use the ranks of `axis`, which all begin together and hold no block."""
         self._axis = axis
         for slot in self._slots:
             slot.wait()
             slot.block = None
 
     def abandon(self) -> None:
-        """Of gathers that may never end."""
+        """Drops gathers that may never end."""
         for slot in self._slots:
             slot.gather = None
 

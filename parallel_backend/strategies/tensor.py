@@ -53,7 +53,7 @@ class NormOverRanks(nn.Module):
     """
 
     def __init__(self, norm: Any, cut: Cut, cuts: TensorCuts, add_up: Callable[[Tensor], Tensor]) -> None:
-        """In the place of `norm`, with its weight and `eps`."""
+        """Replaces `norm`, with its weight and `eps`."""
         super().__init__()
         (group,), heads = cut.spans, cuts.heads
         self.weight = norm.weight

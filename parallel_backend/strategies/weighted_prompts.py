@@ -22,7 +22,7 @@ FADE = 8
 """The most cells over which an area fades, at a border that is none of the picture's."""
 
 Cut = Callable[[Tensor], Tensor]
-"""From what is as large as the latent to the strip of it that is at hand."""
+"""Cuts the current strip out of a tensor of the latent's size."""
 
 
 def everywhere(whole: Tensor) -> Tensor:
@@ -66,11 +66,11 @@ class WeightedPrompt:
 
     @classmethod
     def plain(cls, condition: Condition) -> WeightedPrompt:
-        """Of a prompt for the whole picture and run."""
+        """Makes a prompt that covers the whole picture and run."""
         return cls(condition, torch.ones(1, 1, 1, 1, device=next(iter(condition.tensors.values())).device))
 
     def part(self, part: slice, batch: int) -> WeightedPrompt:
-        """For the pictures `part` of a batch."""
+        """Selects the pictures `part` of a batch."""
         weight = self.weight[part] if self.weight.shape[0] == batch else self.weight[:1]
         return replace(self, condition=self.condition.part(part, batch), weight=weight)
 

@@ -28,7 +28,7 @@ class Grid:
 
     @classmethod
     def of(cls, shape: Sequence[int], patch: Patch) -> Grid:
-        """Of a latent of `shape` `[…, H, W]` or `[…, T, H, W]`, without batch and channels; half patches count."""
+        """The grid of a latent of `shape` `[H, W]` or `[T, H, W]`, without batch and channels; half patches count."""
         cells = (1, *shape) if len(shape) == 2 else shape
         return cls(*(-(-extent // size) for extent, size in zip(cells, patch, strict=True)))
 

@@ -20,7 +20,7 @@ Places = slice | Tensor
 """Places of tokens within a stream: a range, or their indices `[S]`."""
 
 Shard = Mapping[str, Places]
-"""By the names of streams, which of their tokens a rank holds."""
+"""The tokens that a rank holds of each stream, by name."""
 
 
 @dataclass(frozen=True)

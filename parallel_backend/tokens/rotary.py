@@ -17,7 +17,7 @@ def rotations(cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def rotations_at(coordinates: Tensor, widths: Sequence[int], theta: float = 10000.0) -> Tensor:
-    """As `rotations`, at `coordinates` `[S, axes]`, to each axis of which `widths` channels of a head belong.
+    """Computes `rotations` at `coordinates` `[S, axes]`; `widths`: how many channels of a head belong to each axis.
 
     Angles are computed in fp64: a coordinate may be a fraction or negative, and has no end.
     """
@@ -41,11 +41,11 @@ class Rotary:
     halves: tuple[int, ...] = ()
 
     def of(self, places: Places) -> Rotary:
-        """Of the tokens at these places."""
+        """The rotary of the tokens at these places."""
         return replace(self, table=self.table[places])
 
     def heads(self, own: range) -> Rotary:
-        """Of these heads, where each has angles of its own."""
+        """The rotary of these heads, where each has angles of its own."""
         return self if self.table.shape[1] == 1 else replace(self, table=self.table[:, own.start : own.stop])
 
     def rotate(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..layout.split import split_sizes
 from .grid import CutAxis, Grid, Packing, Patch
 
 DIMS: Mapping[CutAxis, tuple[int, int]] = {"frames": (-3, 0), "rows": (-2, 1)}
-"""Of each axis that is cut: the latent's dim, and its place in a `Patch`."""
+"""The latent's dim that is cut for each cut axis, and the axis' place in a `Patch`."""
 
 
 class Strips:
@@ -51,7 +51,7 @@ class Strips:
         return self._packing.pack(parts)
 
     def shape(self, shape: Sequence[int], patches: Sequence[int]) -> tuple[int, ...]:
-        """Of `cut` of a tensor of that shape."""
+        """The shape of `cut` of a tensor of `shape`."""
         return tuple(self.cut(torch.empty(tuple(shape), device="meta"), patches).shape)
 
     def latents(self, strip: Tensor, patches: Sequence[int]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ Report = Callable[[int, int], None]
 
 
 class Side(NamedTuple):
-    """How pictures (or latents) without a batch dim lie: rows in dim `rows`, columns next, `scale` per latent row."""
+    """The dims of pictures (or latents) without batch dim: rows in dim `rows`, columns next, `scale` per latent row."""
 
     rows: int
     scale: int
@@ -38,15 +38,15 @@ class Side(NamedTuple):
         return x
 
     def shape(self, like: Tensor, window: Window) -> list[int]:
-        """The shape of what lies under `window`, where `like` lies under another."""
+        """The shape of the part inside `window`, given the part `like` inside another window."""
         shape = list(like.shape)
         shape[self.rows], shape[self.rows + 1] = (span.size * self.scale for span in window)
         return shape
 
 
 class VaeTask(NamedTuple):
-    """`compute(vae, part)` turns what lies under a window of `batch[i]` (`taken`) into what lies there in the result
-    (`given`). Results lie in the memory of the VAE's device."""
+    """`compute(vae, part)` turns the part of `batch[i]` inside a window (`taken`) into the same part of the result
+    (`given`). Results are in the memory of the VAE's device."""
 
     vae: LoadedVAE
     batch: Tensor
@@ -135,7 +135,7 @@ def _by_windows(
 
 
 def _on_first(axis: Axis, mine: Tensor | None, shapes: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """On the first rank the ranks' tensors, of `shapes`, one by one; on any other nothing."""
+    """Yields the ranks' tensors, of `shapes`, one by one on the first rank; yields nothing on any other."""
     if mine is None:
         return
     if axis.rank > 0:

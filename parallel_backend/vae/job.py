@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Memory:
     """The memory of the ranks. `free_up(bytes)`, a collective: make room for so many on every rank if that can be, and
-    return how many the rank with least has free; None where nobody knows. `say`: where the plan is told."""
+    return how many the rank with least has free; None where nobody knows. `say`: logs the plan."""
 
     free_up: Callable[[int], int | None] = lambda bytes: None
     on_short: Literal["error", "tiles"] = "error"

@@ -31,7 +31,7 @@ class Kind:
     scale: Callable[[Config], int]
     """Pixels per latent row or column."""
     frames: Callable[[Config], int] | None = None
-    """Of a video: frames per latent frame, the first latent frame being one frame by itself. None: pictures."""
+    """Frames per latent frame of a video; the first latent frame is one frame by itself. None for pictures."""
     latent_channels: Callable[[Config], int] = lambda config: config["latent_channels"]
     image_channels: Callable[[Config], int] = lambda config: config["out_channels"]
     widths: Callable[[Config], tuple[float, float]] = lambda config: (config["block_out_channels"][0],) * 2
@@ -41,7 +41,7 @@ class Kind:
     normalised: bool = False
     """Whether latents in the graph are those of the class less their mean, over their standard deviation."""
     defaults: Config = field(default_factory=dict)
-    """Of what is read above, and a config of an older diffusers may lack."""
+    """Values of config entries read above that an older diffusers may not have written."""
 
 
 def _halvings(config: Config) -> int:
@@ -105,4 +105,4 @@ KINDS = {
     ),
     "AutoencoderKLLTXVideo": Kind(scale=_ltx_scale, frames=_ltx_frames, widths=_ltx_widths, normalised=True),
 }
-"""By the name of the class in diffusers."""
+"""Kinds of VAE by the name of their class in diffusers."""

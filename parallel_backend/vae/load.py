@@ -27,7 +27,7 @@ class LoadedVAE:
     """A VAE on this rank's device, in evaluation mode."""
 
     module: Any
-    """Of one of the classes in `KINDS`. Of a side that its file lacks, it has None."""
+    """An instance of one of the classes in `KINDS`. A side that the file lacks is None."""
     source: str
 
     @property

@@ -43,7 +43,7 @@ class CountedAxis(Axis):
 
 
 class CountingBands(CountedAxis):
-    """For going through a work once more with tensors on the meta device: shapes only, which need no memory.
+    """Lets a job be repeated with tensors on the meta device: shapes only, which need no memory.
 
     The first `begun` collectives, in which this rank took part before, are left out. To the others it gives zeros.
     """

@@ -54,7 +54,7 @@ PEAKS: dict[str, dict[Direction, Peak]] = {
         "encode": Peak(27.2, 8.87),
     },
 }
-"""By architecture, as `tools/bench_vae.py peaks` measured them; docs/MEASURED.md has the command."""
+"""Peaks of memory by architecture, measured with `tools/bench_vae.py peaks`; docs/MEASURED.md has the command."""
 
 BAND_EXCESS = 1.25
 """The most that a band of 1/N of the rows may need of one rank's peak, times N: halos, gathered keys and values."""
@@ -171,7 +171,7 @@ def smaller_tiles(job: Job, than: int | None, free: int | None) -> Tiling:
 
 
 def out_of_memory(job: Job, plan: Plan, ranks: list[int]) -> UserError:
-    """What to tell when `ranks` ran out of memory, whatever the estimate was."""
+    """The error to raise when `ranks` ran out of memory, whatever the estimate was."""
     who = f"Rank {ranks[0]}" if len(ranks) == 1 else f"Ranks {', '.join(map(str, ranks))}"
     return UserError(
         f"{who} ran out of memory: {plan.reason}", "Nothing was lost: the ranks stay ready. " + _remedy(job, None)

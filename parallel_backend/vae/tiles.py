@@ -1,4 +1,4 @@
-"""Where the tiles of a picture lie, and how they blend."""
+"""The places of a picture's tiles, and how they blend."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def spans(extent: int, tile: int, overlap: int) -> list[Span]:
 
 
 def windows(rows: list[Span], columns: list[Span]) -> list[Window]:
-    """The tiles that lie in both, row by row."""
+    """The tiles that are in both, row by row."""
     return [Window(*window) for window in product(rows, columns)]
 
 

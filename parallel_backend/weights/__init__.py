@@ -1,1 +1,1 @@
-"""From a file to parameters on a device, one shared mapping for all ranks of a host."""
+"""Loads a file's parameters onto a device, through one shared mapping for all ranks of a host."""

@@ -3,7 +3,7 @@
 A format that is new needs a row here, the names of its companions in the key map, and nothing else: its cuts, shares
 of bytes, stages and LoRAs are those of every other. Formats of blocks (GGUF, int8 with a factor for each row) have a
 granule, units and a decoder of their own. Where hardware multiplies with a format as it is stored (fp8 matrix units),
-that product belongs beside the decoder, and `StoredLinear.product` is its one caller.
+that product belongs next to the decoder, and `StoredLinear.product` is its one caller.
 """
 
 from __future__ import annotations

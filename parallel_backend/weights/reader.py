@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameters of a module, in the formats that they are kept in."""
+"""Reads the parameters of a module from the tensors of a checkpoint, in the formats that memory keeps."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Slices:
 class TensorCuts:
     """What share `share` of a model holds of its layers: `heads` of its attention, and parts of features.
 
-    `groups`: those that the cuts of `table` name. `config`: the arguments of the diffusers class, which tell the number
+    `groups`: those that the cuts of `table` name. `config`: the arguments of the diffusers class, which give the number
     and the width of their heads.
     """
 

@@ -135,7 +135,7 @@ class Rank:
         is_last = isinstance(work.request, messages.Shutdown)
         if self.server:
             if is_last:
-                # Before the answer: whoever reads that looks for this record next.
+                # Before the reply: whoever reads that looks for this record next.
                 end = records.End(clean=True, message="The sidecar was stopped.")
                 records.write_first(self.life / records.EndFile, end)
             if verdict.failure:
@@ -223,7 +223,7 @@ class Rank:
         return {rank: Outcome(**each) for rank, each in enumerate(gathered) if isinstance(each, dict)}
 
     def _others_come(self, meeting: dist.Work, outcome: Outcome) -> bool:
-        """Whether no other rank stays behind, as far as can be told from this rank's outcome and in a moment."""
+        """Whether no other rank stays behind, judged from this rank's outcome and within a moment."""
         if outcome.is_broken:
             return False
         deadline = time.monotonic() + ALONE_S

@@ -28,21 +28,21 @@ def attach(log: Path) -> None:
 
 
 class BoundedLog:
-    """A file of at most `limit` bytes and its predecessor `<name>.1`. Writes that fail are dropped and told once."""
+    """A file of at most `limit` bytes and its predecessor `<name>.1`. Failed writes are dropped, the first reported."""
 
-    def __init__(self, path: Path, limit: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, limit: int, report: Callable[[str], None]) -> None:
         self.path = path
         self._limit = limit
-        self._tell = tell
-        self._told = False
+        self._report = report
+        self._reported = False
 
     def write(self, data: bytes) -> None:
         try:
             self._append(data)
         except OSError as error:
-            if not self._told:
-                self._told = True
-                self._tell(f"Log lines are lost: {self.path}: {error.strerror}.")
+            if not self._reported:
+                self._reported = True
+                self._report(f"Log lines are lost: {self.path}: {error.strerror}.")
 
     def _append(self, data: bytes) -> None:
         if self.path.exists() and self.path.stat().st_size + len(data) > self._limit:

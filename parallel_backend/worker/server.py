@@ -86,7 +86,7 @@ class Connection:
 class Server:
     """`next` gives the main thread one request after the other; everything else happens in the server's threads.
 
-    `status` answers a status request while another request is under way.
+    `status` serves a status request while another request is under way.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Server:
             self._drop(lambda work: work.connection is connection and work.request.id == request)
 
     def _drop(self, chosen: Callable[[Job], bool]) -> None:
-        """Cancel the running work if chosen (it leaves at its next step) and answer the chosen waiting ones now."""
+        """Cancel the running work if chosen (it ends at its next step) and reply to the chosen waiting ones now."""
         if self.running is not None and chosen(self.running):
             self.running.cancelled = True
         for work in [work for work in self._queue if chosen(work)]:

@@ -48,7 +48,7 @@ def main(life: Path, arguments: list[str]) -> int:
 
 def cause_of_death(deaths: dict[int, tuple[int, int]]) -> records.End:
     """Which of the ranks {rank: (exit code, pid)} died first. torchrun itself ends the others by SIGTERM, and a rank
-    that loses its peer exits with an error of its own: so a foreign signal tells most, then an exit code."""
+    that loses its peer exits with an error of its own: so a foreign signal is the best evidence, then an exit code."""
 
     def told_by(item: tuple[int, tuple[int, int]]) -> tuple[int, int]:
         rank, (code, _) = item

@@ -13,7 +13,7 @@ _SEVERITY = ("crash", "user", "lost", "cancelled", "ok")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How all ranks together left a request. `failure` is None when it worked, `rank` is the one that tells most.
+    """How a request ended on all ranks together. `failure` is None when it worked; `rank`: whose failure says most.
 
     `is_warm`: they can serve the next one, for which they form their groups anew unless they are in step.
     """

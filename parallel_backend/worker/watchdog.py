@@ -34,7 +34,7 @@ class Watch(threading.Thread):
         self._beats = Beats(self._store, list(range(settings.ranks)))
         self._alone_since = time.monotonic()
         self._failed_since: tuple[int, float] | None = None
-        self._log_trouble_told = False
+        self._log_trouble_reported = False
         self.sequence: int | None = None
         """Number of the request under way; the main thread sets it."""
 
@@ -79,7 +79,7 @@ class Watch(threading.Thread):
             self.crash(Outcome("crash", text), rank)
 
     def crash(self, outcome: Outcome, rank: int) -> None:
-        """Tell everyone what happened, then end this process, and thereby the sidecar."""
+        """Reports the failure to client and launcher, then ends this process, and thereby the sidecar."""
         log.error("the sidecar ends: %s", outcome.message)
         end = records.End(clean=False, message=outcome.message, hint=outcome.hint, rank=rank)
         records.write_first(self._life / records.EndFile, end)
@@ -99,9 +99,9 @@ class Watch(threading.Thread):
     def _look_for_log_trouble(self) -> None:
         """The pump of the logs says when the disk is full; the next client with a request hears it, once."""
         running = self._server.running
-        if self._log_trouble_told or running is None or not self._store.check(["log trouble"]):
+        if self._log_trouble_reported or running is None or not self._store.check(["log trouble"]):
             return
-        self._log_trouble_told = True
+        self._log_trouble_reported = True
         text = self._store.get("log trouble").decode()
         running.send(messages.Log(id=running.request.id, level="warning", text=text))
 

@@ -36,10 +36,10 @@ pytestmark = [
 
 
 CASES = {
-    "pixart-alpha": lambda: pixart(told_size=True),
-    "pixart-sigma": lambda: pixart(told_size=False),
-    "hunyuandit-1.1": lambda: hunyuandit(told_size=True),
-    "hunyuandit-1.2": lambda: hunyuandit(told_size=False),
+    "pixart-alpha": lambda: pixart(takes_size=True),
+    "pixart-sigma": lambda: pixart(takes_size=False),
+    "hunyuandit-1.1": lambda: hunyuandit(takes_size=True),
+    "hunyuandit-1.2": lambda: hunyuandit(takes_size=False),
     "wan": lambda: tiny_transformer(heads=1, text_width=20),
 }
 

@@ -69,8 +69,8 @@ def of_cross_attention(model: Any) -> tuple[Any, Callable[[Any], Any]]:
 BUILDERS = {
     "flux": flux,
     "sd3": sd3,
-    "pixart": lambda: of_cross_attention(pixart(told_size=True)),
-    "hunyuandit": lambda: of_cross_attention(hunyuandit(told_size=True)),
+    "pixart": lambda: of_cross_attention(pixart(takes_size=True)),
+    "hunyuandit": lambda: of_cross_attention(hunyuandit(takes_size=True)),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel
 
 
-def pixart(told_size: bool) -> PixArtTransformer2DModel:
+def pixart(takes_size: bool) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=6,
@@ -13,11 +13,11 @@ def pixart(told_size: bool) -> PixArtTransformer2DModel:
         cross_attention_dim=96,
         caption_channels=20,
         sample_size=64,
-        use_additional_conditions=told_size,
+        use_additional_conditions=takes_size,
     )
 
 
-def hunyuandit(told_size: bool) -> HunyuanDiT2DModel:
+def hunyuandit(takes_size: bool) -> HunyuanDiT2DModel:
     return HunyuanDiT2DModel(
         num_attention_heads=4,
         attention_head_dim=16,
@@ -31,5 +31,5 @@ def hunyuandit(told_size: bool) -> HunyuanDiT2DModel:
         pooled_projection_dim=1024,  # ComfyUI knows no other
         text_len=5,
         text_len_t5=7,
-        use_style_cond_and_image_meta_size=told_size,
+        use_style_cond_and_image_meta_size=takes_size,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from paralleldit.nodes.comfyui.stepwise import StepwiseModel
-from paralleldit.nodes.handles import ModelHandle, ShownPicture
+from paralleldit.nodes.handles import EncodedPicture, ModelHandle
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.nodes.request.network_inputs import one_time
 from paralleldit.parallel_backend.errors import UserError
@@ -202,9 +202,9 @@ def test_residuals_for_a_model_that_takes_none_are_refused(ask):
     assert not ask.sent
 
 
-def shown(**changes: Any) -> ShownPicture:
+def shown(**changes: Any) -> EncodedPicture:
     message = messages.ImagePromptUse(adapter=messages.IPAdapterRef(path="/models/picture"), **changes)
-    return ShownPicture(message, (torch.ones(1, 8), torch.zeros(1, 8)))
+    return EncodedPicture(message, (torch.ones(1, 8), torch.zeros(1, 8)))
 
 
 def test_pictures_are_told_with_the_prompts_while_they_work(ask):

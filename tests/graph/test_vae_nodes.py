@@ -53,7 +53,7 @@ def test_a_vae_with_ranks_of_its_own_has_a_sidecar_of_its_own(client):
     vae = node("VAELoader").load(NAME, "fp32", LayoutChoice(ranks=3), 1)[0]
     vae.decode(torch.zeros(1, 16, 4, 6))
     spec = client.specs[-1]
-    assert (spec.ranks, spec.slot.directory) == (1, usual.slot.beside.directory)
+    assert (spec.ranks, spec.slot.directory) == (1, usual.slot.vae.directory)
     assert spec.slot.directory != usual.slot.directory
     node("VAELoader").load(NAME, "fp32", LayoutChoice(ranks=3))[0].decode(torch.zeros(1, 16, 4, 6))
     assert (client.specs[-1].ranks, client.specs[-1].slot.directory) == (3, usual.slot.directory)

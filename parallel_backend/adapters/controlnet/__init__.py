@@ -1,1 +1,1 @@
-"""ControlNets beside a model: the nets, their files, and where their residuals go."""
+"""ControlNets of a model: the nets, their files, and the blocks that their residuals are added behind."""

@@ -31,7 +31,7 @@ class ActiveControl:
     end: float
 
     def part(self, part: slice, batch: int) -> ActiveControl:
-        """For the pictures `part` of a batch; one control picture for all of them stays one."""
+        """Selects the pictures `part` of a batch; one control picture for all of them stays one."""
         return replace(self, picture=self.picture[part] if len(self.picture) == batch else self.picture[:1])
 
     def is_active(self, timestep: float) -> bool:
@@ -46,7 +46,7 @@ class ActiveControl:
         return self.net.segments(condition, grids)
 
     def residuals(self, evaluation: Evaluation, attention: Attention) -> list[Tensor]:
-        """As `ControlNet.residuals`, times the strength."""
+        """Returns `ControlNet.residuals` times the strength."""
         view = self.net.view
         view.sites.attention = attention
         name = view.latent.name

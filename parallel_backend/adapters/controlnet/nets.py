@@ -1,4 +1,4 @@
-"""ControlNets (arXiv 2302.05543) for transformers: blocks beside the model's, whose outputs are added to its tokens.
+"""ControlNets (arXiv 2302.05543) for transformers: extra blocks, whose outputs are added to the model's tokens.
 
 A ControlNet is seen as its family is: blocks over the same tokens, so that the ranks which share the model's tokens
 share its too.
@@ -64,7 +64,7 @@ class ControlNet(ABC):
         self.bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
     def work_with(self, family: TokenFamily, mode: int | None) -> None:
-        """From now on with this model. Raises `UserError` for one that it was not made for, or an unknown `mode`."""
+        """Serves this model from now on. Raises `UserError` for one that it was not made for, or an unknown `mode`."""
         self.model = family
         name, width, modes = self.info.checkpoint.source.name, self.module.inner_dim, self.info.modes
         if (self.info.family, width) != (family.name, family.hidden_size):
@@ -90,10 +90,10 @@ class ControlNet(ABC):
 
     @abstractmethod
     def embed(self, given: ControlledEvaluation) -> State:
-        """As `TokenFamily.embed`."""
+        """Has the contract of `TokenFamily.embed`."""
 
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        """Of its own streams: the prompt's text after its own, and the grid without references."""
+        """The segments of its own streams: the prompt's text after its own, and the grid without references."""
         segments = self.view.segments(replace(condition, references=()), grids)
         if "text" in segments:
             segments["text"] = [Segment(each.count + self.extra_text) for each in segments["text"]]
@@ -105,7 +105,7 @@ class ControlNet(ABC):
 
     @abstractmethod
     def targets(self, family: TokenFamily) -> dict[int, int]:
-        """From each block of the model that a residual is added behind to the number of that residual."""
+        """Maps each block of the model that a residual is added behind to the number of that residual."""
 
     def patches(self, embedder: Any, tokens: Tensor) -> Tensor:
         """Latent tokens through a convolution whose stride is its size."""
@@ -123,7 +123,7 @@ class ControlNet(ABC):
 
 
 class FluxControlNet(ControlNet):
-    """For Flux.1. A union ControlNet is told the kind of its picture by a token before the text.
+    """ControlNet of Flux.1. A union ControlNet takes the kind of its picture as a token before the text.
 
     Those that take pixels (XLabs') make of them what is in a latent's place.
     """
@@ -172,7 +172,7 @@ class FluxControlNet(ControlNet):
 
 
 class SD3ControlNet(ControlNet):
-    """For Stable Diffusion 3 and 3.5. Some were trained without the pooled text, and with unshifted latents."""
+    """ControlNet of Stable Diffusion 3 and 3.5. Some were trained without pooled text, and with unshifted latents."""
 
     view_class = SD3
 
@@ -237,7 +237,7 @@ class HunyuanBlocks(HunyuanDiT):
 
 
 class HunyuanControlNet(ControlNet):
-    """For HunyuanDiT: its residuals are added to the skips."""
+    """ControlNet of HunyuanDiT: its residuals are added to the skips."""
 
     view_class = HunyuanBlocks
 
@@ -256,7 +256,7 @@ CONTROLNETS: dict[str, type[ControlNet]] = {
     "sd3 image": SD3ImageControlNet,
     "hunyuandit": HunyuanControlNet,
 }
-"""By their kind."""
+"""ControlNets by their kind."""
 
 
 def open_controlnet(path: Path, device: torch.device, dtype: torch.dtype) -> ControlNet:
@@ -266,7 +266,7 @@ def open_controlnet(path: Path, device: torch.device, dtype: torch.dtype) -> Con
 
 
 def _spread(own: int, count: int) -> dict[int, int]:
-    """From each of `count` blocks to the one of `own` residuals that is added behind it."""
+    """Maps each of `count` blocks to the one of `own` residuals that is added behind it."""
     interval = math.ceil(count / own) if own else 0
     return {block: block // interval for block in range(count)} if own else {}
 

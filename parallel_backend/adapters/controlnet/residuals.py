@@ -17,7 +17,7 @@ from ...tokens.grid import Grid
 from ...tokens.plan import Segment
 
 Numbers = Mapping[ResidualList, Sequence[int | None]]
-"""By ComfyUI's lists "input" and "output": the number of the residual at each of their places, if there is one."""
+"""The number of the residual, if any, at each place of ComfyUI's lists "input" and "output"."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GivenResiduals:
     blocks: Mapping[int, int]
 
     def rows(self, rows: slice) -> GivenResiduals:
-        """For these rows of a latent of several conditions; what is the same for all stays one."""
+        """Selects these rows of a latent of several conditions; a residual that all share stays one."""
         return replace(self, given=tuple(each if len(each) == 1 else each[rows] for each in self.given))
 
     def part(self, part: slice, batch: int) -> GivenResiduals:
@@ -55,7 +55,8 @@ class GivenResiduals:
 def given_residuals(
     numbers: Numbers, tensors: Mapping[str, Tensor], family: TokenFamily, shape: Sequence[int]
 ) -> GivenResiduals:
-    """Of a request for a latent of `shape` `[N, C, H, W]`. Raises `UserError` for those that do not fit the model."""
+    """The residuals of a request, for a latent of `shape` `[N, C, H, W]`. Raises `UserError` if they do not fit the
+    model."""
     spec, blocks = family.spec, {}
     places = spec.residuals(family.transformer.config) if spec.residuals else {}
     for name, own in numbers.items():

@@ -12,7 +12,7 @@ from .module_names import Place
 
 @dataclass(frozen=True)
 class Change:
-    """`strength` times `delta` is added to a parameter, whose rows are those of the delta that `place` tells."""
+    """`strength` times `delta` is added to a parameter, whose rows are those of the delta that `place` gives."""
 
     place: Place
     delta: Delta

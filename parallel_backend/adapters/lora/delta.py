@@ -228,7 +228,7 @@ def _kronecker(parts: Parts) -> Kronecker:
 
 
 def _scale(parts: Parts, rank: int) -> float:
-    """Without an alpha, a change is as large as its factors make it."""
+    """The factor `alpha / rank` of a change; 1 without an alpha."""
     return float(parts["alpha"]) / rank if "alpha" in parts else 1.0
 
 
@@ -236,9 +236,9 @@ def _magnitude(parts: Parts, shape: tuple[int, int]) -> Magnitude | None:
     if "magnitude" in parts:
         lengths, of_rows, of_base = parts["magnitude"].flatten(), True, False
     elif "dora_scale" in parts:
-        told = parts["dora_scale"]
-        of_rows = told.shape[0] == shape[0]
-        lengths, of_base = told.flatten(), of_rows
+        scale = parts["dora_scale"]
+        of_rows = scale.shape[0] == shape[0]
+        lengths, of_base = scale.flatten(), of_rows
     else:
         return None
     if len(lengths) != shape[0 if of_rows else 1]:

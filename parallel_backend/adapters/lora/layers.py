@@ -1,4 +1,4 @@
-"""Changes laid beside a model's layers: its weights stay as they are, so that taking changes off restores every bit.
+"""Layers that add changes to a model's outputs: its weights stay, so that removing changes restores every bit.
 
 A merged LoRA would cost a copy of what it changes (of nearly all of a Flux), has no place in weights that are put
 together block by block, and cannot be taken out of bf16 or fp8 exactly. Beside a layer, plain LoRAs are two thin
@@ -106,7 +106,7 @@ class AdaptedLayers:
         self._loaded = loaded
         self._tensor = tensor
         self.key: object = None
-        """Tells the changes that are on from others."""
+        """Identifies the changes that are on."""
         self._layers: list[StoredLinear] = []
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 

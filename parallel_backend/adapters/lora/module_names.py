@@ -68,7 +68,7 @@ class Names:
             **{name: places for name, places in own.items() if name not in mapped},
             **original,
         }
-        """By the names of the original model's parameters, which are ComfyUI's too."""
+        """Places by the names of the original model's parameters, which are ComfyUI's too."""
         self._modules: dict[str, tuple[Mapping[str, Sequence[Place]], str]] = {}
         for layout, table in (("original", self.original), ("diffusers", own)):
             # What is no weight and no bias (a table, a norm's scale) goes by its whole name.
@@ -81,7 +81,7 @@ class Names:
         return module in self._modules
 
     def places(self, module: str, leaf: str) -> Sequence[Place]:
-        """Where the `leaf` (".weight" or ".bias") of a module lies, as a file names it; empty if it has none."""
+        """The places of the `leaf` (".weight" or ".bias") of a module, as a file names it; empty if it has none."""
         table, stem = self._modules[module]
         found = table.get(stem + leaf)
         return table.get(stem, ()) if found is None and leaf == WEIGHT else found or ()
@@ -94,7 +94,7 @@ def _aliases(layout: str, stem: str) -> Iterable[str]:
 
 
 def original_places(rules: Iterable[Rule], shapes: Shapes) -> dict[str, list[Place]]:
-    """By the names of the original model: which parameters hold the rows of each, as `rules` say."""
+    """Maps the original model's names to the parameters that hold their rows, by `rules`."""
     last: dict[str, int] = {}
     for name in shapes:
         if found := re.match(r"(\w+)\.(\d+)\.", name):

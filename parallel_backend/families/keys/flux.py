@@ -106,7 +106,7 @@ BLOCKS = {
 
 
 def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of FluxTransformer2DModel from the shapes; `declared` (config.json) tells what shapes cannot.
+    """Arguments of FluxTransformer2DModel from the shapes; `declared` (config.json) gives what shapes cannot.
 
     That is patch_size (1 if not declared) and axes_dims_rope (see `rotary_axes`).
     """
@@ -153,7 +153,7 @@ PATCH = 2
 
 
 def host_config(config: Config) -> dict[str, Any]:
-    """As ComfyUI's detection says it."""
+    """Returns the config that ComfyUI's detection gives."""
     return {
         "image_model": "flux",
         "in_channels": config["in_channels"] // PATCH**2,

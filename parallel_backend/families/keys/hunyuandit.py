@@ -114,12 +114,12 @@ def _mlp_ratio(hidden: int, width: int, declared: Any) -> float:
 
 
 def host_config(config: Config) -> dict[str, Any]:
-    """As ComfyUI's detection says it."""
-    told_size = config["use_style_cond_and_image_meta_size"]
+    """Returns the config that ComfyUI's detection gives."""
+    takes_size = config["use_style_cond_and_image_meta_size"]
     return {
-        "image_model": "hydit1" if told_size else "hydit",
-        "size_cond": told_size,
-        "use_style_cond": told_size,
+        "image_model": "hydit1" if takes_size else "hydit",
+        "size_cond": takes_size,
+        "use_style_cond": takes_size,
         "in_channels": config["in_channels"],
         "patch_size": config["patch_size"],
         "hidden_size": config["hidden_size"],
@@ -134,7 +134,7 @@ def host_config(config: Config) -> dict[str, Any]:
 
 
 def skips(blocks: int) -> dict[int, int]:
-    """From each of so many blocks that leaves a skip to the later one that takes it."""
+    """Maps each block that leaves a skip to the later one that takes it, of `blocks` blocks."""
     return {source: blocks - 1 - source for source in range(blocks // 2 - 1)}
 
 

@@ -11,7 +11,7 @@ from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 HEADS = 16
-"""Of every published model; no shape tells it."""
+"""The heads of every published model; no shape depends on their number."""
 TABLE = {"scale_shift_table": "scale_shift_table"}
 EMBEDDERS = {
     "t_embedder.mlp": "adaln_single.emb.timestep_embedder",
@@ -75,7 +75,7 @@ SAMPLE_SIZE = 128
 
 
 def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of PixArtTransformer2DModel from the shapes; `declared` (config.json) tells what shapes cannot.
+    """Arguments of PixArtTransformer2DModel from the shapes; `declared` (config.json) gives what shapes cannot.
 
     That is the number of heads (16 if not declared), and the side that positions are spread over (that of the table of
     positions where the file holds it, else 128 cells).
@@ -112,11 +112,11 @@ def _table_side(shapes: Shapes) -> int:
 
 
 def host_config(config: Config) -> dict[str, Any]:
-    """As ComfyUI's detection says it."""
-    told_size = config["use_additional_conditions"]
+    """Returns the config that ComfyUI's detection gives."""
+    takes_size = config["use_additional_conditions"]
     return {
-        "image_model": "pixart_alpha" if told_size else "pixart_sigma",
-        "micro_condition": told_size,
+        "image_model": "pixart_alpha" if takes_size else "pixart_sigma",
+        "micro_condition": takes_size,
         "in_channels": config["in_channels"],
         "patch_size": config["patch_size"],
         "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
@@ -143,7 +143,7 @@ PUBLISHED = {
 
 
 def _family(
-    name: str, title: str, view: str, landmarks: Mapping[str, Mapping[str, str]], scale: float, told_size: bool
+    name: str, title: str, view: str, landmarks: Mapping[str, Mapping[str, str]], scale: float, takes_size: bool
 ) -> FamilySpec:
     return FamilySpec(
         name=name,
@@ -164,10 +164,10 @@ def _family(
         older_class_names=("Transformer2DModel",),
         not_weights=NOT_WEIGHTS,
         host_config=host_config,
-        published={name: {**PUBLISHED, "use_additional_conditions": told_size}},
+        published={name: {**PUBLISHED, "use_additional_conditions": takes_size}},
     )
 
 
-PIXART_ALPHA = _family("pixart-alpha", "PixArt-alpha", "pixart:PixArtAlpha", ALPHA_LANDMARKS, 0.18215, told_size=True)
-"""Its 1024 px models are told the size of the picture. Other files are taken for Sigma's."""
-PIXART_SIGMA = _family("pixart-sigma", "PixArt-Sigma", "pixart:PixArtSigma", SIGMA_LANDMARKS, 0.13025, told_size=False)
+PIXART_ALPHA = _family("pixart-alpha", "PixArt-alpha", "pixart:PixArtAlpha", ALPHA_LANDMARKS, 0.18215, takes_size=True)
+"""Its 1024 px models take the size of the picture. Other files are taken for Sigma's."""
+PIXART_SIGMA = _family("pixart-sigma", "PixArt-Sigma", "pixart:PixArtSigma", SIGMA_LANDMARKS, 0.13025, takes_size=False)

@@ -11,7 +11,7 @@ from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 HEAD_DIM = 64
-"""Of every published model; a config.json or the norms of the heads may say otherwise."""
+"""The head width of every published model, unless a config.json or the norms of the heads give another."""
 
 RULES = (
     Rule("pos_embed", ("pos_embed.pos_embed",), suffixes={"": ""}),
@@ -86,7 +86,7 @@ BLOCKS = {
 
 
 def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of SD3Transformer2DModel from the shapes; `declared` (config.json) tells what shapes cannot.
+    """Arguments of SD3Transformer2DModel from the shapes; `declared` (config.json) gives what shapes cannot.
 
     That is sample_size, and attention_head_dim of a model without norms in its heads.
     """
@@ -125,7 +125,7 @@ def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> d
 
 
 def host_config(config: Config) -> dict[str, Any]:
-    """As ComfyUI's detection says it, but for `input_size` and `pos_embed_scaling_factor`, which it leaves out."""
+    """Returns the config that ComfyUI's detection gives, without `input_size` and `pos_embed_scaling_factor`."""
     text = {"in_features": config["joint_attention_dim"], "out_features": config["caption_projection_dim"]}
     side = config["pos_embed_max_size"]
     return {

@@ -22,7 +22,7 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """The sidecar's answer to a good `Hello`."""
+    """The sidecar's reply to a valid `Hello`."""
 
     type: Literal["welcome"] = "welcome"
     version: int

@@ -1,4 +1,4 @@
-"""What the sidecar tells while a request runs, and its replies."""
+"""Events that the sidecar sends while a request runs, and its replies."""
 
 from __future__ import annotations
 

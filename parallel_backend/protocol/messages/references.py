@@ -1,4 +1,4 @@
-"""What requests name: models and what is laid beside them, by files as the ranks' host sees them."""
+"""References to models and adapters in requests, by their paths on the ranks' host."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class WeightChange(Message):
 
 
 class Adapters(Message):
-    """What lies beside the model's weights in a run: LoRA files, then changes that the graph has sent."""
+    """The changes of the model's weights in a run: LoRA files, then changes that the graph has sent."""
 
     files: tuple[LoraRef, ...] = ()
     changes: tuple[WeightChange, ...] = ()

@@ -29,7 +29,7 @@ class Load(Request):
 
 
 class EncodeText(Request):
-    """Reply tensors: `tokens` [1, St, C] and those that the family's models need beside it, as in `Conditioning`."""
+    """Reply tensors: `tokens` [1, St, C] and the family's other inputs, as in `Conditioning`."""
 
     type: Literal["encode_text"] = "encode_text"
     text: TextRef
@@ -54,17 +54,17 @@ class Schedule(Message):
 
 
 ReferencePlaces = Literal["offset", "index", "uxo"]
-"""Where reference pictures lie beside the picture: ComfyUI's names for it (families/flux.py says what they mean)."""
+"""ComfyUI's names for the positions of reference pictures relative to the picture; families/flux.py defines them."""
 
 
 class Prompt(Message):
-    """What one prediction is told. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, as far as the model takes them,
+    """The condition of one prediction. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, if the model takes them,
     `….pooled` [B or 1, Cp], `….mask` [B or 1, St], the second text encoder's `….tokens_2` and `….mask_2`, and as many
     `….reference.<number>` [B or 1, C, h, w] as there are `references`: latents of pictures to look at, scaled as the
     request's latent is. For each of the `image_prompts` `….image.<number>` [B or 1, …], the picture as the IP-Adapter's
     image encoder gives it.
 
-    `size` and `target_size`: height and width in pixels, for models that are told of them.
+    `size` and `target_size`: height and width in pixels, for models that take them.
     """
 
     guidance: float | None = None
@@ -189,7 +189,7 @@ def entries_of(request: Request) -> tuple[Prompt, ...]:
 
 
 class EndRun(Request):
-    """Forget what was told for the predictions of `run`."""
+    """Forgets the conditions and adapters of `run`."""
 
     type: Literal["end_run"] = "end_run"
     run: Key

@@ -95,7 +95,7 @@ class PipeFusion:
         self.failures = torch.zeros(4, dtype=torch.int64, device=family.device)
         self.has_lone_stages = has_lone_stages
         self.fault: tuple[str, str] | None = None
-        """Why this stage computes no more: what to tell, and a hint."""
+        """Why this stage stopped computing: a message and a hint."""
 
     def run(self, run: Run, on_step: OnStep) -> Tensor:
         """The sampled latent of the job's part, fp32, in the model's space, whole and equal on every rank.

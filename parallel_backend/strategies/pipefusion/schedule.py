@@ -31,7 +31,7 @@ def posted_ahead(stages: int, patches: int, distance: int) -> int:
 
     So many that no stage ever waits for another's progress in a circle, even where each waits for all that it has begun
     to send and receive before it computes on. (A GPU's host does: to load a kernel for the first time, to give back
-    memory.) A patch needs the answer that the last stage gave `patches` units before. So along any circle of stages
+    memory.) A patch needs the output of the last stage for the unit `patches` before. So along any circle of stages
     fewer units than that may be posted ahead altogether. And a message that passes over stages can only be as far ahead
     as its sender is, whose sends to the stages between have to be received first.
     """

@@ -38,7 +38,8 @@ class Transport:
         latent: Tensor,
         previews: int,
     ) -> None:
-        """`plans`: of each condition that is evaluated here. `previews`: how many pictures go back beside `latent`."""
+        """`plans`: the token plan of each condition that is evaluated here. `previews`: how many pictures return with
+        `latent`."""
         self._family, self._stage, self._units, self._plans = family, stage, units, plans
         self._controls, self._strips, self._rank = controls, strips, mesh.sequence.rank
         self._latent = latent
@@ -149,7 +150,7 @@ class Transport:
         return [*streams, *[grid] * len(residuals)]
 
     def _skip_channels(self, mesh: Mesh, patches: int) -> Mapping[tuple[int, ...], Channel]:
-        """From or to each stage that holds the other ends of this one's skips, by the blocks that give them.
+        """Channels from or to each stage that holds the other ends of this one's skips, by the blocks that give them.
 
         All ranks have them in the same order, so that they can meet one after the other.
         """

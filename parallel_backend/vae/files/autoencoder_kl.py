@@ -15,7 +15,7 @@ PREFIXES = ("first_stage_model.", "vae.", "")
 # Left in some published files by their training.
 TRAINING_ONLY = ("loss.", "model_ema.")
 
-# Every file of the original layout normalises over this many groups; no tensor tells the number.
+# Every file of the original layout normalises over this many groups; no tensor's shape depends on it.
 NORM_GROUPS = 32
 
 _UP_LEVEL = re.compile(r"^decoder\.up\.(\d+)\.")

@@ -68,7 +68,7 @@ class VaeHeader:
 
     @cached_property
     def _sharing(self) -> dict[str, list[str]]:
-        """By key: the names that have it."""
+        """The names that share each key."""
         names: dict[str, list[str]] = {}
         for name, key in self.names.items():
             names.setdefault(key, []).append(name)

@@ -1,6 +1,6 @@
 """What the header of a HunyuanVideo or CogVideoX VAE file says of it: image autoencoders with a third dimension.
 
-All of them compress by 8 in space and by 4 in time, which no shape tells. Files name their tensors as diffusers does,
+All of them compress by 8 in space and by 4 in time, which no shape shows. Files name their tensors as diffusers does,
 or as the original image autoencoders do.
 """
 
@@ -12,7 +12,7 @@ from .autoencoder_kl import NORM_GROUPS, Shape, count, ldm_names
 
 
 def _config(shapes: Mapping[str, Shape]) -> dict[str, object]:
-    """From the shapes of its tensors under diffusers' names."""
+    """Derives the config from the shapes of the tensors under diffusers' names."""
     levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
     return {
         "block_out_channels": [

@@ -1,4 +1,4 @@
-"""The layouts of files with a VAE of videos: how each is told, and what its header says."""
+"""The layouts of files with a VAE of videos: how each is recognised, and its config, derived from the header."""
 
 from __future__ import annotations
 

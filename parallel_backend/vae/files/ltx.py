@@ -34,7 +34,7 @@ def names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _places(keys: Iterable[str]) -> dict[tuple[str, int], str]:
-    """By side and number of a block: where diffusers has it."""
+    """Maps side and number of a block in the file to its place in diffusers."""
     parts: dict[tuple[str, int], set[str]] = {}
     for key in keys:
         if match := _BLOCK.match(key):
@@ -63,7 +63,7 @@ def _sampler(side: str) -> str:
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, object]:
-    """From the shapes of its tensors under diffusers' names."""
+    """Derives the config from the shapes of the tensors under diffusers' names."""
     down = [f"encoder.down_blocks.{n}" for n in range(count(shapes, r"encoder\.down_blocks\.(\d+)\."))]
     up = [f"decoder.up_blocks.{n}" for n in reversed(range(count(shapes, r"decoder\.up_blocks\.(\d+)\.")))]
     stacks = [*down, "encoder.mid_block"], [*up, "decoder.mid_block"]
@@ -100,7 +100,7 @@ def config(shapes: Mapping[str, Shape]) -> dict[str, object]:
 
 
 def _factor(shapes: Mapping[str, Shape], block: str) -> int:
-    """By how much an upsampling divides the channels: it makes eight pixels of one."""
+    """The factor by which an upsampling divides the channels; it makes eight pixels of one."""
     given, taken = shapes[f"{block}.upsamplers.0.conv.conv.weight"][:2]
     return 8 * taken // given
 

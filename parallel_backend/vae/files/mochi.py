@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from .autoencoder_kl import Shape, count, renamed
 
-# What a side calls its numbered blocks tells which it is.
+# The names of the numbered blocks identify the side.
 _SIDES = {"blocks": "decoder", "layers": "encoder"}
 _BLOCK = re.compile(r"^(?:decoder\.blocks|encoder\.layers)\.(\d+)\.(.*)")
 _RESAMPLING = re.compile(r"(?:blocks|layers|proj)\.")
@@ -82,7 +82,8 @@ def _after_convolution(rest: str, block: str, convolution: str) -> str:
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, object]:
-    """From the shapes of its tensors under diffusers' names. What only an absent side would tell is as the other's."""
+    """Derives the config from the shapes of the tensors under diffusers' names. Values of an absent side equal the
+    other side's."""
     stacks = {
         "encoder": ["encoder.block_in", *_levels(shapes, "encoder.down_blocks"), "encoder.block_out"],
         "decoder": ["decoder.block_out", *reversed(_levels(shapes, "decoder.up_blocks")), "decoder.block_in"],

@@ -51,7 +51,7 @@ def names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, object]:
-    """From the shapes of its tensors under diffusers' names."""
+    """Derives the config from the shapes of the tensors under diffusers' names."""
     levels = count(shapes, r"decoder\.up_blocks\.(\d+)\.")
     widths = [shapes[f"decoder.up_blocks.{level}.resnets.0.conv1.weight"][0] for level in reversed(range(levels))]
     resamplings = sorted(
