@@ -49,6 +49,8 @@ def sample(
 ) -> dict[str, Tensor]:
     """The sampled latents, under their names in the request, unscaled, fp32 on the CPU, the same on every rank.
 
+    A run of no steps gives back those that came.
+
     `nets`: the request's ControlNets by path; `adapters`: its IP-Adapters.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
@@ -65,6 +67,9 @@ def sample(
     start = sum(counts[: mesh.data.rank])
     own = slice(start, start + counts[mesh.data.rank])
     job = _job(request, tensors, family, latents, packing, model_sampling, own)
+    steps = len(job.sigmas) - 1
+    if steps < 1:
+        return _reply(latents)
     strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
@@ -90,9 +95,8 @@ def sample(
     def on_piped_step(done: int, total: int, picture: Tensor) -> None:
         run.progress("sample", done, total, preview(picture))
 
-    steps = len(job.sigmas) - 1
     warn_of_warmup(request.layout, steps, run)
-    if mesh.pipefusion.size == 1 or steps < 1:
+    if mesh.pipefusion.size == 1:
         leave = strategy.forget
         try:
             sampled = run_sampler(model, job, on_step)
@@ -123,8 +127,12 @@ def sample(
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     check_result(whole, steps)
     parts = packing.unpack(whole)
-    done = {spec.name: family.process_out(parts[spec.name], spec).cpu() for spec in family.latents}
-    return {"latent": done[family.latent.name]} if len(done) == 1 else {f"latent.{name}": x for name, x in done.items()}
+    return _reply({spec.name: family.process_out(parts[spec.name], spec) for spec in family.latents})
+
+
+def _reply(latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The latents, unscaled, under their names in the reply."""
+    return {"latent" if len(latents) == 1 else f"latent.{name}": latent.cpu() for name, latent in latents.items()}
 
 
 def _sides(

@@ -320,7 +320,8 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
         return sample(model=model, latent_image=image, **prompts, **(settings | case.sampler))[0]["samples"]
 
     def error(found: Tensor) -> float:
-        return float((found - truth).norm() / truth.norm())
+        """Relative; absolute where the latent stays the empty one that it was."""
+        return float((found - truth).norm() / (truth.norm() or 1.0))
 
     stock = WAYS[case.node]
     truth = latent(native, stock)

@@ -55,6 +55,15 @@ def test_two_parts_of_a_run_are_the_whole_where_the_first_leaves_its_noise(ranks
     assert relative_error(clean, first) > 1e-2
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(pipefusion_degree=2)], ids=str)
+def test_a_part_of_no_steps_gives_back_the_latents_that_came(ranks, layout):
+    given = {f"latent.{name}": torch.zeros_like(latent) for name, latent in cases.latents().items()}
+    for found, previews in ranks.run(layout.ranks, sampled, layout, {"start_step": STEPS}, given):
+        assert found.keys() == given.keys()
+        assert all(torch.equal(found[name], given[name]) for name in given)
+        assert not previews
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(pipefusion_degree=2, num_patches=3, warmup_steps=STEPS)], ids=str)
 def test_a_mask_of_one_of_two_latents_keeps_its_part_and_the_preview_is_the_first_frame(ranks, layout):
     frames, rows, columns = cases.SIZES["video"]
