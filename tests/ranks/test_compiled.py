@@ -19,26 +19,28 @@ from torch._dynamo.utils import counters
 
 MODEL = "pixart alpha"
 """The one that takes the shortest time to compile. One rank: see tests/unit/test_compiled_blocks.py."""
-LAYOUTS = [
-    Layout(ring_degree=2, compile="blocks"),
-    Layout(ulysses_degree=2, weights="sharded", compile="blocks"),
-    Layout(pipefusion_degree=2, num_patches=2, compile="blocks"),
-    Layout(distrifusion_degree=2, compile="blocks"),
+CASES = [
+    (MODEL, Layout(ring_degree=2, compile="blocks")),
+    (MODEL, Layout(ulysses_degree=2, weights="sharded", compile="blocks")),
+    (MODEL, Layout(pipefusion_degree=2, num_patches=2, compile="blocks")),
+    (MODEL, Layout(distrifusion_degree=2, compile="blocks")),
+    # Its norms add up squares over the ranks.
+    ("wan 2.1", Layout(tensor_degree=2, compile="blocks")),
 ]
 
 
-def sampled_as_traced(world, layout, path):
+def sampled_as_traced(world, model, layout, path):
     # To trace takes a tenth of the time of making code of what was traced, which is the same thing in every layout.
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
-        return sampled(world, MODEL, layout, path)
+        return sampled(world, model, layout, path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_run_equals_that_of_plain_blocks(ranks, tmp_path, layout):
-    TINY_MODELS[MODEL].make(HEADS).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
+def test_a_run_equals_that_of_plain_blocks(ranks, tmp_path, model, layout):
+    TINY_MODELS[model].make(HEADS).save_pretrained(tmp_path)
     plain = layout.model_copy(update={"compile": "off"})
-    (expected, *_) = ranks.run(layout.ranks, sampled, MODEL, plain, tmp_path)
-    for answer in ranks.run(layout.ranks, sampled_as_traced, layout, tmp_path):
+    (expected, *_) = ranks.run(layout.ranks, sampled, model, plain, tmp_path)
+    for answer in ranks.run(layout.ranks, sampled_as_traced, model, layout, tmp_path):
         assert relative_error(answer, expected) <= 1e-5
 
 

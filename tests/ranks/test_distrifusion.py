@@ -98,7 +98,7 @@ def test_run_equals_serial_model_of_late_keys(ranks, figures, degrees, plan, siz
         assert error <= 1e-5
 
 
-FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1"]
+FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1"]
 WARM = stale_families.STEPS
 FAMILY_CASES = [
     *((Layout(distrifusion_degree=2, warmup_steps=WARM), model) for model in FAMILIES[1:]),
@@ -108,7 +108,7 @@ FAMILY_CASES = [
     (Layout(distrifusion_degree=3, refresh="in_turn"), "hunyuandit 1.1"),
 ]
 PARTS_CASES = [
-    *((Layout(distrifusion_degree=2, tensor_degree=2), model) for model in ("flux dev", "hunyuandit 1.1")),
+    *((Layout(distrifusion_degree=2, tensor_degree=2), model) for model in ("flux dev", "hunyuandit 1.1", "wan 2.1")),
     (Layout(distrifusion_degree=2, tensor_degree=3, refresh="in_turn"), "flux dev"),
     *((Layout(distrifusion_degree=2, weights="sharded"), model) for model in ("sd3.5 medium", "pixart alpha")),
     (Layout(distrifusion_degree=2, tensor_degree=2, ulysses_degree=2, weights="offloaded"), "flux dev"),
