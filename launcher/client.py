@@ -73,7 +73,7 @@ class Client:
         hang_timeout: float = 30.0,
         max_body: int = frames.MAX_BODY,
     ) -> Client:
-        """Raises `OSError` when nobody listens, `ProtocolError` when the sidecar refuses."""
+        """Connects. Raises `OSError` when no process listens, `ProtocolError` when the sidecar refuses."""
         sock = addresses.connect(address, socket_path, timeout=5.0)
         stream = frames.FrameSocket(sock, max_body=max_body, stall_timeout=hang_timeout)
         try:

@@ -13,7 +13,7 @@ from ..parallel_backend.errors import UserError
 
 PACK = Path(__file__).resolve().parent.parent
 CPU_RANKS = 2
-"""Ranks of a CPU sidecar when nobody says how many."""
+"""The default number of ranks of a CPU sidecar."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 Device = Literal["cpu", "cuda"]

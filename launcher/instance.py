@@ -110,7 +110,7 @@ class SidecarInstance:
         return f"The sidecar's torchrun (process {agent.pid if agent else 'unknown'}) ended without a word.", ""
 
     def why_not_started(self) -> tuple[str, str]:
-        """Like `why`, for a start: it also searches the logs for known failures, which only they show."""
+        """Explains a failed start: as `why`, after a search of the logs for known failures."""
         message, hint = self.why(patience=1.0)
         text = "\n".join([message, self.tail(), *(self.tail(rank) for rank in self.ranks)])
         for pattern, known, remedy in KNOWN_FAULTS:

@@ -38,7 +38,7 @@ class SentChange:
 ATTACHMENT = "paralleldit"
 """Under this name a MODEL of ComfyUI carries our handle."""
 OWN_LOADER = "load the model with ComfyUI's own loader."
-"""What is left where the ranks cannot do it."""
+"""The alternative that hints offer for what the ranks cannot do."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class ParallelDiTIPAdapter:
         "ComfyUI's own samplers."
     )
     RETURN_TYPES = ("MODEL",)
-    OUTPUT_TOOLTIPS = ("The model that sees the picture, for another Parallel IP-Adapter or a sampler.",)
+    OUTPUT_TOOLTIPS = ("The model with the picture, for another Parallel IP-Adapter or a sampler.",)
     FUNCTION = "show"
 
     @classmethod
@@ -58,7 +58,7 @@ class ParallelDiTIPAdapter:
                         "min": -MOST,
                         "max": MOST,
                         "step": 0.01,
-                        "tooltip": "How strongly the picture counts. At 0 it is not looked at.",
+                        "tooltip": "How strongly the picture counts. At 0 it is ignored.",
                     },
                 ),
                 **SPAN,
@@ -67,7 +67,7 @@ class ParallelDiTIPAdapter:
                 "negative": (
                     "CLIP_VISION_OUTPUT",
                     {
-                        "tooltip": "The picture that the negative prompt sees, such as a black one. Without it: an "
+                        "tooltip": "The picture of the negative prompt, such as a black one. Without it: an "
                         "embedding of zeros."
                     },
                 )

@@ -1,4 +1,4 @@
-"""What the layout's widgets hold, and which layout becomes of it for a model."""
+"""The values of the layout's widgets, and the layout that they give for a model."""
 
 from __future__ import annotations
 

@@ -161,8 +161,8 @@ class ParallelDiTSampler:
         prompts = {side: conditioning.to_message(side, each, handle.family, shape) for side, each in sides.items()}
         named, placed = controls.to_message({side: (prompts[side][0], sides[side]) for side in sides})
         for side, (_, prompt_tensors) in prompts.items():
-            named[side], shown = image_prompts.to_message(named[side], side, handle.pictures)
-            tensors |= prompt_tensors | shown
+            named[side], embeddings = image_prompts.to_message(named[side], side, handle.pictures)
+            tensors |= prompt_tensors | embeddings
         schedule, sigmas, shift = here.schedule(model, sampler_name, scheduler, steps, denoise)
         tensors |= {} if sigmas is None else {"sigmas": sigmas}
         batch = len(first)

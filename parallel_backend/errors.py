@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend. `message` names what is wrong (and the numbers that clash), `hint` what to do."""
+    """An error for the user. `message` names what is wrong (and the numbers that clash), `hint` what to do."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(f"{message} {hint}".strip())

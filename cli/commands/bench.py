@@ -149,7 +149,7 @@ def one_rank(spec: SidecarSpec) -> Iterator[Client]:
 
 
 def in_turns(client: Client, run: Captured, layouts: Mapping[str, Layout], rounds: int) -> dict[str, Measured]:
-    """What runs in these layouts take, in another order every round. Those that do not fit are named and left out."""
+    """Measures runs in these layouts, in another order every round. Layouts that do not fit are named and skipped."""
     results: dict[str, Measured] = {}
     for name, layout in layouts.items():
         try:

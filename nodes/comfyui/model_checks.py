@@ -11,7 +11,7 @@ from ..handles import OWN_LOADER
 HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
-"""What a network of ComfyUI obeys of `transformer_options`: functions and settings for layers that are not here."""
+"""The entries of `transformer_options` that ComfyUI's networks obey: functions and settings for absent layers."""
 
 
 def check_stepwise(patcher: Any) -> None:

@@ -39,7 +39,7 @@ class Operations(comfy.ops.disable_weight_init):
 
     class Linear(comfy.ops.disable_weight_init.Linear):
         def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-            """Not ComfyUI's: that is how it tells which layers are to wait."""
+            """Replaces ComfyUI's method, by which it recognises the layers that are to wait."""
             torch.nn.Linear._load_from_state_dict(self, *args, **kwargs)
 
 
@@ -77,7 +77,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.model.stepwise.end()
 
     def patch_hooks(self, hooks: Any) -> None:
-        """What is asked for from now on is of prompts with these `hooks`, which may bring LoRAs of their own."""
+        """Sets the `hooks` of the prompts of later predictions, which may bring LoRAs of their own."""
         of_prompts = self.get_combined_hook_patches(hooks)
         keys = dict.fromkeys((*self.patches, *of_prompts))
         patches = {key: [*self.patches.get(key, ()), *of_prompts.get(key, ())] for key in keys}
@@ -121,7 +121,7 @@ def with_handle(patcher: RemotePatcher, handle: ModelHandle) -> RemotePatcher:
 
 
 def _ask_ranks(model: Any) -> None:
-    """Let the network of `model` answer with a prediction of the ranks."""
+    """Makes the network of `model` return the ranks' prediction."""
     network = model.diffusion_model
     # Networks that take wrappers around them call `_forward` inside.
     name = "_forward" if hasattr(network, "_forward") else "forward"
@@ -147,9 +147,9 @@ def _ask_ranks(model: Any) -> None:
 
 
 def _levels(options: Mapping[str, Any]) -> tuple[float, Tensor | None]:
-    """The noise level at hand, 0 where no sampler says it, and that of the run after it.
+    """The current noise level, 0 where no sampler gives it, and the run's next one.
 
-    There is none between two levels, where some samplers ask the model too.
+    There is no next one between two levels, where some samplers call the model too.
     """
     sigmas, levels = options.get("sigmas"), options.get("sample_sigmas")
     if sigmas is None:
@@ -173,7 +173,7 @@ def _refuse_weights(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def unet_config(spec: FamilySpec, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What this ComfyUI's detection would say of a model of the family with that diffusers `config`.
+    """The result of this ComfyUI's detection for a model of the family with that diffusers `config`.
 
     Raises `UserError` for a family that ComfyUI has no network for.
     """

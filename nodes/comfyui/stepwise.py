@@ -43,7 +43,7 @@ class _Run:
     handle: ModelHandle
     client: Client
     spans: Sequence[tuple[float, float]]
-    """Of each of the handle's pictures: the noise levels from which and down to which it works."""
+    """For each of the handle's pictures, the noise levels from which and down to which it counts."""
     prompts: list[_Prompt] = field(default_factory=list)
     sent: set[str] = field(default_factory=set)
     delivered: set[WeightChange] = field(default_factory=set)
@@ -55,7 +55,7 @@ class StepwiseModel:
 
     def __init__(self) -> None:
         self.changes: Sequence[SentChange] = ()
-        """What lies beside the weights in the predictions that are asked for from now on."""
+        """The changes of the weights for later predictions."""
         self._run: _Run | None = None
 
     def begin(
@@ -72,8 +72,8 @@ class StepwiseModel:
         layout = handle.layout
         client = session.client_for(layout.ranks if layout else None)
         self.changes = changes
-        shown = [picture.message for picture in handle.pictures]
-        spans = [(float(percent_to_sigma(each.start)), float(percent_to_sigma(each.end))) for each in shown]
+        messages = [picture.message for picture in handle.pictures]
+        spans = [(float(percent_to_sigma(each.start)), float(percent_to_sigma(each.end))) for each in messages]
         self._run = _Run(uuid.uuid4().hex, handle, client, spans)
         host.current().beginning(client.welcome)
 
@@ -95,7 +95,7 @@ class StepwiseModel:
         """The network's output for each of its `latents`, `[N * B, C, H, W]` or `[N * B, C, T, H, W]`.
 
         `timestep`: `[N * B]` or `[N * B, frames]`, at the noise level `sigma`; `next_timestep` `[N * B]`: that of the
-        run's level after it, where there is one. `inputs`: what ComfyUI's network would be given beside them, for each
+        run's level after it, where there is one. `inputs`: the other inputs of ComfyUI's network, for each
         of N conditions after the other, which are of the `sides` POSITIVE or NEGATIVE. Raises `UserError` naming what
         cannot be sent to the ranks.
         """
@@ -166,7 +166,7 @@ class StepwiseModel:
         return prompt.key
 
     def _ask(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tells what the ranks do not hold: what is new in this run, then what they say that they miss."""
+        """Sends what the ranks do not hold: what is new in this run, then what they report as missing."""
         unknown = set(message.conditions) - run.sent
         while True:
             prompts = [prompt for prompt in run.prompts if prompt.key in unknown]

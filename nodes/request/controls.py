@@ -118,7 +118,7 @@ def to_message(
 
 
 def _number(controls: list[PlacedControl], control: PendingControl, size: tuple[int, int] | None) -> int:
-    """Its place among `controls`, where it is put if it is not there yet: both prompts mostly have the same."""
+    """Its index in `controls`, to which it is added if it is missing: both prompts mostly have the same."""
     for index, known in enumerate(controls):
         if known.control is control and known.size == size:
             return index

@@ -12,13 +12,13 @@ from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.spec import LatentSpec
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-"""Of an empty LATENT in ComfyUI since 2026: pixels and frames to a cell, where the node that made it assumed some."""
+"""Keys of an empty LATENT in ComfyUI since 2026: pixels and frames to a cell, if the node that made it assumed some."""
 
 
 def to_message(
     latent_image: Mapping[str, Any], specs: Sequence[LatentSpec], family: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By name the latents of a LATENT, and the request's tensors of them: `latent` and, if there is one, `noise_mask`;
+    """The latents of a LATENT by name, and the request's tensors of them: `latent` and, if there is one, `noise_mask`;
     of a model of several latents `latent.<name>` and `noise_mask.<name>`.
 
     As in ComfyUI, an empty latent gets the model's number of channels and, where it says what it is made for, its
@@ -119,7 +119,7 @@ def _fitted(latent: Tensor, spec: LatentSpec, family: str, latent_image: Mapping
 
 
 def _empty_shape(shape: Sequence[int], spec: LatentSpec, latent_image: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of an empty latent of `shape`, which may be made for a model of other channels and another compression."""
+    """The shape for the model, of an empty latent of `shape` that may be made for other channels and compression."""
     batch, _, *frames, rows, columns = shape
     spatial, temporal = (latent_image.get(ratio) for ratio in RATIOS)
     if spatial is not None:

@@ -44,7 +44,7 @@ def changes_of(patches: Mapping[str, Sequence[Any]]) -> list[SentChange]:
 
 
 def _change(key: str, patch: Any) -> SentChange | str:
-    """One patch; what it is, in words, where it cannot travel."""
+    """Converts one patch to a change; returns its kind, in words, if it cannot be sent."""
     strength, value, strength_model, offset, function = patch
     name = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) and len(value) == 2 else "diff")
     if strength_model != 1.0 or not key.startswith(PREFIX):

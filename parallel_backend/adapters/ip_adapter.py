@@ -225,7 +225,7 @@ def check_family(info: IPAdapterInfo, family: Family) -> None:
 
 
 def open_ip_adapter(path: Path, family: Family, cuts: TensorCuts, stage: Stage) -> IPAdapter:
-    """What a rank needs that has the blocks of `stage`, and of their heads what `cuts` say. Raises `UserError`."""
+    """Loads the part of an IP-Adapter for the blocks of `stage` and the heads of `cuts`. Raises `UserError`."""
     info = read_ip_adapter(path)
     check_family(info, family)
     kind = IP_ADAPTERS[info.family]

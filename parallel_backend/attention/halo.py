@@ -22,7 +22,7 @@ def edges_of(runs: Sequence[Tensor], row: int) -> Tensor:
 
 
 def gathered(edges: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """Those of all ranks, `[ranks, runs, B, 2, row, c]`; of the `axes` the first changes fastest with the rank."""
+    """The rows of all ranks, `[ranks, runs, B, 2, row, c]`; of the `axes` the first changes fastest with the rank."""
     whole = edges.unsqueeze(0)
     for axis in axes:
         whole = axis.all_gather(whole.contiguous(), [len(whole)] * axis.size, dim=0)

@@ -1,4 +1,4 @@
-"""Attention over the keys and values of a whole picture, while only a patch of its tokens is at hand (PipeFusion)."""
+"""Attention over the keys and values of a whole picture, while one patch of its tokens is computed (PipeFusion)."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ class PatchAttention:
                 start += plan.size(name, rank, plan.patches)
 
     def _begun(self, kept: Tensor, streams: Streams) -> Tensor:
-        """What has been filled of `kept`: the patches that were seen."""
+        """The filled part of `kept`: the patches computed so far."""
         if len(self._seen) == len(self._plan.patches):
             return kept
         runs = self._runs(streams, self._seen)
         return torch.cat([kept[:, :, :, start : start + count] for start, count in runs], dim=3)
 
     def _keep(self, kept: Tensor, keys_values: Sequence[Tensor], streams: Streams) -> None:
-        """Put the keys and values of the patches at hand where they belong."""
+        """Writes the keys and values of the current patches to their places."""
         source = 0
         for start, count in self._runs(streams, self._patches):
             for whole, fresh in zip(kept, keys_values, strict=True):

@@ -1,7 +1,7 @@
-"""What the sites of a model see of attention, whichever ranks it spans.
+"""The interface of attention at a model's sites, the same whichever ranks it spans.
 
-A site is a place in a block where the tokens of one rank need those of another. Its id says which: what a strategy
-keeps for it (keys and values, sums) is found by the id, whatever other sites have been called before.
+A site is a place in a block where the tokens of one rank need those of another. A strategy finds what it keeps for a
+site (keys and values, sums) by the site's id, whatever other sites have been called before.
 """
 
 from __future__ import annotations

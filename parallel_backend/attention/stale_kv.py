@@ -20,7 +20,7 @@ Place = tuple[int, SiteId, int]
 
 @dataclass
 class KeptKeys:
-    """What one site keeps for one condition: keys and values `[2, B, h, S, D]` of all tokens, and what is under way.
+    """A site's buffers for one condition: keys and values `[2, B, h, S, D]` of all tokens, and those under way.
 
     `coming` brings keys and values of the ranks `sources`, one after the other.
     """
@@ -32,7 +32,7 @@ class KeptKeys:
 
 @dataclass
 class KeptParts:
-    """What one site keeps for one condition: the part `[N, …]` of each of the N ranks, and what is under way."""
+    """A site's buffers for one condition: the part `[N, …]` of each of the N ranks, and those under way."""
 
     parts: Tensor
     coming: Exchange | None = None
@@ -89,7 +89,7 @@ class StaleAttention:
         return self._core.send(x, streams, serves)
 
     def __call__(self, site: SiteId, q: Sent, *sets: KeySet, extra_kv: KeysValues | None = None) -> Tensor:
-        """Attention of this rank's queries over the newest keys and values at hand of all tokens, `[B, S, H, D]`."""
+        """Attention of this rank's queries over the newest received keys and values of all tokens, `[B, S, H, D]`."""
         core = self._core
         own_sets = []
         for number, each in enumerate(sets):

@@ -94,7 +94,7 @@ class AttentionCore:
         return Sent(x, streams, exchange, sum(lengths), len(own), own_serves)
 
     def own_keys(self, keys: KeySet, keys_values: Tensor | tuple[Tensor, Tensor], chunks: Sequence[int]) -> OwnKeys:
-        """A set whose keys and values, of this rank's heads, are at hand."""
+        """A set whose keys and values this rank holds, for its heads."""
         return OwnKeys(keys_values, chunks, keys.key.serves, keys.log_weight, keys.places)
 
     def chunks(self, streams: Streams) -> list[int]:

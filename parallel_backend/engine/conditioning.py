@@ -195,7 +195,7 @@ def control_of(
     model_sampling: ModelSampling,
     size: tuple[int, int, int],
 ) -> ActiveControl:
-    """A ControlNet at work over a latent, or an area of it, of `size` (batch, height, width).
+    """A ControlNet that is evaluated over a latent, or an area of it, of `size` (batch, height, width).
 
     Raises `UserError` for what does not fit together.
     """

@@ -30,7 +30,7 @@ class PartlyCompiled(ABC):
 
 
 GRAPHS = 128
-"""How many graphs the blocks of one family may have, in all sizes of pictures, with and without LoRAs."""
+"""The limit of compiled graphs of one family's blocks, in all sizes of pictures, with and without LoRAs."""
 
 
 def compiled(blocks: Sequence[Block]) -> list[Block]:

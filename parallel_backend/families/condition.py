@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ResidualSource(Protocol):
-    """What adds residuals to the tokens of a model's grid behind some of its blocks: a ControlNet at work."""
+    """A source of residuals that are added to a model's grid tokens behind some of its blocks, such as a ControlNet."""
 
     def part(self, part: slice, batch: int) -> ResidualSource:
         """For the pictures `part` of a batch."""
@@ -50,7 +50,7 @@ class TimedImagePrompt(Protocol):
     """A picture prompt at one moment of a run, as the model's attention sites see it."""
 
     def added(self, site: SiteId, number: int, own: Sequence[Tensor], attention: Attention) -> Tensor:
-        """What it adds to what this rank's image tokens have attended to, `[B, Si, H * D]`.
+        """Returns what the prompt adds to the attention output of this rank's image tokens, `[B, Si, H * D]`.
 
         `number`: of the site, among those that can be given a picture. `own`: the projections of these tokens that the
         family's sites hand over, `[B, Si, H, D]` each.
@@ -74,7 +74,7 @@ class ImagePrompt(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What guides one prediction; which of it a model needs, its family knows. Equal to no other.
+    """The condition of one prediction; a family knows which fields its models need. Compared by identity.
 
     `tensors`: by the names of the family's inputs, such as `tokens` `[B, St, C]` with a `mask` `[B, St]` of those that
     count. `guidance`: the distilled guidance scale (None: the model is given none). `size`, `target_size`: height and

@@ -1,4 +1,4 @@
-"""What families have in common whose image tokens attend to each other, and then to a text that stays as it is.
+"""The common part of families whose image tokens attend to each other, then to a text that blocks do not change.
 
 Every rank has all of the text, so that the attention to it needs no other rank. It is the same in every step and patch:
 what the model makes of it is computed once, and kept as long as the condition that it belongs to.

@@ -1,4 +1,4 @@
-"""What all views of a model have, and the block view of a diffusion transformer, which most methods work on."""
+"""The base of all views of a model, and the block view of a diffusion transformer, which most methods work on."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .state import Evaluation, State
 
 
 class Sites:
-    """Where the sites of a view find the attention of the evaluation at hand. They are installed once."""
+    """Gives the sites of a view, which are installed once, the attention of the current evaluation."""
 
     attention: Attention
 
 
 class Family(ABC):
-    """What every view of a model says of itself: what it samples, what guides it, its noise levels.
+    """The base of every view of a model: its latents, its conditions, its noise levels.
 
     `spec`: the data of the family. `max_side`: the most rows or columns of image tokens that the model has positions
     for.
@@ -122,7 +122,7 @@ class Family(ABC):
 
 
 class TokenFamily(Family):
-    """A transformer as `embed -> blocks -> head`. Knows nothing of ranks: it is given tokens and attention.
+    """A transformer as `embed -> blocks -> head`. It takes tokens and attention, and does not depend on ranks.
 
     `streams`: those of its tokens that go through the blocks, in the order in which they travel from one pipeline stage
     to the next. `controlled`: the stream of the grid, to which controls add residuals.

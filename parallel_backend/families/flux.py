@@ -101,7 +101,7 @@ class SingleBlock:
 
 
 class Place(NamedTuple):
-    """Where the tokens of a picture are: at `first` on the first axis of positions, rows and columns on the others."""
+    """The positions of a picture's tokens: `first` on the first axis of positions, rows and columns on the others."""
 
     first: int
     top: int
@@ -195,7 +195,7 @@ class Flux(TokenFamily):
         return {"image": self.transformer.proj_out(self.transformer.norm_out(image, state.modulation))}
 
     def _reference_places(self, condition: Condition, grid: Grid) -> list[Place]:
-        """Where the references are, by the rule that the condition names.
+        """The positions of the references, by the rule that the condition names.
 
         "index": each at the picture's own rows and columns, at the next position of the first axis. "offset": all at
         position 1, each right of those before or below them, whichever keeps the whole smaller. "uxo" (UNO, arXiv

@@ -25,7 +25,7 @@ from .spec import LatentSpec
 from .state import Evaluation, State
 
 MASKED = -10000.0
-"""What is added to the scores of tokens that do not count."""
+"""Added to the attention scores of masked tokens."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What goes through the blocks of a family, and what one evaluation of it starts from."""
+"""The state that passes through a family's blocks, and the inputs of one evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the network, as every rank that takes part in it knows it.
+    """One call of the network: the inputs that all ranks which share it have.
 
     `tokens`: of each whole latent, by its name, `[B, S, C * pt * ph * pw]` (none where the tokens come from another
     rank's blocks); `grids`: theirs. `timestep` `[B]`, or `[B, T]` where frames have times of their own, is what

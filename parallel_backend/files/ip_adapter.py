@@ -94,7 +94,7 @@ class IPAdapterInfo:
 
     @property
     def picture(self) -> str:
-        """What of ComfyUI's CLIP_VISION_OUTPUT it takes."""
+        """The field of ComfyUI's CLIP_VISION_OUTPUT that it takes."""
         return KINDS[self.family].picture
 
 

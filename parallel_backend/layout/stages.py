@@ -64,7 +64,7 @@ class Stage:
         return [index for index, size in enumerate(self._sizes(parameters)) for _ in range(size)]
 
     def settled(self, parameters: Sequence[int]) -> Stage:
-        """The same stage of such a model, its sizes said."""
+        """The same stage with its sizes filled in for a model."""
         return replace(self, sizes=self._sizes(parameters))
 
     def _sizes(self, parameters: Sequence[int]) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def block_parameters(shapes: Mapping[str, Sequence[int]], blocks: Sequence[Block
 
 
 def stage_parameters(shapes: Mapping[str, Sequence[int]], blocks: Sequence[BlockList], stage: Stage) -> set[str]:
-    """Those of a whole model's parameters that `stage` needs: its blocks', and all that belong to no block."""
+    """The parameters of a whole model that `stage` needs: its blocks', and all that belong to no block."""
     counts = block_parameters(shapes, blocks)
     own = set(list(counts)[stage.blocks(list(counts.values()))])
     owners = {name: block_of(name, blocks) for name in shapes}

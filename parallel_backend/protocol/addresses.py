@@ -39,7 +39,7 @@ def unix_path(path: Path) -> Iterator[str]:
 
 
 def connect(address: str, path: Path, timeout: float) -> socket.socket:
-    """Raises `OSError` when nobody listens."""
+    """Connects. Raises `OSError` when no process listens."""
     if address != "unix":
         return socket.create_connection(split(address), timeout)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

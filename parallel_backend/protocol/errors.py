@@ -1,4 +1,4 @@
-"""What is wrong with the bytes of the other side."""
+"""The error for invalid bytes from the other side."""
 
 from __future__ import annotations
 

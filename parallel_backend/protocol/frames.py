@@ -116,7 +116,7 @@ class FrameSocket:
         self.close()
 
     def close(self) -> None:
-        """Wake and end whoever sends or receives."""
+        """Closes the stream; threads that send or receive wake with an error."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

@@ -119,7 +119,7 @@ def write_first(path: Path, record: Message) -> None:
 
 
 def read(path: Path, kind: type[Record]) -> Record | None:
-    """None when there is no such record, or one of another version of the pack."""
+    """Reads a record; None when there is none, or one of another version of the pack."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):

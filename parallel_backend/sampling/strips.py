@@ -42,7 +42,7 @@ class Strips(Protocol):
 
 
 class StripSamplers:
-    """One sampler for each strip of the latent, with noise that is drawn for the whole."""
+    """Runs one sampler for each strip of the latent, with noise that is drawn for the whole."""
 
     def __init__(self, start: Start, job: SamplingJob, strips: Strips) -> None:
         self._strips = strips

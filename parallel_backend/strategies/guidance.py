@@ -52,7 +52,7 @@ class Guidance:
 
     @property
     def own_conditions(self) -> list[Condition]:
-        """Those that this rank evaluates in every step of a run all of whose entries count in every step."""
+        """The prompts that this rank evaluates in every step, if all entries of the run count in every step."""
         return [entry.condition for entry in self._evaluated(self._entries)]
 
     def timestep(self, sigma: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Guidance:
         return totals
 
     def _counting(self, sigma: Tensor) -> list[Sided]:
-        """Those that count at `sigma`, the same on all ranks."""
+        """The entries that count at `sigma`, the same on all ranks."""
         return [(side, entry) for side, entry in self._entries if entry.counts_at(sigma)]
 
     def _shares(self, entries: Sequence[Sided]) -> list[Sequence[Sided]]:

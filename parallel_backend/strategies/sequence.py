@@ -38,7 +38,7 @@ class SequenceParallel:
         self.policy = policy
 
     def begin_step(self, step: int) -> None:
-        """What is predicted from now on belongs to that step of the run. Exact methods do not mind."""
+        """Sets the step of the run that later predictions belong to. Exact methods do not use it."""
 
     def finish(self) -> None:
         """The run is over, however it ended; all ranks leave it at the same step."""

@@ -93,7 +93,7 @@ class LoadedVAE:
         return self.module.device
 
     def noised(self, latent: Tensor) -> Tensor:
-        """What is to be decoded for `latent` `[B, C, (T,) h, w]`: with some noise for a decoder that removes it."""
+        """The decoder's input for `latent` `[B, C, (T,) h, w]`: with some noise for a decoder that removes it."""
         if not self.takes_timestep:
             return latent
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(NOISE_SEED))

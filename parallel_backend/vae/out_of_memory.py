@@ -1,4 +1,4 @@
-"""One rank runs out of memory in the middle of a work that all share: the others are not left waiting for it."""
+"""Handles a rank that runs out of memory during a job that all ranks share: the others do not wait for it forever."""
 
 from __future__ import annotations
 

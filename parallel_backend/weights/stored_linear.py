@@ -44,13 +44,13 @@ class StoredLinear(nn.Linear):
             self.register_buffer(name, tensor)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """`[out, in]`: what it multiplies inputs of `dtype` with."""
+        """The matrix `[out, in]` that multiplies inputs of `dtype`."""
         if self.format.is_plain:
             return self.weight
         return self.format.dequantise(self.weight, self._buffers, dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """What it computes by itself, `[..., out]`."""
+        """The layer's own output, without changes, `[..., out]`."""
         return F.linear(x, self.matrix(x.dtype), self.bias)
 
     def forward(self, input: Tensor) -> Tensor:

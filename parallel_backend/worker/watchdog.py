@@ -1,4 +1,4 @@
-"""Rank 0's watch: ends the sidecar when a rank fails alone or falls silent, and when nobody needs it any more."""
+"""Rank 0's watchdog: ends the sidecar when a rank fails alone or falls silent, and when no client needs it."""
 
 from __future__ import annotations
 

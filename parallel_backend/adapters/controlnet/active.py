@@ -18,7 +18,7 @@ from .nets import ControlledEvaluation, ControlNet
 
 @dataclass(frozen=True)
 class ActiveControl:
-    """A ControlNet at work on a control picture. `picture`: what it sees of it, `[B, C, H, W]`.
+    """A ControlNet that is evaluated in a run. `picture`: its input from the control picture, `[B, C, H, W]`.
 
     It works while the model's clock is from `start` down to `end`.
     """

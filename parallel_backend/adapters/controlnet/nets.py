@@ -34,7 +34,7 @@ from .load import load_controlnet
 
 @dataclass(frozen=True)
 class ControlledEvaluation:
-    """What a ControlNet is evaluated for. `picture`: the tokens of what it sees of the control picture, `[B, S, c]`;
+    """The inputs of a ControlNet's evaluation. `picture`: the tokens of the control picture's part, `[B, S, c]`;
     `mode`: the kind of picture, for a union ControlNet."""
 
     evaluation: Evaluation
@@ -54,7 +54,7 @@ class ControlNet(ABC):
     latent_shift = True
     """Whether the control picture's latent is shifted as the model's own are."""
     model: TokenFamily
-    """The model of the run at hand."""
+    """The model of the current run."""
     view_class: type[TokenFamily]
 
     def __init__(self, info: ControlNetInfo, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,1 +1,1 @@
-"""LoRA and its kin: files, deltas, and the layers that they change."""
+"""LoRA, LoHa, LoKr and whole differences: their files, deltas, and the layers that they change."""

@@ -25,9 +25,9 @@ from .delta import EVERY, Delta, LowRank, Magnitude
 
 
 class OwnChange:
-    """What this rank holds of a change: `delta`, cut as its parameter is, and its `magnitude` if it is a DoRA.
+    """This rank's part of a change: `delta`, cut as its parameter is, and its `magnitude` if it is a DoRA.
 
-    `add_up`: adds up over the ranks, where the lengths of the magnitude are spread over them.
+    `add_up`: the sum over the ranks, if the lengths of the magnitude are divided among them.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class AdaptedLayers:
 
     @property
     def change_weights(self) -> bool:
-        """Whether some give a layer another matrix at each call, as plain LoRAs do not."""
+        """Whether some change gives a layer another matrix at each call; plain LoRAs do not."""
         return any(isinstance(layer.adapter, ChangedMatrix) for layer in self._layers)
 
     def take_off(self) -> None:
-        """All changes: the model is what it was, bit for bit."""
+        """Removes all changes: the model is what it was, bit for bit."""
         for layer in self._layers:
             layer.adapter = None
         for owner, leaf, parameter in self._replaced:

@@ -169,5 +169,5 @@ def _family(
 
 
 PIXART_ALPHA = _family("pixart-alpha", "PixArt-alpha", "pixart:PixArtAlpha", ALPHA_LANDMARKS, 0.18215, takes_size=True)
-"""Its 1024 px models take the size of the picture. Other files are taken for Sigma's."""
+"""Its 1024 px models take the size of the picture. Other files count as Sigma's."""
 PIXART_SIGMA = _family("pixart-sigma", "PixArt-Sigma", "pixart:PixArtSigma", SIGMA_LANDMARKS, 0.13025, takes_size=False)

@@ -11,7 +11,7 @@ from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
 
 HEAD_DIM = 128
-"""Of every published model: norms are over all heads, so that no shape tells it."""
+"""The head width of every published model: norms are over all heads, so that no shape depends on it."""
 PATCH = (1, 2, 2)
 TABLE = {"modulation": "scale_shift_table"}
 SITES = {"self_attn": "attn1", "cross_attn": "attn2"}
@@ -91,9 +91,9 @@ NEIGHBOURS = {
     "img_emb.proj.0.bias": "Wan 2.1 I2V",
     "condition_embedder.image_embedder.norm1.bias": "Wan 2.1 I2V",
 }
-"""By the first key, in this order, that only they have."""
+"""Other kinds of Wan by keys that only they have; the first match counts."""
 BY_CHANNELS = {(36, 16): "Wan 2.2 I2V", (48, 16): "Wan Fun Control", (48, 48): "Wan 2.2 TI2V 5B"}
-"""Those without a key of their own, by the channels that they take and predict."""
+"""Other kinds without a key of their own, by the channels that they take and predict."""
 
 
 def reject(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
@@ -115,7 +115,7 @@ def reject(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
 
 
 def _said(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """What a file's header has as `config`, of the transformer."""
+    """The transformer's part of `config` in a file's header."""
     try:
         config = json.loads(metadata.get("config", "{}"))
     except ValueError as error:
@@ -125,7 +125,7 @@ def _said(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, Any]:
-    """Arguments of WanTransformer3DModel from the shapes; `declared` (config.json) tells what shapes cannot.
+    """Arguments of WanTransformer3DModel from the shapes; `declared` (config.json) gives what shapes cannot.
 
     That is the width of a head (128 if not declared) and the norms' eps.
     """
@@ -152,7 +152,7 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
 
 
 def host_config(config: Config) -> dict[str, Any]:
-    """As ComfyUI's detection says it, and with the width of the text, for which its network has a default."""
+    """Returns the config that ComfyUI's detection gives, and the text's width, which has a default there."""
     return {
         "image_model": "wan2.1",
         "model_type": "t2v",

@@ -65,7 +65,7 @@ Percent = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ControlUse(Message):
-    """A ControlNet at work, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
+    """The use of a ControlNet, from `start` to `end` of the run. `mode`: the kind of picture, for a union ControlNet.
 
     Tensor `control.<index>` [B or 1, C, h, w]: the control picture's latent, as the VAE gives it, of the size of the
     latent, or of the area of the entries that name it; for one that takes pixels [B or 1, 3, 8 h, 8 w], the control

@@ -19,7 +19,7 @@ from ...tokens.grid import Grid
 from ...tokens.plan import TokenPlan
 
 Key = tuple[tuple[int, int], ...]
-"""What is added behind a block: pairs of a control's number and the number of one of its residuals."""
+"""The residuals added behind a block: pairs of a control's number and the number of one of its residuals."""
 
 
 class StagedControls:
@@ -48,7 +48,7 @@ class StagedControls:
         self._patches = patches
 
     def added(self, call: int, index: int) -> dict[int, Key]:
-        """What is added behind the model's blocks, by their numbers, for a call under the condition `index`."""
+        """The residuals added behind the model's blocks, by block number, for a call under the condition `index`."""
         added: dict[int, Key] = {}
         for number in self._active(call, index):
             for block, residual in self._conditions[index].controls[number].targets(self._family).items():

@@ -51,7 +51,7 @@ largest number is the first failure."""
 
 
 class PipeFusion:
-    """One run, as this rank's stage sees it. Every rank of the mesh makes one and calls `run`."""
+    """One run on this rank's stage. Every rank of the mesh makes one and calls `run`."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from ...sampling.solver import Denoise
 
 @dataclass(frozen=True)
 class Unit:
-    """What goes through a stage at once: neighbouring `patches`, for the sampler's call of that number."""
+    """The unit of work of a stage: neighbouring `patches`, for the sampler's call of that number."""
 
     call: int
     patches: tuple[int, ...]

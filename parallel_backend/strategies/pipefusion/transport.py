@@ -181,7 +181,7 @@ class Transport:
         return channels
 
     def _expected(self, channel: Channel, number: int) -> int:
-        """How many messages of the channel have their receives posted while the unit of that number is at hand."""
+        """How many messages of the channel have their receives posted while the unit of that number is computed."""
         is_patch = len(self._units[number].patches) == 1
         ahead = posted_ahead(self._stage.count, len(self._strips), channel.distance) if is_patch else 0
         units = number + 1 + ahead

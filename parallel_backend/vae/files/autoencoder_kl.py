@@ -1,4 +1,4 @@
-"""What the header of an AutoencoderKL file says: its configuration, and its keys in diffusers' names."""
+"""The config of an AutoencoderKL file, from its header, and its keys under diffusers' names."""
 
 from __future__ import annotations
 

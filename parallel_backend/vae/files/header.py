@@ -1,4 +1,4 @@
-"""What a VAE's files say of it before it is loaded."""
+"""The facts of a VAE that its files' headers give, before it is loaded."""
 
 from __future__ import annotations
 

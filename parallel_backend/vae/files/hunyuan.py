@@ -1,4 +1,4 @@
-"""What the header of a HunyuanVideo or CogVideoX VAE file says of it: image autoencoders with a third dimension.
+"""The config of a HunyuanVideo or CogVideoX VAE file, from its header: image autoencoders with a third dimension.
 
 All of them compress by 8 in space and by 4 in time, which no shape shows. Files name their tensors as diffusers does,
 or as the original image autoencoders do.

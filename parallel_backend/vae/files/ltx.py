@@ -1,4 +1,4 @@
-"""What the header of an LTX-Video VAE file (0.9, 0.9.1, 0.9.5 and later) says of it.
+"""The config of an LTX-Video VAE file (0.9, 0.9.1, 0.9.5 and later), from its header.
 
 The original layout numbers all blocks of a side through: stacks of residual blocks, and what changes the size or the
 number of channels between them. diffusers puts the latter into the level of a stack, and calls one stack `mid_block`.

@@ -1,4 +1,4 @@
-"""What the header of a Mochi VAE file says of it.
+"""The config of a Mochi VAE file, from its header.
 
 The original layout comes whole, or as its decoder or its encoder alone, whose names then lack the side. Either side
 numbers its blocks through: residual blocks, blocks that change the size, residual blocks again. The encoder's

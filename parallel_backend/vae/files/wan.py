@@ -1,4 +1,4 @@
-"""What the header of a Wan VAE file (2.1, 2.2) says of it."""
+"""The config of a Wan VAE file (2.1, 2.2), from its header."""
 
 from __future__ import annotations
 
