@@ -14,6 +14,36 @@ from .groups import abandon_groups
 
 PATIENCE = timedelta(days=365)
 """How long a rank waits for the next request. A waiting rank uses no CPU."""
+LEAST_ROOM, MOST_ROOM = 4 << 10, 4 << 20
+"""Bytes of the first broadcast of `share`."""
+SHORT = 256
+"""Bytes of a value that `gather` takes in one collective."""
+SIZE = torch.int64.itemsize
+
+
+class Gathering:
+    """A gather under way. `wait` is a collective where one of the values is long."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int, value: object) -> None:
+        self._group = group
+        self._mine = json.dumps(value).encode()
+        head = _bytes_of([len(self._mine)], self._mine[:SHORT], SIZE + SHORT)
+        self._heads = [torch.empty_like(head) for _ in range(size)]
+        self._work = cast(dist.Work, dist.all_gather(self._heads, head, group=group, async_op=True))
+
+    def is_completed(self) -> bool:
+        """Whether every rank has come here."""
+        return self._work.is_completed()
+
+    def wait(self) -> list[object]:
+        """Every rank's value, in the order of ranks."""
+        self._work.wait()
+        sizes = [int(head[:SIZE].view(torch.int64)) for head in self._heads]
+        texts = [head[SIZE:] for head in self._heads]
+        if max(sizes) > SHORT:
+            texts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
+            dist.all_gather(texts, _bytes_of([], self._mine, max(sizes)), group=self._group)
+        return [json.loads(text.numpy()[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
 class ControlGroup:
@@ -21,6 +51,7 @@ class ControlGroup:
 
     def __init__(self) -> None:
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        self._room = LEAST_ROOM
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
@@ -30,15 +61,25 @@ class ControlGroup:
         del self._group
         abandon_groups(groups)
 
-    def start_meeting(self) -> dist.Work:
-        """Begin to wait until every rank has come here."""
-        return cast(dist.Work, dist.barrier(group=self._group, async_op=True))
-
     def share(self, *parts: bytearray) -> list[bytearray]:
-        """Rank 0's bytes on every rank. The others give as many parts, whatever is in them."""
-        sizes = torch.tensor([len(part) for part in parts])
-        self._broadcast(sizes)
-        return [self._share_bytes(part, size) for part, size in zip(parts, sizes.tolist(), strict=True)]
+        """Rank 0's bytes on every rank. The others give as many parts, whatever is in them.
+
+        One broadcast for what is no larger than the last time, as for the steps of a sampler; else one more a part.
+        """
+        start = SIZE * len(parts)
+        head = torch.empty(self._room, dtype=torch.uint8)
+        if self.rank == 0:
+            is_whole = start + sum(map(len, parts)) <= self._room
+            head = _bytes_of([len(part) for part in parts], b"".join(parts) if is_whole else b"", self._room)
+        self._broadcast(head)
+        sizes = head[:start].view(torch.int64).tolist()
+        is_whole = start + sum(sizes) <= self._room
+        self._room = min(max(LEAST_ROOM, 1 << (start + sum(sizes) - 1).bit_length()), MOST_ROOM)
+        if self.rank == 0 and is_whole:
+            return list(parts)
+        if not is_whole:
+            return [self._share_bytes(part, size) for part, size in zip(parts, sizes, strict=True)]
+        return [bytearray(part.numpy().tobytes()) for part in head[start : start + sum(sizes)].split(sizes)]
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag on every rank."""
@@ -60,15 +101,13 @@ class ControlGroup:
 
         return wait
 
+    def start_gather(self, value: object) -> Gathering:
+        """Begin to give every rank's JSON value to every rank. No rank waits for another before it asks for them."""
+        return Gathering(self._group, self.size, value)
+
     def gather(self, value: object) -> list[object]:
         """Every rank's JSON value, on every rank, in the order of ranks."""
-        mine = json.dumps(value).encode()
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._group)
-        longest = int(max(sizes))
-        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(padded, _as_bytes(bytearray(mine.ljust(longest))), group=self._group)
-        return [json.loads(text.numpy()[: int(size)].tobytes()) for text, size in zip(padded, sizes, strict=True)]
+        return self.start_gather(value).wait()
 
     def _share_bytes(self, data: bytearray, size: int) -> bytearray:
         data = data if self.rank == 0 else bytearray(size)
@@ -82,3 +121,9 @@ class ControlGroup:
 
 def _as_bytes(data: bytearray) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _bytes_of(sizes: Sequence[int], data: bytes, room: int) -> torch.Tensor:
+    """`sizes`, then `data`, padded to `room` bytes."""
+    head = torch.tensor(sizes, dtype=torch.int64).numpy().tobytes()
+    return _as_bytes(bytearray(head + data).ljust(room, b"\0"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.states import FileState, FileStates
 from ..protocol import messages
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ REQUEST = "the request"
 T = TypeVar("T")
 
 
-def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor], run: Run) -> None:
+def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor], states: FileStates, run: Run) -> None:
     """A collective: raise `UserError` on all ranks, naming those that differ, unless all have the same request, tensors
     of the same names and shapes, and the same files."""
     mine = {REQUEST: request_key(request, tensors)}
-    mine |= {f"the file {ref.path}": file_key(ref) for ref in files_of(request)}
+    mine |= {f"the file {ref.path}": file_key(ref, states) for ref in files_of(request)}
     first, *others = (each for each in run.gather(mine) if isinstance(each, dict))
     for what, key in first.items():
         differing = [str(rank) for rank, each in enumerate(others, start=1) if each.get(what) != key]
@@ -80,20 +81,23 @@ def request_key(request: messages.AnyRequest, tensors: Mapping[str, Tensor]) -> 
     return hashlib.sha256(f"{request.model_dump_json()} {kinds}".encode()).hexdigest()
 
 
-def file_key(ref: FileRef) -> str:
+def file_key(ref: FileRef, states: FileStates) -> str:
     """The same for copies of a file or folder on several hosts, and for no others."""
-    path = Path(ref.path)
-    component = path / COMPONENTS.get(ref.kind, "")
-    folder = component if component.is_dir() else path
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
     try:
-        return _content_key(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        return _content_key(of_component(ref, states))
     except OSError as error:
         return f"{error.strerror}"
 
 
+def of_component(ref: FileRef | messages.TextRef, states: FileStates) -> tuple[FileState, ...]:
+    """Of the files that `ref` reads: in a pipeline's folder, those of one component."""
+    found = states.under(ref.path)
+    component = Path(ref.path) / COMPONENTS.get(ref.kind, "")
+    return tuple(state for state in found if component in state.path.parents) or found
+
+
 @lru_cache(maxsize=16)
-def _content_key(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _content_key(files: tuple[FileState, ...]) -> str:
     """Of the names, sizes and some of the bytes of `files`; the modification time only tells when to look again."""
     digest = hashlib.sha256()
     for path, size, _ in files:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ..distributed.groups import abandon_groups, new_group
 from ..distributed.ledger import Ledger
 from ..distributed.mesh import Mesh
 from ..errors import UserError
+from ..files.states import FileStates
 from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import Layout
 from ..layout.model_part import WHOLE, ModelPart
@@ -36,14 +37,27 @@ Answer = tuple[dict[str, Any], dict[str, Tensor]]
 """The `data` and the tensors of a `Result`."""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What steps of a run's `place` (as `_place` says) compute with. `adapters`: IP-Adapters by path."""
+
+    place: tuple[object, ...]
+    mesh: Mesh
+    transformer: Transformer
+    adapters: Mapping[str, IPAdapter]
+
+
 class Engine:
     """Serves every request that is about models. Rank 0's answer goes to the client."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.models = ModelStore(device)
-        self.adapters = AdapterStore()
+        self.files = FileStates()
+        self.models = ModelStore(device, self.files)
+        self.adapters = AdapterStore(self.files)
         self.world = _world()
+        self._ready: Ready | None = None
+        """What the last request has made ready: the next step of its run goes on with it."""
         self._meshes: dict[Layout, Mesh] = {}
         self._run_conditions = RunConditions()
         self._serve = {
@@ -61,7 +75,10 @@ class Engine:
 
     @torch.inference_mode()
     def handle(self, request: messages.AnyRequest, tensors: dict[str, Tensor], run: Run) -> Answer:
-        check_agreement(request, tensors, run)
+        if not self._goes_on(request):
+            self._ready = None
+            self.files.begin(request.run if isinstance(request, messages.Predict) else None)
+            check_agreement(request, tensors, self.files, run)
         return self._serve[type(request)](request, tensors, run)
 
     def status(self) -> dict[str, object]:
@@ -75,6 +92,7 @@ class Engine:
 
     def abandon(self) -> None:
         """As the worker's `Engine.leave`. The models stay."""
+        self._ready = None
         self.models.abandon()
         axes = [self.world, *(axis for mesh in self._meshes.values() for axis in mesh.axes)]
         self._meshes.clear()
@@ -118,7 +136,8 @@ class Engine:
     def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .sample import sample
 
-        mesh, transformer, family = self._ready(request, run)
+        mesh, transformer = self._load_for(request, run)
+        family = self._begin(request, mesh, transformer, run)
         stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
         refs = [control.net for control in request.controls]
         nets = {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
@@ -142,23 +161,48 @@ class Engine:
         ]
         if missing:
             return {"missing": missing}, {}
-        mesh, transformer, family = self._ready(request, run)
-        run_conditions = [each.prompts for key in request.conditions if (each := self._run_conditions.get(key))]
-        prompts = [prompt for own in run_conditions for prompt in own]
-        prompts += [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
-        adapters = self._ip_adapters(prompts, transformer, family, Stage(), run)
-        mesh.ledger.reset()
-        return {}, predict(request, tensors, self._run_conditions, family, mesh, run, adapters)
+        if self._ready is None:
+            mesh, transformer = self._load_for(request, run)
+            prompts = self._image_prompts(request)
+            adapters = self._ip_adapters(prompts, transformer, transformer.family, Stage(), run)
+            self._ready = Ready(_place(request), mesh, transformer, adapters)
+            run.check_cancelled()
+        ready = self._ready
+        family = self._begin(request, ready.mesh, ready.transformer, run)
+        ready.mesh.ledger.reset()
+        return {}, predict(request, tensors, self._run_conditions, family, ready.mesh, run, ready.adapters)
 
-    def _ready(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer, Family]:
+    def _goes_on(self, request: messages.AnyRequest) -> bool:
+        """Whether all ranks have made ready what `request` needs, so that they need neither agree nor load again.
+
+        They have all of them, or none: what they know of it came from the same requests, in which they agreed.
+        """
+        if not isinstance(request, messages.Predict) or self._ready is None:
+            return False
+        adapters = {prompt.adapter.path for prompt in self._image_prompts(request)}
+        return self._ready.place == _place(request) and adapters <= self._ready.adapters.keys()
+
+    def _image_prompts(self, request: messages.Predict) -> list[messages.ImagePromptUse]:
+        """Of the conditions that were told before, and of those that are told now."""
+        prompts = [each.prompts for key in request.conditions if (each := self._run_conditions.get(key))]
+        prompts += [entry.image_prompts for entry in messages.entries_of(request)]
+        return [prompt for own in prompts for prompt in own]
+
+    def _load_for(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer]:
         """The mesh and the model of a request's layout, with the changes that it asks for."""
         mesh = self._mesh(request.layout)
         transformer = self.models.transformer(request.model, run, self._part(request.layout))
-        family = transformer.on(mesh)
         all_or_none(lambda: self.adapters.adapt(transformer, request.adapters, run), run)
+        return mesh, transformer
+
+    def _begin(
+        self, request: messages.Sample | messages.Predict, mesh: Mesh, transformer: Transformer, run: Run
+    ) -> Family:
+        """The model's view, at the start of an evaluation or a run of them over `mesh`."""
+        family = transformer.on(mesh)
         if request.layout.compile == "blocks":
             transformer.compile_blocks(run)
-        return mesh, transformer, family
+        return family
 
     def _ip_adapters(
         self,
@@ -241,6 +285,11 @@ class Engine:
             case [str(message), str(hint)]:
                 raise UserError(message, hint)
         return result
+
+
+def _place(request: messages.Predict) -> tuple[object, ...]:
+    """What the steps of a run have in common, as long as they need the same weights."""
+    return request.run, request.model, request.layout, request.adapters
 
 
 def _world() -> Axis:

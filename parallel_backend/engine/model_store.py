@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..files.states import FileStates
 from ..layout.model_part import WHOLE, ModelPart
 from ..protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
-from .agreement import COMPONENTS, all_or_none
+from .agreement import all_or_none, of_component
 
 if TYPE_CHECKING:
     from ..adapters.controlnet.nets import ControlNet
@@ -58,8 +59,9 @@ class ModelStore:
     Then the one goes that was used longest ago. All ranks hold parts of the same models, used in the same order.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, states: FileStates) -> None:
         self.device = device
+        self.states = states
         self._held: OrderedDict[Ref, Held] = OrderedDict()
         self._in_use: list[Ref] = []
         """What was asked for last, and what works beside it."""
@@ -177,7 +179,7 @@ class ModelStore:
         self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: ModelPart = WHOLE, *, beside: bool = False
     ) -> Any:
         """`beside`: it is to work beside the models that were asked for before it, which stay for that."""
-        now = _fingerprint(Path(ref.path))
+        now = self.states.under(ref.path)
         self._in_use = [*(self._in_use if beside else ()), ref]
         held = self._held.get(ref)
         if held is not None and (held.part, held.fingerprint) != (part, now):
@@ -242,7 +244,14 @@ class ModelStore:
     def _spare(self, ref: Ref, part: ModelPart) -> int:
         """Bytes that would be free, beyond what is to stay free, with this part of a model loaded as well."""
         memory = self.memory()
-        return int((memory["free"] - KEPT_FREE * memory["total"]) / self._sharers) - _expected_bytes(ref, part)
+        return int((memory["free"] - KEPT_FREE * memory["total"]) / self._sharers) - self._expected_bytes(ref, part)
+
+    def _expected_bytes(self, ref: Ref, part: ModelPart) -> int:
+        """Of the device's memory, judged by the size of the files."""
+        on_disk = sum(state.size for state in of_component(ref, self.states) if state.path.suffix == ".safetensors")
+        shares = part.stage.count * part.tensor.count * (part.shard.count if part.shard else 1)
+        widened = 2 if getattr(ref, "weight_dtype", "auto") == "fp32" else 1
+        return 0 if part.offload else widened * on_disk // shares
 
     def _release(self) -> None:
         gc.collect()
@@ -262,23 +271,6 @@ class ModelStore:
         if ref.weight_dtype not in VAE_DTYPES:
             raise UserError(f"A VAE cannot be loaded as {ref.weight_dtype}.", f"Choose auto, {', '.join(VAE_DTYPES)}.")
         return VAE_DTYPES[ref.weight_dtype]
-
-
-def _fingerprint(path: Path) -> tuple[object, ...]:
-    """Changes when the file, or any file of the folder, is replaced."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-
-
-def _expected_bytes(ref: Ref, part: ModelPart) -> int:
-    """Of the device's memory, judged by the size of the files."""
-    path = Path(ref.path)
-    folder = path / COMPONENTS.get(ref.kind, "")
-    files = folder.rglob("*.safetensors") if folder.is_dir() else [path]
-    on_disk = sum(file.stat().st_size for file in files)
-    shares = part.stage.count * part.tensor.count * (part.shard.count if part.shard else 1)
-    widened = 2 if getattr(ref, "weight_dtype", "auto") == "fp32" else 1
-    return 0 if part.offload else widened * on_disk // shares
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -77,7 +77,8 @@ def predict(
     own = slice(start, start + sizes[mesh.data.rank])
     predictions: list[Tensor] = []
     for first in range(0, count, mesh.cfg.size):
-        run.check_cancelled()
+        if first:
+            run.check_cancelled()
         # Ranks without a condition of their own compute the last one again: weights are gathered by all together.
         index = min(first + mesh.cfg.rank, count - 1)
         rows = slice(index * batch + own.start, index * batch + own.stop)

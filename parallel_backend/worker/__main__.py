@@ -21,8 +21,8 @@ from . import log_pipes
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
+    from ..distributed.control_group import Gathering
     from ..failures import Outcome
     from ..run_context import Run
     from .server import Job, Server
@@ -212,17 +212,17 @@ class Rank:
 
     def _agree(self, outcome: Outcome) -> dict[int, Outcome]:
         """Every rank's outcome. Ranks that wait within the request for this one, which left it, are made to leave."""
-        from ..failures import Outcome
-
-        meeting = self.control.start_meeting()
+        meeting = self.control.start_gather(outcome.to_json())
         if self.can_regroup and outcome.kind != "ok" and not self._others_come(meeting, outcome):
             self._leave()
             outcome = replace(outcome, gave_up=True)
-        meeting.wait()
-        gathered = self.control.gather(outcome.to_json())
-        return {rank: Outcome(**each) for rank, each in enumerate(gathered) if isinstance(each, dict)}
+        outcomes = _outcomes(meeting.wait())
+        if all(each.kind == "ok" for each in outcomes.values()):
+            return outcomes
+        # Ranks may have given up since.
+        return _outcomes(self.control.gather(outcome.to_json()))
 
-    def _others_come(self, meeting: dist.Work, outcome: Outcome) -> bool:
+    def _others_come(self, meeting: Gathering, outcome: Outcome) -> bool:
         """Whether no other rank stays behind, judged from this rank's outcome and within a moment."""
         if outcome.is_broken:
             return False
@@ -281,6 +281,12 @@ class Rank:
             self.watch.crash(outcome, rank)
         time.sleep(LAST_WORDS_S)
         raise SystemExit(1)
+
+
+def _outcomes(gathered: list[object]) -> dict[int, Outcome]:
+    from ..failures import Outcome
+
+    return {rank: Outcome(**each) for rank, each in enumerate(gathered) if isinstance(each, dict)}
 
 
 def _die_with(parent: records.Process | None) -> None:

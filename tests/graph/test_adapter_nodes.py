@@ -15,6 +15,7 @@ from paralleldit.nodes.request.weight_patches import changes_of
 from paralleldit.nodes.session.weight_delivery import deliver
 from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.test_nodes import conditioning, load, node, sample
 from safetensors.torch import save_file
@@ -102,7 +103,7 @@ def test_a_patch_that_cannot_travel_is_refused_by_name(value, words):
 @pytest.fixture
 def ranks(client, monkeypatch):
     """The client's ranks, as far as they keep changes."""
-    store = AdapterStore()
+    store = AdapterStore(FileStates())
 
     def request(message, tensors=None, *rest):
         client.sent.append((message, dict(tensors or {})))

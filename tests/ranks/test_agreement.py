@@ -7,6 +7,7 @@ import torch
 from paralleldit.parallel_backend.engine.agreement import file_key
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, VaeRef
 from paralleldit.tests.ranks.stale_flux import HEADS, WIDTH, request_of, run_of
@@ -113,8 +114,8 @@ def test_of_a_pipeline_folder_the_own_component_counts(tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
     refs = [ModelRef(path=str(tmp_path)), VaeRef(path=str(tmp_path))]
-    before = [file_key(ref) for ref in refs]
+    before = [file_key(ref, FileStates()) for ref in refs]
     (tmp_path / "text_encoder" / "config.json").write_text("{ }")
-    assert [file_key(ref) for ref in refs] == before
+    assert [file_key(ref, FileStates()) for ref in refs] == before
     (tmp_path / "vae" / "config.json").write_text("{ }")
-    assert [file_key(ref) == key for ref, key in zip(refs, before, strict=True)] == [True, False]
+    assert [file_key(ref, FileStates()) == key for ref, key in zip(refs, before, strict=True)] == [True, False]

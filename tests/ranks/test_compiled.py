@@ -8,6 +8,7 @@ import torch
 from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine.model import Transformer
+from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef
@@ -57,7 +58,7 @@ class ToldRun:
 def compiled_in_turn(world, layout, dtype, backend, path, lora_sets):
     """With each set of LoRAs after the other: what plain blocks predict and what compiled ones do, and how many graphs
     there are by then; at the end, what was told."""
-    mesh, run, store, seen = Mesh(layout), ToldRun(), AdapterStore(), []
+    mesh, run, store, seen = Mesh(layout), ToldRun(), AdapterStore(FileStates()), []
     transformer = Transformer(path, CPU, dtype, part=ModelPart.of(layout, mesh))
     torch._dynamo.reset()
     counters.clear()

@@ -12,6 +12,7 @@ from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Predict, Sample, Schedule
@@ -125,7 +126,10 @@ def predicted(world, layout, cases, device=CPU):
     mesh = Mesh(layout)
     answers = []
     for (model, path), own in groupby(cases, key=lambda case: case[:2]):
-        transformer, store = Transformer(path, torch.device(device), part=ModelPart.of(layout, mesh)), AdapterStore()
+        transformer, store = (
+            Transformer(path, torch.device(device), part=ModelPart.of(layout, mesh)),
+            AdapterStore(FileStates()),
+        )
 
         def predict(loras, transformer=transformer, store=store, model=model):
             family = transformer.on(mesh)
@@ -257,7 +261,7 @@ def answers_of_one_rank(world, cases):
     """For each case (model, path, dtype, list of LoRA files after each other): predictions, and what was logged."""
     mesh, results = Mesh(Layout()), []
     for model, path, dtype, steps in cases:
-        transformer, store, run = Transformer(path, CPU, dtype), AdapterStore(), LoggingRun()
+        transformer, store, run = Transformer(path, CPU, dtype), AdapterStore(FileStates()), LoggingRun()
         answers = []
         for loras in steps:
             family = transformer.on(mesh)

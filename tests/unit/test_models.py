@@ -12,6 +12,7 @@ import torch
 from paralleldit.parallel_backend.adapters.controlnet import nets
 from paralleldit.parallel_backend.engine import model, model_store
 from paralleldit.parallel_backend.engine.model_store import KEPT_FREE, ModelStore
+from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.layout.model_part import WHOLE, ModelPart, Share
 from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol.messages import ControlNetRef, ModelRef
@@ -45,7 +46,7 @@ def store(monkeypatch) -> ModelStore:
     monkeypatch.setattr(model, "Transformer", make)
     monkeypatch.setattr(nets, "open_controlnet", make)
     monkeypatch.setattr(model_store.dist, "get_world_size", lambda: 1)
-    store: Any = ModelStore(torch.device("cpu"))
+    store: Any = ModelStore(torch.device("cpu"), FileStates())
     store.taken = 0
 
     def memory() -> dict[str, int]:
@@ -133,6 +134,8 @@ def test_a_file_that_was_replaced_is_read_again(store, refs):
     run = Run()
     first = store.transformer(refs[0], run)
     os.utime(refs[0].path, ns=(1, 1))
+    assert store.transformer(refs[0], run) is first, "a run looks once"
+    store.states.begin()
     assert store.transformer(refs[0], run) is not first
     assert held(store) == ["0"]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...errors import UserError
-from ...files.checkpoint import fingerprint, open_checkpoint
+from ...files.checkpoint import open_checkpoint
+from ...files.states import FileStates
 from ...protocol.messages import Adapters, LoraRef, WeightChange
 from .change import Change, changes_of
 from .delta import ROLES
@@ -31,7 +32,8 @@ NAMED = 3
 class AdapterStore:
     """What was sent, by its digest. The same on every rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: FileStates) -> None:
+        self._states = states
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def keep(self, digests: Sequence[str], tensors: dict[str, Tensor]) -> None:
@@ -61,7 +63,7 @@ class AdapterStore:
 
         Raises `UserError`, and the transformer is then without any, for what does not fit the model.
         """
-        key = (wanted, tuple(fingerprint(ref.path) for ref in wanted.files))
+        key = (wanted, tuple(self._states.under(ref.path) for ref in wanted.files))
         if transformer.adapted.key == key:
             return
         transformer.adapted.take_off()
