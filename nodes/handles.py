@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.families.registry import FAMILIES
 from ..parallel_backend.families.spec import FamilySpec
+from ..parallel_backend.layout.fitting import RunFacts
 from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, WeightChange
 from .layout_choice import LayoutChoice
 
@@ -58,6 +59,11 @@ class ModelHandle:
     @property
     def spec(self) -> FamilySpec:
         return FAMILIES[self.family]
+
+    def facts(self, ranks: int) -> RunFacts:
+        """What a layout for `ranks` must know of the model, whatever the run."""
+        spec, config = self.spec, self.config
+        return RunFacts(ranks=ranks, blocks=spec.count_blocks(config), heads=spec.count_heads(config), can=spec.can)
 
 
 def handle_of(model: Any) -> ModelHandle:

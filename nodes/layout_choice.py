@@ -50,17 +50,18 @@ class LayoutChoice:
         degrees = {f"{axis}_degree": getattr(self, f"{axis}_degree") for axis in AXES}
         return {name: degree for name, degree in degrees.items() if degree}
 
-    def resolve(self, ranks: int, *, batch: int, guided: bool) -> Layout:
-        """The layout for a run on `ranks` ranks. Raises `UserError` when the chosen degrees do not fit them."""
-        candidates = self._candidates(ranks)
-        best = largest_exact_layout(ranks, batch=batch, guided=guided)
+    def resolve(self, run: RunFacts, *, guided: bool) -> Layout:
+        """The layout for a run, whose number of ranks is known. Raises `UserError` when it does not fit the run."""
+        assert run.ranks is not None
+        candidates = self._candidates(run.ranks)
+        best = largest_exact_layout(run.ranks, guided=guided)
         if best not in candidates:
             candidates = [layout for layout in candidates if guided or layout.cfg_degree == 1] or candidates
             best = max(candidates, key=lambda layout: (-layout.data_degree, layout.cfg_degree, layout.ulysses_degree))
         settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh", "compile")
         layout = best.model_copy(update={name: getattr(self, name) for name in settings})
         layout = layout.model_copy(update={"stage_blocks": self.blocks_by_stage()})
-        check_layout(layout, RunFacts(ranks=ranks))
+        check_layout(layout, run)
         return layout
 
     def check(self, ranks: int) -> None:
@@ -83,7 +84,7 @@ class LayoutChoice:
 
     def _candidates(self, ranks: int) -> list[Layout]:
         if self.cfg_degree > 2 or len(self.chosen) == len(AXES):
-            check_layout(Layout().model_copy(update=self.chosen), RunFacts(ranks=ranks))
+            return [Layout().model_copy(update=self.chosen)]
         fitting = [
             layout
             for layout in layouts_of(ranks, **{name: getattr(self, name) for name in GIVEN})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout.fitting import RunFacts, check_layout
 from ..parallel_backend.protocol.messages import MAX_STEPS, Adapters, Sample
 from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES, check_part
 from . import host
@@ -170,15 +170,16 @@ class ParallelDiTSampler:
 
         choice = handle.layout or LayoutChoice()
         client = session.client_for(handle.layout.ranks if handle.layout else None)
-        layout = choice.resolve(client.welcome.ranks, batch=batch, guided="negative" in named)
-        work = RunFacts(
+        facts = replace(
+            handle.facts(client.welcome.ranks),
             batch=batch,
             cfg=cfg,
             has_negative=negative is not None,
+            token_rows=handle.spec.count_rows({name: each.shape for name, each in latents.items()}),
             controls=len(placed),
             entries=tuple(chain.from_iterable(named.values())),
         )
-        check_layout(layout, work)
+        layout = choice.resolve(facts, guided="negative" in named)
         tensors |= {f"control.{index}": control.picture(first) for index, control in enumerate(placed)}
         weight_delivery.deliver(client, changes)
         message = Sample(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ...launcher.client import Client
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.layout.layout import Layout
 from ...parallel_backend.protocol.messages import Adapters, EndRun, Predict, Prompt, WeightChange
 from .. import host
 from ..handles import OWN_LOADER, ModelHandle, SentChange
@@ -47,7 +48,15 @@ class _Run:
     prompts: list[_Prompt] = field(default_factory=list)
     sent: set[str] = field(default_factory=set)
     delivered: set[WeightChange] = field(default_factory=set)
+    layouts: dict[tuple[int, bool], Layout] = field(default_factory=dict)
+    """By the batch, and whether several conditions are asked for at once."""
     warned: bool = False
+
+
+def _layout_for(handle: ModelHandle, client: Client, *, batch: int | None, guided: bool) -> Layout:
+    """Raises `UserError` for a layout that does not fit a sampler that asks for one step at a time."""
+    facts = replace(handle.facts(client.welcome.ranks), stepwise=True, batch=batch)
+    return (handle.layout or LayoutChoice()).resolve(facts, guided=guided)
 
 
 class StepwiseModel:
@@ -71,6 +80,8 @@ class StepwiseModel:
         self.end()
         layout = handle.layout
         client = session.client_for(layout.ranks if layout else None)
+        # What no guidance and no batch would change is refused before anything is sent.
+        _layout_for(handle, client, batch=None, guided=False)
         self.changes = changes
         messages = [picture.message for picture in handle.pictures]
         spans = [(float(percent_to_sigma(each.start)), float(percent_to_sigma(each.end))) for each in messages]
@@ -112,8 +123,10 @@ class StepwiseModel:
         batch = latents[0].shape[0] // conditions
         rows = [slice(start, start + batch) for start in range(0, batch * conditions, batch)]
         keys = tuple(self._key(run, inputs, own, side, sigma) for own, side in zip(rows, sides, strict=True))
-        choice = run.handle.layout or LayoutChoice()
-        layout = choice.resolve(run.client.welcome.ranks, batch=batch, guided=conditions > 1)
+        layout = run.layouts.get((batch, conditions > 1))
+        if layout is None:
+            layout = _layout_for(run.handle, run.client, batch=batch, guided=conditions > 1)
+            run.layouts[batch, conditions > 1] = layout
         if layout.cfg_degree > conditions and not run.warned:
             run.warned = True
             host.current().say(

@@ -1,8 +1,10 @@
-"""Both requests' checks."""
+"""Both requests' checks: one of the layout before any model is loaded, others of what a request brings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,17 +14,72 @@ from ..distributed.axis import Axis
 from ..errors import UserError
 from ..families.family import Family
 from ..families.spec import LatentSpec
+from ..files import Detected, detect, open_checkpoint
+from ..files.states import FileState
+from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import Layout
-from ..protocol.messages import Sample
+from ..protocol.messages import Predict, Sample
 from ..sampling.driver import not_finite
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.noise import GaussianNoise
-from ..sampling.samplers import NoiseKind, find_sampler
+from ..sampling.samplers import SAMPLERS, NoiseKind, find_sampler
 from ..sampling.schedules import part_of, sigmas_for
 from ..sampling.solver import Denoise, NoiseSource
 
 if TYPE_CHECKING:
     from ..run_context import Run
+
+
+def check_request(
+    request: Sample | Predict, tensors: Mapping[str, Tensor], ranks: int, files: Sequence[FileState]
+) -> None:
+    """Raise `UserError` unless the layout fits the ranks, the request, and the model as the header of its `files` says.
+
+    Nothing is loaded for that, and nothing later asks again.
+    """
+    model = _header(request.model.path, tuple(files))
+    spec = model.spec
+    shapes = {name.removeprefix("latent."): tensor.shape for name, tensor in tensors.items() if _is_latent(name)}
+    if len(spec.latents) == 1 and "latent" in shapes:
+        shapes[spec.latent.name] = shapes["latent"]
+    facts = RunFacts(
+        ranks=ranks,
+        batch=batch_of(request, tensors),
+        blocks=spec.count_blocks(model.config),
+        heads=spec.count_heads(model.config),
+        can=spec.can,
+        stepwise=isinstance(request, Predict),
+    )
+    if isinstance(request, Sample):
+        facts = replace(
+            facts,
+            cfg=request.cfg,
+            has_negative=bool(request.negative),
+            token_rows=spec.count_rows(shapes),
+            sampler=find_sampler(request.sampler).name,
+            elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
+            controls=len(request.controls),
+            entries=(*request.positive, *request.negative),
+        )
+    check_layout(request.layout, facts)
+
+
+def batch_of(request: Sample | Predict, tensors: Mapping[str, Tensor]) -> int:
+    """How many pictures a request is for, whatever else is wrong with it. Raises `UserError` without any latent."""
+    name = next((name for name in tensors if _is_latent(name)), "latent")
+    latent = needed(name, tensors)
+    rows = latent.shape[0] if latent.ndim else 0
+    return rows // len(request.conditions) if isinstance(request, Predict) else rows
+
+
+def _is_latent(name: str) -> bool:
+    return name == "latent" or name.startswith("latent.")
+
+
+@lru_cache(maxsize=8)
+def _header(path: str, files: tuple[FileState, ...]) -> Detected:
+    """What the model's files say, as long as they are `files`."""
+    return detect(open_checkpoint(path))
 
 
 def check_rows(latent: Tensor, timestep: Tensor, count: int) -> None:

@@ -18,12 +18,12 @@ from ..distributed.ledger import Ledger
 from ..distributed.mesh import Mesh
 from ..errors import UserError
 from ..files.states import FileStates
-from ..layout.fitting import RunFacts, check_layout
-from ..layout.layout import Layout
-from ..layout.model_part import WHOLE, ModelPart
+from ..layout.model_part import ModelPart
 from ..layout.stages import Stage
 from ..protocol import messages
 from .agreement import all_or_none, check_agreement
+from .checks import batch_of, check_request
+from .meshes import Meshes
 from .model_store import ModelStore
 from .run_conditions import RunConditions
 
@@ -58,10 +58,9 @@ class Engine:
         self.world = _world()
         self._ready: Ready | None = None
         """What the last request has made ready: the next step of its run goes on with it."""
-        self._meshes: dict[Layout, Mesh] = {}
+        self._meshes = Meshes()
         self._run_conditions = RunConditions()
         self._serve = {
-            messages.Load: self._load,
             messages.EncodeText: self._encode_text,
             messages.FindChanges: self._find_changes,
             messages.KeepChanges: self._keep_changes,
@@ -75,7 +74,7 @@ class Engine:
 
     @torch.inference_mode()
     def handle(self, request: messages.AnyRequest, tensors: dict[str, Tensor], run: Run) -> Answer:
-        if not self._goes_on(request):
+        if not self._goes_on(request, tensors):
             self._ready = None
             self.files.begin(request.run if isinstance(request, messages.Predict) else None)
             check_agreement(request, tensors, self.files, run)
@@ -87,16 +86,14 @@ class Engine:
             "device": str(self.device),
             "memory": self.models.memory(),
             "models": self.models.summary(),
-            "traffic": {str(layout): mesh.ledger.summary() for layout, mesh in self._meshes.items()},
+            "traffic": self._meshes.traffic(),
         }
 
     def abandon(self) -> None:
         """As the worker's `Engine.leave`. The models stay."""
         self._ready = None
         self.models.abandon()
-        axes = [self.world, *(axis for mesh in self._meshes.values() for axis in mesh.axes)]
-        self._meshes.clear()
-        abandon_groups([group for axis in axes for group in axis.release()])
+        abandon_groups([*self.world.release(), *self._meshes.abandon()])
 
     def rejoin(self, run: Run) -> None:
         """As the worker's `Engine.rejoin`. What clients have sent they will be asked for again."""
@@ -104,17 +101,6 @@ class Engine:
         self.models.keep_common(run)
         self.adapters.forget()
         self._run_conditions.clear()
-
-    def _load(self, request: messages.Load, tensors: dict[str, Tensor], run: Run) -> Answer:
-        started = time.monotonic()
-        match request.ref:
-            case messages.ModelRef() as ref:
-                self.models.transformer(ref, run, self._part(request.layout) if request.layout else WHOLE)
-            case messages.VaeRef() as ref:
-                self.models.vae(ref, run)
-            case messages.TextRef() as ref:
-                self._on_rank_0(lambda: self.models.text(ref, run), run)
-        return {"seconds": time.monotonic() - started, "models": self.models.summary()}, {}
 
     def _encode_text(self, request: messages.EncodeText, tensors: dict[str, Tensor], run: Run) -> Answer:
         """On rank 0 alone: a copy of the text encoders on every rank would cost memory and save no time."""
@@ -136,7 +122,7 @@ class Engine:
     def _sample(self, request: messages.Sample, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .sample import sample
 
-        mesh, transformer = self._load_for(request, run)
+        mesh, transformer = self._load_for(request, tensors, run)
         family = self._begin(request, mesh, transformer, run)
         stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
         refs = [control.net for control in request.controls]
@@ -162,17 +148,17 @@ class Engine:
         if missing:
             return {"missing": missing}, {}
         if self._ready is None:
-            mesh, transformer = self._load_for(request, run)
+            mesh, transformer = self._load_for(request, tensors, run)
             prompts = self._image_prompts(request)
             adapters = self._ip_adapters(prompts, transformer, transformer.family, Stage(), run)
-            self._ready = Ready(_place(request), mesh, transformer, adapters)
+            self._ready = Ready(_place(request, tensors), mesh, transformer, adapters)
             run.check_cancelled()
         ready = self._ready
         family = self._begin(request, ready.mesh, ready.transformer, run)
         ready.mesh.ledger.reset()
         return {}, predict(request, tensors, self._run_conditions, family, ready.mesh, run, ready.adapters)
 
-    def _goes_on(self, request: messages.AnyRequest) -> bool:
+    def _goes_on(self, request: messages.AnyRequest, tensors: dict[str, Tensor]) -> bool:
         """Whether all ranks have made ready what `request` needs, so that they need neither agree nor load again.
 
         They have all of them, or none: what they know of it came from the same requests, in which they agreed.
@@ -180,7 +166,7 @@ class Engine:
         if not isinstance(request, messages.Predict) or self._ready is None:
             return False
         adapters = {prompt.adapter.path for prompt in self._image_prompts(request)}
-        return self._ready.place == _place(request) and adapters <= self._ready.adapters.keys()
+        return self._ready.place == _place(request, tensors) and adapters <= self._ready.adapters.keys()
 
     def _image_prompts(self, request: messages.Predict) -> list[messages.ImagePromptUse]:
         """Of the conditions that were told before, and of those that are told now."""
@@ -188,10 +174,16 @@ class Engine:
         prompts += [entry.image_prompts for entry in messages.entries_of(request)]
         return [prompt for own in prompts for prompt in own]
 
-    def _load_for(self, request: messages.Sample | messages.Predict, run: Run) -> tuple[Mesh, Transformer]:
-        """The mesh and the model of a request's layout, with the changes that it asks for."""
-        mesh = self._mesh(request.layout)
-        transformer = self.models.transformer(request.model, run, self._part(request.layout))
+    def _load_for(
+        self, request: messages.Sample | messages.Predict, tensors: dict[str, Tensor], run: Run
+    ) -> tuple[Mesh, Transformer]:
+        """The mesh and the model of a request's layout, with the changes that it asks for.
+
+        Raises `UserError` for a layout that does not fit, before anything is loaded.
+        """
+        check_request(request, tensors, self.world.size, self.files.under(request.model.path))
+        mesh = self._meshes.of(request.layout, self.models.settle)
+        transformer = self.models.transformer(request.model, run, ModelPart.of(request.layout, mesh))
         all_or_none(lambda: self.adapters.adapt(transformer, request.adapters, run), run)
         return mesh, transformer
 
@@ -262,17 +254,6 @@ class Engine:
         self._run_conditions.clear()
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
-    def _mesh(self, layout: Layout) -> Mesh:
-        degrees = layout.degrees
-        if degrees not in self._meshes:
-            self._meshes[degrees] = Mesh(degrees)
-        return self._meshes[degrees]
-
-    def _part(self, layout: Layout) -> ModelPart:
-        """What this rank needs of a transformer. Raises `UserError` for a layout that does not fit the ranks."""
-        check_layout(layout, RunFacts(ranks=self.world.size))
-        return ModelPart.of(layout, self._mesh(layout))
-
     def _on_rank_0(self, work: Any, run: Run) -> Any:
         """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""
         result, failure = None, None
@@ -287,9 +268,9 @@ class Engine:
         return result
 
 
-def _place(request: messages.Predict) -> tuple[object, ...]:
-    """What the steps of a run have in common, as long as they need the same weights."""
-    return request.run, request.model, request.layout, request.adapters
+def _place(request: messages.Predict, tensors: dict[str, Tensor]) -> tuple[object, ...]:
+    """What the steps of a run have in common, as long as they need the same weights and the same layout fits."""
+    return request.run, request.model, request.layout, request.adapters, batch_of(request, tensors)
 
 
 def _world() -> Axis:

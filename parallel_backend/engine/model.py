@@ -81,6 +81,11 @@ class Transformer:
         self._compiled = self._compiled or self._gathered(compiled(self._plain))
         self.family.blocks = self._compiled
 
+    def settle(self) -> None:
+        """End what is under way to other ranks, which all do."""
+        if self._sharded:
+            self._sharded.settle()
+
     def abandon(self) -> None:
         """Drops all transfers to other ranks that are under way, wherever they were interrupted."""
         if self._sharded:

@@ -141,6 +141,12 @@ class ModelStore:
             if isinstance(held.ref, ModelRef):
                 held.model.abandon()
 
+    def settle(self) -> None:
+        """End what is under way to other ranks, which all do."""
+        for held in self._held.values():
+            if isinstance(held.ref, ModelRef):
+                held.model.settle()
+
     def keep_common(self, run: Run) -> None:
         """A collective: forget what not all ranks hold, and the order in which they used the rest."""
         shared = [ref for ref in self._held if not isinstance(ref, TextRef)]

@@ -15,7 +15,6 @@ from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import UserError
 from ..families.family import Family, with_tokens
-from ..layout.fitting import RunFacts, check_exact, check_layout
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
 from ..strategies.select import strategy_of
@@ -53,8 +52,6 @@ def predict(
     for each in (timestep, following):
         if each is not None:
             check_rows(latent, each, count)
-    check_exact(request.layout)
-    check_layout(request.layout, RunFacts(batch=batch, can=family.spec.can))
     for key, entry in request.run_conditions.items():
         condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
         run_conditions[key] = RunCondition(

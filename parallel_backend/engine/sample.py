@@ -15,7 +15,6 @@ from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
 from ..families.family import Family, TokenFamily
-from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import patches_of
 from ..layout.split import split_sizes
 from ..layout.stages import Stage
@@ -24,7 +23,6 @@ from ..sampling.driver import SamplingJob, StepContext, check_result, latent_mas
 from ..sampling.driver import run as run_sampler
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.noise import initial_noises
-from ..sampling.samplers import SAMPLERS, find_sampler
 from ..sampling.solver import Denoise
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
@@ -60,7 +58,6 @@ def sample(
     packing, batch = family.packing(latents), len(next(iter(latents.values())))
     model_sampling = family.model_sampling(request.sampling_shift)
     sides = _sides(request, tensors, family, mesh, model_sampling, latents[family.latent.name], nets, adapters)
-    check_layout(request.layout, _facts(request, family, latents))
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
 
     counts = split_sizes(batch, mesh.data.size)
@@ -162,23 +159,6 @@ def _sides(
     return (
         entries_of_side(request.positive, "positive", inputs),
         entries_of_side(request.negative, "negative", inputs),
-    )
-
-
-def _facts(request: Sample, family: Family, latents: Mapping[str, Tensor]) -> RunFacts:
-    """What the layout is to be used for."""
-    entries = (*request.positive, *request.negative)
-    return RunFacts(
-        batch=len(latents[family.latent.name]),
-        cfg=request.cfg,
-        has_negative=bool(request.negative),
-        blocks=len(family.blocks),
-        token_rows=_token_rows(family, latents),
-        sampler=find_sampler(request.sampler).name,
-        controls=len(request.controls),
-        entries=entries,
-        can=family.spec.can,
-        elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
     )
 
 

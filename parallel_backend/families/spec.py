@@ -188,6 +188,18 @@ class FamilySpec:
         """The number of blocks of a model with `config`."""
         return sum(config[each.count] for each in self.blocks)
 
+    def count_heads(self, config: Config) -> int | None:
+        """The attention's query heads, where such a config says how many there are."""
+        return config.get(next(iter(self.heads.values())).count)
+
+    def count_rows(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """Into how many patches latents of these `shapes` `[B, C, ..., H, W]`, by name, can be cut: each along its
+        frames or its rows, whichever are more. None where they are not of this family."""
+        if any(len(shapes.get(spec.name, ())) != 2 + spec.dims for spec in self.latents):
+            return None
+        cells = [(shapes[spec.name][2:], spec.patch[-spec.dims :]) for spec in self.latents]
+        return min(max(-(-extent // size) for extent, size in list(zip(*each, strict=True))[:-1]) for each in cells)
+
 
 def count_blocks(shapes: Shapes, stem: str) -> int:
     """Number of blocks `stem.0`, `stem.1`, …; raises UserError if one is missing in between."""

@@ -10,6 +10,7 @@ from typing import Protocol
 from ..errors import UserError
 from .capabilities import Capabilities
 from .layout import AXES, Layout
+from .split import split_sizes
 
 Misfit = tuple[str, str]
 """What clashes, with its numbers; what to do."""
@@ -38,16 +39,19 @@ class PromptFacts(Protocol):
 class RunFacts:
     """What a layout is to be used for, as far as it is known by now. What is None is not judged.
 
-    `ranks`: that there are; `batch`: pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not
-    evaluated; `blocks`: of the model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a
-    strip of the latent alone; `controls`: ControlNets; `entries`: of both sides; `can`: which methods the model serves.
+    `ranks`: that there are; `stepwise`: whether each step is asked for by itself, by a sampler elsewhere; `batch`:
+    pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not evaluated; `blocks`, `heads`: of the
+    model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a strip of the latent alone;
+    `controls`: ControlNets; `entries`: of both sides; `can`: which methods the model serves.
     """
 
     ranks: int | None = None
+    stepwise: bool = False
     batch: int | None = None
     cfg: float | None = None
     has_negative: bool = False
     blocks: int | None = None
+    heads: int | None = None
     token_rows: int | None = None
     sampler: str | None = None
     elementwise: tuple[str, ...] = ()
@@ -64,18 +68,6 @@ def check_layout(layout: Layout, work: RunFacts) -> None:
     reason, remedy = misfit
     near = [str(other) for other in nearest_layouts(layout, work)]
     raise UserError(reason, f"{remedy} Nearest that fits: {'; '.join(near)}." if near else remedy)
-
-
-def check_exact(layout: Layout) -> None:
-    """Raise `UserError` for a layout that needs to know of the steps before, which nothing is kept of here."""
-    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
-    if approximate:
-        name = approximate[0]
-        raise UserError(
-            f"{name}_degree={layout.degree(name)} goes on from the step before, but ComfyUI's own samplers ask for one "
-            "step at a time.",
-            f"Use Parallel Sampler, or a layout with {name}_degree=1.",
-        )
 
 
 def misfit_of(layout: Layout, work: RunFacts) -> Misfit | None:
@@ -122,6 +114,18 @@ def _ranks(layout: Layout, work: RunFacts) -> Misfit | None:
     return (
         f"The layout's degrees {degrees} multiply to {layout.ranks}, but there are {work.ranks} ranks.",
         f"Make the product {work.ranks}, or start {layout.ranks} ranks.",
+    )
+
+
+def _stepwise(layout: Layout, work: RunFacts) -> Misfit | None:
+    approximate = [name for name in ("pipefusion", "distrifusion") if layout.degree(name) > 1]
+    if not work.stepwise or not approximate:
+        return None
+    name = approximate[0]
+    return (
+        f"{name}_degree={layout.degree(name)} goes on from the step before, but ComfyUI's own samplers ask for one "
+        "step at a time.",
+        f"Use Parallel Sampler, or a layout with {name}_degree=1.",
     )
 
 
@@ -188,6 +192,19 @@ def _capabilities(layout: Layout, work: RunFacts) -> Misfit | None:
                 f"Set {setting} to {neutral}; the ranks can share {', '.join(degrees)}.",
             )
     return None
+
+
+def _heads(layout: Layout, work: RunFacts) -> Misfit | None:
+    if layout.attention != "yunchang" or work.heads is None:
+        return None
+    uneven = [heads for heads in split_sizes(work.heads, layout.tensor_degree) if heads % layout.ulysses_degree]
+    if not uneven:
+        return None
+    return (
+        f"attention=yunchang needs heads that ulysses_degree={layout.ulysses_degree} divides; the model has "
+        f"{work.heads}, of which a rank with tensor_degree={layout.tensor_degree} has {uneven[0]}.",
+        "Choose attention=auto, which takes uneven heads.",
+    )
 
 
 def _batch(layout: Layout, work: RunFacts) -> Misfit | None:
@@ -292,11 +309,13 @@ def _references(layout: Layout, work: RunFacts) -> Misfit | None:
 
 
 RULES = (
+    _stepwise,
     _cfg_degree,
     _ranks,
     _capabilities,
     _weights,
     _old_keys,
+    _heads,
     _batch,
     _guidance,
     _stages,

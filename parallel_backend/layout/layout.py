@@ -161,7 +161,7 @@ def layouts_of(ranks: int, **degrees: int) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.data_degree, layout.ring_degree, layout.cfg_degree))
 
 
-def largest_exact_layout(ranks: int, *, batch: int, guided: bool) -> Layout:
+def largest_exact_layout(ranks: int, *, guided: bool) -> Layout:
     """What "auto" means: CFG parallel first (one latent per step is all it sends), then Ulysses over the rest."""
     cfg_degree = 2 if guided and ranks % 2 == 0 else 1
     return Layout(ulysses_degree=ranks // cfg_degree, cfg_degree=cfg_degree)

@@ -55,6 +55,10 @@ class ShardedWeights:
     def begin(self, axis: Axis) -> None:
         """Makes all later gathers use the ranks of `axis`, which all begin together and hold no block."""
         self._axis = axis
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the gathers that are under way; no block is at hand then."""
         for slot in self._slots:
             slot.wait()
             slot.block = None

@@ -16,6 +16,7 @@ from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout.fitting import RunFacts
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
@@ -120,7 +121,7 @@ AUTO = LayoutChoice()
     ],
 )
 def test_degrees_of_zero_are_chosen_to_use_all_ranks(choice, ranks, guided, layout):
-    assert choice.resolve(ranks, batch=4, guided=guided) == layout
+    assert choice.resolve(RunFacts(ranks=ranks, batch=4), guided=guided) == layout
 
 
 def of(ranks, ulysses=0, ring=0, cfg=0, data=0, **optional):
@@ -164,6 +165,22 @@ def test_a_linked_degree_is_checked_when_it_is_known(client):
     assert NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**of(2, None, 1, 1, 1)) is True
     with pytest.raises(UserError, match="multiply to 3"):
         node("Layout").build(**of(2, 3, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (LayoutChoice(ranks=4, pipefusion_degree=4), "it has 3 blocks"),
+        (LayoutChoice(ranks=2, pipefusion_degree=2, num_patches=3), "it has 2 rows"),
+        (LayoutChoice(ranks=2, data_degree=2), "holds 1"),
+        (LayoutChoice(ranks=2, cfg_degree=2), "no negative conditioning"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_the_run_is_refused_before_it_is_sent(client, choice, words):
+    with pytest.raises(UserError, match=words):
+        sample(load(choice))
+    assert not client.sent
 
 
 def test_without_gpu_more_ranks_than_gpus_are_refused(client, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from paralleldit.nodes import layout_choice
 from paralleldit.nodes.comfyui.stepwise import StepwiseModel
 from paralleldit.nodes.handles import EncodedPicture, ModelHandle
 from paralleldit.nodes.layout_choice import LayoutChoice
@@ -42,7 +43,7 @@ def ask(client, monkeypatch) -> Any:
 
 
 def handle(family: str = "flux") -> ModelHandle:
-    return ModelHandle(REF, LayoutChoice(ranks=2), family, {"in_channels": 16})
+    return ModelHandle(REF, LayoutChoice(ranks=2), family, next(iter(FAMILIES[family].published.values())))
 
 
 def percent_to_sigma(percent: float) -> float:
@@ -194,6 +195,31 @@ def test_residuals_of_comfyuis_controlnets_travel_once_each(ask):
     assert message.residuals == {"input": (0, None, 0), "output": (1,)}
     assert torch.equal(tensors["residual.0"], one)
     assert torch.equal(tensors["residual.1"], other)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (LayoutChoice(ranks=2, pipefusion_degree=2), "pipefusion_degree=2 goes on from the step before"),
+        (LayoutChoice(ranks=2, distrifusion_degree=2), "distrifusion_degree=2 goes on from the step before"),
+        (LayoutChoice(ranks=2, ulysses_degree=2, cfg_degree=2), "cannot be completed to 2 ranks"),
+        (LayoutChoice(ranks=5, ulysses_degree=5, attention="yunchang"), "the model has 24"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_is_refused_when_the_sampler_starts(ask, choice, words):
+    with pytest.raises(UserError, match=words):
+        StepwiseModel().begin(replace(handle(), layout=choice), (), percent_to_sigma)
+    assert not ask.sent
+
+
+def test_a_layout_is_judged_once_for_each_kind_of_step(ask, monkeypatch):
+    asks = []
+    monkeypatch.setattr(layout_choice, "check_layout", lambda *args: asks.append(args))
+    stepwise = running()
+    for _ in range(3):
+        stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))
+    assert [work.batch for _, work in asks] == [None, 2]
 
 
 def test_residuals_for_a_model_that_takes_none_are_refused(ask):

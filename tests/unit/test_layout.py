@@ -41,7 +41,7 @@ def test_a_network_without_blocks_takes_rows_cfg_and_data():
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_what_is_chosen_is_exact(ranks, guided):
-    assert largest_exact_layout(ranks, batch=1, guided=guided).is_exact
+    assert largest_exact_layout(ranks, guided=guided).is_exact
 
 
 @pytest.mark.parametrize(

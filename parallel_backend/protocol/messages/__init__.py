@@ -34,7 +34,6 @@ from .requests import (
     EndRun,
     FindChanges,
     KeepChanges,
-    Load,
     OnOutOfMemory,
     Predict,
     Prompt,

@@ -17,17 +17,6 @@ class Request(Message):
     id: int = Field(ge=0, description="chosen by the client; events and the reply carry it")
 
 
-class Load(Request):
-    """Load ahead of use, of a transformer what each rank needs for runs of `layout`; without it, all.
-
-    Reply `data`: {"seconds": …, "models": [what the ranks now hold]}.
-    """
-
-    type: Literal["load"] = "load"
-    ref: Annotated[ModelRef | TextRef | VaeRef, Field(discriminator="kind")]
-    layout: Layout | None = None
-
-
 class EncodeText(Request):
     """Reply tensors: `tokens` [1, St, C] and the family's other inputs, as in `Conditioning`."""
 
@@ -241,8 +230,7 @@ class Cancel(Message):
 
 
 AnyRequest = (
-    Load
-    | EncodeText
+    EncodeText
     | FindChanges
     | KeepChanges
     | Sample
