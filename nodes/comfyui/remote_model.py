@@ -146,14 +146,14 @@ def _ask_ranks(model: Any) -> None:
     setattr(network, name, MethodType(forward, network))
 
 
-def _levels(options: Mapping[str, Any]) -> tuple[float, Tensor | None]:
-    """The current noise level, 0 where no sampler gives it, and the run's next one.
+def _levels(options: Mapping[str, Any]) -> tuple[float | None, Tensor | None]:
+    """The current noise level, None where no sampler gives it, and the run's next one.
 
     There is no next one between two levels, where some samplers call the model too.
     """
     sigmas, levels = options.get("sigmas"), options.get("sample_sigmas")
     if sigmas is None:
-        return 0.0, None
+        return None, None
     if levels is None:
         return float(sigmas[0]), None
     places = (levels[:-1] == sigmas[0].to(levels.device)).nonzero()

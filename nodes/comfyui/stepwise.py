@@ -12,7 +12,7 @@ from torch import Tensor
 from ...launcher.client import Client
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout
-from ...parallel_backend.protocol.messages import Adapters, EndRun, Predict, Prompt, WeightChange
+from ...parallel_backend.protocol.messages import Adapters, EndRun, ImagePromptUse, Predict, Prompt, WeightChange
 from .. import host
 from ..handles import OWN_LOADER, ModelHandle, SentChange
 from ..layout_choice import LayoutChoice
@@ -51,6 +51,20 @@ class _Run:
     layouts: dict[tuple[int, bool], Layout] = field(default_factory=dict)
     """By the batch, and whether several conditions are asked for at once."""
     warned: bool = False
+
+
+def _is_active(picture: ImagePromptUse, span: tuple[float, float], sigma: float | None) -> bool:
+    """Whether a picture works at the noise level `sigma`. Raises `UserError` where it would have to be known."""
+    if (picture.start, picture.end) == (0.0, 1.0):
+        return True
+    if sigma is None:
+        raise UserError(
+            f"The IP-Adapter works from {picture.start:g} to {picture.end:g} of the run, but the sampler does not say "
+            "at which noise level it is.",
+            "Set start_percent to 0 and end_percent to 1, or use Parallel Sampler.",
+        )
+    start, end = span
+    return end <= sigma <= start
 
 
 def _layout_for(handle: ModelHandle, client: Client, *, batch: int | None, guided: bool) -> Layout:
@@ -100,15 +114,15 @@ class StepwiseModel:
         timestep: Tensor,
         inputs: Mapping[str, Any],
         sides: Sequence[int],
-        sigma: float = 0.0,
+        sigma: float | None = None,
         next_timestep: Tensor | None = None,
     ) -> list[Tensor]:
         """The network's output for each of its `latents`, `[N * B, C, H, W]` or `[N * B, C, T, H, W]`.
 
-        `timestep`: `[N * B]` or `[N * B, frames]`, at the noise level `sigma`; `next_timestep` `[N * B]`: that of the
-        run's level after it, where there is one. `inputs`: the other inputs of ComfyUI's network, for each
-        of N conditions after the other, which are of the `sides` POSITIVE or NEGATIVE. Raises `UserError` naming what
-        cannot be sent to the ranks.
+        `timestep`: `[N * B]` or `[N * B, frames]`, at the noise level `sigma`, if that is known; `next_timestep`
+        `[N * B]`: that of the run's level after it, where there is one. `inputs`: the other inputs of ComfyUI's
+        network, for each of N conditions after the other, which are of the `sides` POSITIVE or NEGATIVE. Raises
+        `UserError` naming what cannot be sent to the ranks.
         """
         run = self._run
         if run is None:
@@ -153,12 +167,12 @@ class StepwiseModel:
         answered = self._ask(run, message, tensors)
         return [answered[f"prediction{name}"].to(latents[0].device) for name in names]
 
-    def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice, side: int, sigma: float) -> str:
+    def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice, side: int, sigma: float | None) -> str:
         """The key of the condition of these rows; the ranks hear of it when they need it."""
         pictures = [
             picture
-            for picture, (start, end) in zip(run.handle.pictures, run.spans, strict=True)
-            if picture.message.weight and end <= sigma <= start
+            for picture, span in zip(run.handle.pictures, run.spans, strict=True)
+            if picture.message.weight and _is_active(picture.message, span, sigma)
         ]
         tensors = {
             each.name: inputs[each.network][rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +109,8 @@ class Engine:
         def encode() -> dict[str, Tensor]:
             encoders = self.models.text(request.text, run)
             run.progress("encode text", 0, 1)
-            return encoders.encode(request.prompt, request.prompt_2, request.max_length).tensors()
+            warn = partial(run.log, "warning")
+            return encoders.encode(request.prompt, request.prompt_2, request.max_length, warn).tensors()
 
         return {}, self._on_rank_0(encode, run) or {}
 

@@ -142,7 +142,9 @@ def _config_beside(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON.", "Download or copy it again.") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object.", "Download or copy it again.")
+    return config
 
 
 def _derived(

@@ -18,12 +18,11 @@ from .solver import Denoise, NoiseSource, Solver, SolverContext
 
 @dataclass(frozen=True)
 class StepContext:
-    """The place of a model call in the run; `evaluation` counts the calls of one step. `sigmas`: the run's levels."""
+    """The place of a model call in the run; `evaluation` counts the calls of one step."""
 
     index: int
     total: int
     evaluation: int
-    sigmas: Tensor
 
 
 Model = Callable[[Tensor, Tensor, StepContext], Tensor]
@@ -69,7 +68,7 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
     solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise))
 
     def predict(call: Denoise) -> Tensor:
-        step = StepContext(call.step, total, call.evaluation, sigmas)
+        step = StepContext(call.step, total, call.evaluation)
         x = call.x if held is None else held.before(call.x, call.sigma)
         denoised = model(x, call.sigma, step).float()
         check_finite(denoised, call, total)

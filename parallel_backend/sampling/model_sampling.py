@@ -246,11 +246,3 @@ class VPrediction(EpsPrediction):
         sigma = per_sample(sigma, x)
         variance = sigma**2 + 1.0
         return x / variance - output * sigma / torch.sqrt(variance)
-
-
-MODEL_SAMPLINGS: dict[str, type[ModelSampling]] = {
-    "flux": FluxFlow,
-    "flow": DiscreteFlow,
-    "eps": EpsPrediction,
-    "v_prediction": VPrediction,
-}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,23 @@ class TextEncoders:
         return min(self.parts[self.family.main_part].tokenizer.model_max_length, self.family.default_length)
 
     @torch.no_grad()
-    def encode(self, prompt: str, prompt_2: str | None = None, max_length: int | None = None) -> TextConditioning:
+    def encode(
+        self,
+        prompt: str,
+        prompt_2: str | None = None,
+        max_length: int | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> TextConditioning:
         """Encode `prompt`, or `prompt_2` where it is given for the main encoder, padded or cut to `max_length` tokens.
 
         Equals `encode_prompt` of the family's pipeline in diffusers. Raises UserError for a `max_length` below 1.
+        `warn` hears what is cut off; by default the log does.
         """
         length = self.default_length if max_length is None else max_length
         if length < 1:
             raise UserError(f"max_length is {length}, but a prompt needs at least 1 token.")
-        return self.family.encode(self.parts, prompt, prompt_2 or prompt, length)
+        parts = tuple(replace(part, warn=warn) for part in self.parts) if warn else self.parts
+        return self.family.encode(parts, prompt, prompt_2 or prompt, length)
 
 
 def load_text_encoders(folder: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoders:

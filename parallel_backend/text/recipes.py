@@ -56,11 +56,14 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class LoadedEncoder:
+    """`warn`: hears what a user is to know of a prompt."""
+
     encoder: Any
     tokenizer: Any
+    warn: Callable[[str], None] = log.warning
 
     def ids(self, prompt: str, length: int) -> Tensor:
-        """Token ids `[1, length]`, padded or cut; what is cut is logged."""
+        """Token ids `[1, length]`, padded or cut, which is said."""
         return self._tokenized(prompt, length)[0]
 
     def masked_tokens(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,8 @@ class LoadedEncoder:
     def _tokenized(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
         needed = len(self.tokenizer(prompt, verbose=False).input_ids)
         if needed > length:
-            log.warning("The prompt has %d tokens, only the first %d are used by this text encoder.", needed, length)
+            name = type(self.encoder).__name__
+            self.warn(f"The prompt has {needed} tokens, only the first {length} are used by the text encoder {name}.")
         tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokens.input_ids.to(self.encoder.device), tokens.attention_mask.to(self.encoder.device)
 

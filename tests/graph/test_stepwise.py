@@ -233,6 +233,16 @@ def shown(**changes: Any) -> EncodedPicture:
     return EncodedPicture(message, (torch.ones(1, 8), torch.zeros(1, 8)))
 
 
+def test_a_picture_of_a_part_of_the_run_needs_the_noise_level(ask):
+    stepwise = StepwiseModel()
+    stepwise.begin(replace(handle(), pictures=(shown(),)), (), percent_to_sigma)
+    stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))
+    assert all(len(entry.image_prompts) == 1 for entry in ask.sent[0][0].run_conditions.values())
+    stepwise.begin(replace(handle(), pictures=(shown(end=0.5),)), (), percent_to_sigma)
+    with pytest.raises(UserError, match=r"from 0 to 0\.5 of the run"):
+        stepwise.predict([LATENT], TIMESTEP, inputs(), (0, 1))
+
+
 def test_pictures_are_told_with_the_prompts_while_they_work(ask):
     stepwise = StepwiseModel()
     always, early = shown(weight=0.5), shown(end=0.5)

@@ -293,6 +293,15 @@ def test_what_is_cut_off_is_logged(flux_folder, caplog):
     assert "18 tokens, only the first 10" in caplog.text
 
 
+def test_what_is_cut_off_is_told_to_whoever_asks(flux_folder):
+    told = []
+    load_text_encoders(flux_folder, device="cpu", dtype=torch.float32).encode("abcdefghijklmnop", warn=told.append)
+    assert [text.partition(" are used")[0] for text in told] == [
+        "The prompt has 18 tokens, only the first 14",
+        "The prompt has 18 tokens, only the first 10",
+    ]
+
+
 @pytest.mark.parametrize(("saved", "expected"), [(14, 14), (512, 512), (4096, 512), (None, 512)])
 def test_the_default_length_is_the_tokenizers_where_it_makes_sense(saved, expected, tmp_path):
     encoders = load_text_encoders(save_flux(tmp_path, saved), device="cpu", dtype=torch.float32)

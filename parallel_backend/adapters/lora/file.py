@@ -84,7 +84,10 @@ def read_lora(checkpoint: Checkpoint, names: Names) -> LoraFile:
             modules.setdefault(module, {})[ENDINGS[ending]] = checkpoint.tensor(key)
         else:
             (for_text if FOR_TEXT.match(key) else strange).append(key)
-    scale_of = _trained_scale(checkpoint.metadata)
+    try:
+        scale_of = _trained_scale(checkpoint.metadata)
+    except UserError as error:
+        raise UserError(f"{checkpoint.source.name}: {error.message}", error.hint) from error
     changes: list[Change] = []
     for module, parts in modules.items():
         bias = parts.pop("bias", None)
@@ -108,12 +111,16 @@ def read_lora(checkpoint: Checkpoint, names: Names) -> LoraFile:
 
 
 def _trained_scale(metadata: Mapping[str, str]) -> Any:
-    """`alpha(module, rank)` as a file's metadata tell it: None where they do not, as for a scale of 1."""
+    """`alpha(module, rank)` as a file's metadata tell it: None where they do not, as for a scale of 1.
+
+    Raises `UserError` for metadata that cannot be read: at a scale of 1 the LoRA would be too strong or too weak.
+    """
     try:
         told = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError:
-        told = {}
-    told = told if isinstance(told, dict) else {}
+    except ValueError as error:
+        raise _unread("is not valid JSON") from error
+    if not isinstance(told, dict):
+        raise _unread("is not a JSON object")
     prefix = "transformer."
     config = {key.removeprefix(prefix): value for key, value in told.items() if key.startswith(prefix)}
 
@@ -122,8 +129,14 @@ def _trained_scale(metadata: Mapping[str, str]) -> Any:
         name = module.removeprefix(prefix)
         value = next((each for key, each in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
         value = config.get("lora_alpha") if value is None else value
-        if not isinstance(value, int | float):
+        if value is None:
             return None
+        if not isinstance(value, int | float):
+            raise _unread(f"says lora_alpha={value!r}, which is no number")
         return value * math.sqrt(rank) if config.get("use_rslora") else float(value)
 
     return alpha
+
+
+def _unread(what: str) -> UserError:
+    return UserError(f"Its {METADATA} {what}.", "Download or save the LoRA again.")
