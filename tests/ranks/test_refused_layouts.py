@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.engine import checks, model
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.engine.meshes import MOST
@@ -14,6 +15,7 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.fitting import RunFacts, layouts_that_fit
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Prompt
+from paralleldit.parallel_backend.run_context import Run
 from paralleldit.tests.ranks.stale_flux import HEADS, request_of, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 
@@ -89,10 +91,10 @@ def test_the_ranks_ask_once_whether_a_layout_fits(ranks, folder, kind):
 
 def run_in_turn(world, folder, layouts):
     """Of each layout: the latent's size, meshes and open files after it. At the end: the layouts with traffic."""
-    engine, found = Engine(CPU), []
+    engine, control, found = Engine(CPU), ControlGroup(), []
     for layout in layouts:
         request, tensors = asked("Sample", folder, layout)
-        latent = engine.handle(request, tensors, run_of(request)[0])[1]["latent"]
+        latent = engine.handle(request, tensors, Run(control, request.id, lambda *_: None))[1]["latent"]
         found.append((float(latent.norm()), len(engine._meshes._held), len(os.listdir("/proc/self/fd"))))
     return found, engine.status()["traffic"]
 
