@@ -18,7 +18,7 @@ SIZES = {"width": 640, "height": 480}
 
 
 def model_of(family: str) -> ModelHandle:
-    return ModelHandle(messages.ModelRef(path="unused"), None, family, {"in_channels": 4})
+    return ModelHandle(messages.ModelRef(path="unused"), None, family, next(iter(FAMILIES[family].published.values())))
 
 
 @pytest.mark.parametrize(
