@@ -14,6 +14,7 @@ from paralleldit.parallel_backend.engine.predict import predict
 from paralleldit.parallel_backend.engine.run_conditions import RunConditions
 from paralleldit.parallel_backend.engine.sample import sample
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Sample, Schedule
@@ -193,15 +194,11 @@ def test_requests_give_what_one_rank_gives(ranks, layout):
             assert float((mine - truth).norm() / truth.norm()) <= TOLERANCE
 
 
-def test_a_layout_that_needs_blocks_is_refused_with_one_that_does_not(ranks):
-    refusals = ranks.run(2, refused, Layout(distrifusion_degree=2))
-    assert all("distrifusion_degree=2" in text and "Nearest that fits: ulysses2" in text for text in refusals)
-
-
-def refused(world: Axis, layout: Layout) -> str:
+def test_a_layout_that_needs_blocks_is_refused_with_one_that_does_not():
     with pytest.raises(UserError) as caught:
-        by_request(world, layout)
-    return str(caught.value)
+        check_layout(Layout(distrifusion_degree=2), RunFacts(ranks=2, can=TinyUNet.spec.can))
+    assert "distrifusion_degree=2" in str(caught.value)
+    assert "Nearest that fits: ulysses2" in str(caught.value)
 
 
 def bytes_sent(world: Axis, layout: Layout) -> Counter[str]:
