@@ -30,9 +30,7 @@ class LatentSpec:
     `stride`: frames, rows and columns of pixels (of any signal) to a cell. `patch`: frames, rows and columns of cells
     to a token. The model's own latent is `((x - mean) / std - shift) * scale` of the VAE's, mean and deviation given
     by channel, if at all. `channels_last`: whether a token's values are those of its first cell in all channels, then
-    of the next, rather than all cells of the first channel first. `multiple`: frames, rows and columns of cells are
-    multiples of these. `first_frame_alone`: a first frame is a cell of its own, `1 + (frames - 1) / stride` in all.
-    `kept`: what an area that a mask keeps is while the rest is sampled: noised to the level at hand, or clean.
+    of the next, rather than all cells of the first channel first.
     """
 
     channels: int
@@ -45,9 +43,6 @@ class LatentSpec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     channels_last: bool = False
-    multiple: tuple[int, int, int] = (1, 1, 1)
-    first_frame_alone: bool = True
-    kept: Literal["noised", "clean"] = "noised"
 
     def of_vae(self, config: Mapping[str, Any]) -> LatentSpec:
         """The same of a VAE with that config.json: with the numbers that it says, and the others as they are."""
