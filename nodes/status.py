@@ -32,10 +32,9 @@ class ParallelDiTStatus:
 
     def report(self, after: Any = None) -> dict[str, Any]:
         lines: list[str] = []
-        if session.running() is not None:
-            client = session.client_for(None)
-            lines += _lines(client.welcome, session.ask(client, Status(id=0)).result.data)
-        if visited := session.visit_vae_sidecar(Status(id=0)):
+        if visited := session.visit(Status(id=0)):
+            lines += _lines(*visited)
+        if visited := session.visit(Status(id=0), vae=True):
             lines += ["The VAE's own:", *_lines(*visited)]
         text = "\n".join(lines) or NOT_RUNNING
         host.current().show(text)

@@ -23,7 +23,7 @@ from ..handles import SentChange
 from ..host import Host, OnProgress, logger
 from ..request.weight_patches import changes_of
 from ..session import session
-from ..session.activity import KNOWN_ERRORS
+from ..session.activity import FAILURES
 from . import model_checks, remote_model
 from .ranks_memory import RanksMemory
 
@@ -97,10 +97,11 @@ class ComfyHost(Host):
             comfy.model_management.soft_empty_cache()
 
     def _unload_ranks(self) -> None:
+        """ComfyUI's memory manager asks for this, outside of a prompt too: nothing but a line of the log leaves it."""
         try:
             if text := session.unload():
-                self.say(f"ComfyUI unloads models, and so do the ranks: {text}")
-        except (*KNOWN_ERRORS, OSError) as error:
+                logger.info("ComfyUI unloads models, and so do the ranks: %s", text)
+        except FAILURES as error:
             logger.warning("The ranks could not unload their models: %s", error)
 
     def _shares_gpu(self, welcome: Welcome) -> bool:

@@ -20,6 +20,10 @@ from ..request import image_prompts
 from ..request.latent import names_of
 from ..request.network_inputs import entry_of_inputs, is_repeated, refuse_inputs, residuals_of
 from ..session import session, weight_delivery
+from ..session.activity import FAILURES
+
+END_S = 10.0
+"""The time limit for the ranks to hear that a run is over. They forget it with the next one anyway."""
 
 
 @dataclass
@@ -103,10 +107,14 @@ class StepwiseModel:
         host.current().beginning(client.welcome)
 
     def end(self) -> None:
-        """The sampler is done, however it ended."""
+        """The sampler is done, however it ended: this can be neither cancelled nor fail in its stead."""
         run, self._run = self._run, None
-        if run is not None and run.sent and run.client.alive:
-            session.ask(run.client, EndRun(id=0, run=run.key))
+        if run is None or not run.sent or not run.client.alive:
+            return
+        try:
+            run.client.request(EndRun(id=0, run=run.key), timeout=END_S)
+        except FAILURES as error:
+            host.logger.warning("The ranks could not be told that a run is over: %s", error)
 
     def predict(
         self,

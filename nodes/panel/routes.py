@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...parallel_backend.errors import UserError
 from ..layout_choice import MAX_DEGREE
-from ..session.activity import KNOWN_ERRORS, activity
+from ..session.activity import FAILURES, activity
 from . import status as panel
 
 EVENT = "paralleldit"
@@ -38,7 +38,7 @@ def register(routes: web.RouteTableDef, send: Callable[[str, dict[str, Any]], No
 
     @routes.get(f"{PREFIX}/status")
     async def status(request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(panel.status))
+        return await _answer(panel.status)
 
     @routes.post(f"{PREFIX}/start")
     async def start(request: web.Request) -> web.Response:
@@ -85,7 +85,7 @@ async def _answer(action: Callable[..., dict[str, Any]], *arguments: object) -> 
         return web.json_response(await asyncio.to_thread(action, *arguments))
     except UserError as error:
         return _error(409, error.message, error.hint)
-    except (*KNOWN_ERRORS, OSError) as error:
+    except FAILURES as error:
         return _error(502, getattr(error, "message", str(error)), getattr(error, "hint", ""))
 
 

@@ -10,14 +10,13 @@ from ...launcher import lifecycle
 from ...launcher.instance import SidecarInstance
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol import records
-from ...parallel_backend.protocol.messages import Request, Status, Unload
+from ...parallel_backend.protocol.messages import Status
 from .. import host
 from ..session import session
-from ..session.activity import KNOWN_ERRORS, activity
+from ..session.activity import FAILURES, activity
 
 ANSWER_S = 10.0
 """The time limit for the ranks' reply to a status request: it comes at once, unless they have just begun to work."""
-UNLOAD_S = 60.0
 LOG_LINES = 60
 
 _asked: tuple[object, dict[str, Any]] = (None, {})
@@ -28,13 +27,14 @@ def status() -> dict[str, Any]:
     """The state of the sidecar, what the nodes have learnt of it, and what the ranks report.
 
     The ranks are asked only when something has changed: to be asked counts as work, and would put off their idle time.
+    A sidecar may be replaced meanwhile: each of its files is read once.
     """
     spec = host.current().spec
     life = None if spec.remote else lifecycle.current(spec.slot)
-    settings = life.settings if life else None
+    settings, end = (life.settings, life.end) if life else (None, None)
     now = activity.now
     answer: dict[str, Any] = {
-        "state": _state(life),
+        "state": _state(life, settings, end),
         "remote": spec.remote,
         "rank_count": settings.ranks if settings else spec.ranks,
         "default_ranks": _default_ranks(),
@@ -45,10 +45,10 @@ def status() -> dict[str, Any]:
     }
     if answer["state"] in ("ready", "remote"):
         answer["details"] = _details((life.path if life else None, now.version))
-    elif answer["state"] == "failed" and life and life.end:
-        answer["activity"]["error"] = answer["activity"]["error"] or _fault(life.end)
+    elif answer["state"] == "failed" and end:
+        answer["activity"]["error"] = answer["activity"]["error"] or _fault(end)
     if life and (answer["state"] == "failed" or (now.error and now.error.sidecar_failed)):
-        answer["log"] = _log(life)
+        answer["log"] = _log(life, end)
     return answer
 
 
@@ -88,29 +88,30 @@ def unload() -> dict[str, Any]:
     """Free what the ranks hold. Raises `UserError` during a run."""
     if activity.now.phase is not None:
         raise UserError("The ranks are at work.", "Unload the models when the run is over, or interrupt it.")
-    with activity.during("unload"):
-        if session.visit_vae_sidecar(Unload(id=0), UNLOAD_S) is None or session.running() is not None:
-            _ask(Unload(id=0), UNLOAD_S)
+    if not session.unload():
+        raise UserError("No sidecar is running.", "Queue a prompt, or start one.")
     return status()
 
 
-def _state(life: SidecarInstance | None) -> str:
+def _state(life: SidecarInstance | None, settings: records.Settings | None, end: records.End | None) -> str:
     if host.current().spec.remote:
         return "remote"
     if life is None:
         return "stopped"
-    if life.is_alive and life.settings is None:
+    is_alive = life.is_alive
+    if is_alive and settings is None:
         return "other version"
-    if life.is_alive and life.end is None:
+    if is_alive and end is None:
         return "ready" if life.is_ready else "starting"
-    return "stopped" if life.end is None or life.end.clean else "failed"
+    return "stopped" if end is None or end.clean else "failed"
 
 
 def _vae_ranks() -> int:
     """How many ranks a VAE has for itself now."""
     spec = host.current().spec
     life = None if spec.remote else lifecycle.current(spec.slot.vae)
-    return life.settings.ranks if life and life.is_alive and life.settings else 0
+    settings = life.settings if life and life.is_alive else None
+    return settings.ranks if settings else 0
 
 
 def _default_ranks() -> int:
@@ -128,29 +129,22 @@ def _details(change: object) -> dict[str, Any]:
         if _asked[0] == change:
             return _asked[1]
         try:
-            details = _ask(Status(id=0), ANSWER_S)
-        except (*KNOWN_ERRORS, OSError) as error:
+            visited = session.visit(Status(id=0), ANSWER_S)
+        except FAILURES as error:
             return {"unreachable": str(error)}
+        if visited is None:
+            return {"unreachable": "The sidecar has just ended."}
+        details = visited[1]
         if not details.get("busy"):
             _asked = (change, details)
         return details
-
-
-def _ask(message: Request, timeout: float) -> dict[str, Any]:
-    client = lifecycle.visit(host.current().spec)
-    if client is None:
-        raise UserError("No sidecar is running.", "Queue a prompt, or start one.")
-    try:
-        return client.request(message, timeout=timeout)[0].data
-    finally:
-        client.close()
 
 
 def _fault(end: records.End) -> dict[str, Any]:
     return {"message": end.message, "hint": end.hint, "sidecar_failed": True}
 
 
-def _log(life: SidecarInstance) -> str:
+def _log(life: SidecarInstance, end: records.End | None) -> str:
     """The end of the log of the rank that failed, or of torchrun's."""
-    rank = life.end.rank if life.end else None
+    rank = end.rank if end else None
     return "\n".join(life.tail(rank).splitlines()[-LOG_LINES:])

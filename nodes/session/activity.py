@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from ...launcher.client import Event, SidecarError
-from ...parallel_backend.errors import UserError
+from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol.errors import ProtocolError
 from ...parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result, Sample
 
 KNOWN_ERRORS = (UserError, SidecarError, ProtocolError)
+FAILURES = (*KNOWN_ERRORS, Cancelled, OSError)
+"""All that a request may end with: `Cancelled` too where nobody has asked for it, when another ends the sidecar."""
 
 
 @dataclass(frozen=True)

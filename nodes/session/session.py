@@ -16,6 +16,9 @@ from ...parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progr
 from .. import host
 from .activity import activity
 
+UNLOAD_S = 60.0
+"""The time limit for the ranks to unload their models, once the request before is done."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -90,15 +93,22 @@ def running() -> SidecarSpec | None:
     if spec.remote:
         return spec
     life = lifecycle.current(spec.slot)
-    if life is None or not life.is_alive or life.settings is None:
-        return None
-    return replace(spec, ranks=life.settings.ranks)
+    settings = life.settings if life and life.is_alive else None
+    return replace(spec, ranks=settings.ranks) if settings else None
 
 
-def visit_vae_sidecar(message: Request, timeout: float | None = None) -> tuple[Welcome, dict[str, Any]] | None:
-    """The welcome and the reply of the VAE's own sidecar; None when there is none."""
+def visit(
+    message: Request, timeout: float | None = None, *, vae: bool = False
+) -> tuple[Welcome, dict[str, Any]] | None:
+    """The welcome and the reply of the sidecar that runs, or of the VAE's own; None when there is none.
+
+    On a connection of its own and without a word to the host, so that it may be called outside of a prompt: no Cancel
+    ends it, not even one that has come too late for its prompt. Raises what `FAILURES` lists.
+    """
     spec = host.current().spec
-    client = None if spec.remote else lifecycle.visit(spec.for_vae(0))
+    if vae and spec.remote:
+        return None
+    client = lifecycle.visit(spec.for_vae(0) if vae else spec)
     if client is None:
         return None
     try:
@@ -146,12 +156,13 @@ def ask(
 
 
 def unload() -> str:
-    """Has the ranks of all sidecars unload their models, and says how much memory that gave back; "" without any."""
-    freed: list[Any] = []
-    if running() is not None:
-        freed.append(ask(client_for(None), Unload(id=0)).result.data["freed_bytes"])
-    if visited := visit_vae_sidecar(Unload(id=0)):
-        freed.append(visited[1]["freed_bytes"])
+    """Has the ranks of all sidecars unload their models, and says how much memory that gave back; "" without any.
+
+    May be called outside of a prompt, as `visit`.
+    """
+    with activity.during("unload"):
+        visited = [visit(Unload(id=0), UNLOAD_S, vae=vae) for vae in (False, True)]
+    freed = [data["freed_bytes"] for _, data in filter(None, visited)]
     sizes = [", ".join(f"{size / 1e9:.2f} GB" for size in of_ranks) for of_ranks in freed]
     return f"Freed {'; of the VAE: '.join(sizes)} (rank by rank)." if sizes else ""
 

@@ -58,6 +58,19 @@ def test_freeing_comfyuis_memory_frees_that_of_the_ranks(host, with_seed):
     picture(host, host.run(with_seed(NAME, seed=8)))
 
 
+@pytest.mark.parametrize("with_seed", [stock_with, demo_with])
+def test_a_cancel_while_nothing_runs_does_not_end_the_queue_when_memory_is_freed(host, with_seed):
+    picture(host, host.run(with_seed(NAME, seed=11)))
+    for _ in range(2):
+        host.post("/interrupt", {})
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 30
+    while host.models() and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert not host.models()
+    picture(host, host.run(with_seed(NAME, seed=12)))
+
+
 def test_two_models_in_one_graph_sample_what_each_samples_alone(host):
     names = (NAME, "diffusers/sd3")
     alone = [picture(host, host.run(demo_with(name, seed=9, cfg=3.0))) for name in names]

@@ -364,10 +364,12 @@ sent in layout cfg2: cfg all_gather 2.0 MB in 4 messages"""
 
 @pytest.mark.parametrize(("name", "text"), [("Status", STATUS), ("Unload", "Freed 1.00 GB, 2.00 GB (rank by rank).")])
 def test_status_and_unload_ask_the_sidecar_that_runs(client, monkeypatch, name, text):
-    monkeypatch.setattr("paralleldit.nodes.session.session.running", lambda: SidecarSpec(ranks=4))
+    client.welcome = client.welcome.model_copy(update={"ranks": 4})
+    own = host.current().spec
+    monkeypatch.setattr(lifecycle, "visit", lambda spec: client if spec == own else None)
     shown = getattr(node(name), node(name).FUNCTION)("passed on")
     assert shown["ui"]["text"] == [text]
-    assert client.specs == [SidecarSpec(ranks=4)]
+    assert not client.specs, "nothing is started"
 
 
 def test_unload_passes_its_input_on(client):

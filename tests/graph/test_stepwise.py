@@ -30,8 +30,9 @@ MISSING: list[list[str]] = []
 def ask(client, monkeypatch) -> Any:
     """The stand-in, which answers a prediction with the latent plus one."""
 
-    def request(message: Any, tensors: Any = None, on_event: Any = None, cancelled: Any = None) -> Any:
-        client.sent.append((message, dict(tensors)))
+    def request(message: Any, tensors: Any = None, on_event: Any = None, cancelled: Any = None, **_: Any) -> Any:
+        tensors = dict(tensors or {})
+        client.sent.append((message, tensors))
         missing = MISSING.pop(0) if MISSING and isinstance(message, messages.Predict) else []
         latents = {} if missing else {name: tensor for name, tensor in tensors.items() if name.startswith("latent")}
         body = {name.replace("latent", "prediction"): tensor + 1 for name, tensor in latents.items()}
