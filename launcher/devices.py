@@ -16,6 +16,9 @@ CPU_RANKS = 2
 """The default number of ranks of a CPU sidecar."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
+SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""The network interface at which ranks listen for each other: on one host, where no other machine reaches them."""
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -67,7 +70,7 @@ def rank_environment(
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACK), base.get("PYTHONPATH", "")]))
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
     if single_host:
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        env.update(dict.fromkeys(SOCKET_VARIABLES, "lo"))
     for variable in ALLOCATOR_VARIABLES:
         if variable in env:
             env[variable] = without_async_allocator(env[variable])

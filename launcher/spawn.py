@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import secrets
-import socket
 import subprocess
 import threading
 import time
@@ -30,8 +27,6 @@ def launch(
     slot: Slot, spec: SidecarSpec, settings: records.Settings, owner: records.Process | None, on_progress: Say
 ) -> SidecarInstance:
     life = SidecarInstance(slot.new_life())
-    endpoint = spec.rdzv_endpoint or f"127.0.0.1:{free_port()}"
-    settings = settings.model_copy(update={"store": endpoint})
     records.write(life.path / records.SettingsFile, settings)
     life.own(owner)
     if settings.address != "unix":
@@ -53,17 +48,15 @@ def launch(
 
 def _spawn(life: SidecarInstance, spec: SidecarSpec, settings: records.Settings) -> subprocess.Popen[bytes]:
     single = settings.nnodes == 1
+    several_hosts = (
+        *(f"--node-rank={settings.node_rank}", "--rdzv-backend=static", f"--rdzv-endpoint={settings.store}"),
+        f"--rdzv-conf=timeout={spec.start_timeout:.0f}",
+    )
     command = [
         *(spec.python, "-m", "parallel_backend.worker.torchrun", str(life.path)),
-        *(f"--nnodes={settings.nnodes}", f"--node-rank={settings.node_rank}"),
-        f"--nproc-per-node={len(settings.local_ranks)}",
-        *(
-            "--rdzv-backend=static",
-            f"--rdzv-endpoint={settings.store}",
-            f"--rdzv-conf=timeout={spec.start_timeout:.0f}",
-        ),
+        *(f"--nnodes={settings.nnodes}", f"--nproc-per-node={len(settings.local_ranks)}"),
+        *(("--rdzv-backend=one-host", "--local-addr=127.0.0.1") if single else several_hosts),
         *("--max-restarts=0", "--shutdown-timeout=5"),
-        *(["--local-addr=127.0.0.1"] if single else []),
         *("-m", settings.worker, str(life.path)),
     ]
     env = devices.rank_environment(
@@ -106,15 +99,6 @@ def _wait_ready(
     on_progress(f"the sidecar is ready after {time.monotonic() - began:.1f} s")
 
 
-def free_port() -> int:
-    """A free port below those of Linux' outgoing connections (from 32768 on), which might take it before a rank."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise SidecarError("No port of this host is free between 20000 and 32000.", "Name one with --rdzv-endpoint.")
-
-
 def _write_token(path: Path, chosen: Path | None) -> None:
     token = read_token(chosen) if chosen else secrets.token_urlsafe(32)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
@@ -126,6 +110,8 @@ def read_token(path: Path) -> str:
         token = path.read_text().strip()
     except OSError as error:
         raise UserError(f"The token file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The token file {path} holds no text in UTF-8.", "Write the token as text.") from error
     if not token:
         raise UserError(f"The token file {path} is empty.")
     return token

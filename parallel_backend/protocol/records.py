@@ -19,6 +19,10 @@ ReadyFile = "ready.json"
 EndFile = "end.json"
 TokenFile = "token"
 SocketFile = "socket"
+BoardFile = "board"
+"""What the ranks of one host tell each other outside of collectives."""
+GroupsFile = "groups"
+"""Where the ranks of one host form their groups."""
 AgentLog = "torchrun.log"
 
 log = logging.getLogger(__name__)
@@ -79,6 +83,11 @@ class End(Message):
 
 def rank_file(rank: int) -> str:
     return f"rank-{rank}.json"
+
+
+def failed_file(sequence: int) -> str:
+    """Of the request of that number, while it is under way."""
+    return f"failed-{sequence}.json"
 
 
 def rank_log(rank: int) -> str:

@@ -76,10 +76,10 @@ def main(engine_factory: Callable[[torch.device], Engine]) -> None:
 class Rank:
     def __init__(self, life: Path, rank: int, engine_factory: Callable[[torch.device], Engine]) -> None:
         import torch
-        import torch.distributed as dist
 
         from ..distributed.control_group import ControlGroup
-        from .heartbeat import Pulse, connect_store
+        from .heartbeat import Pulse
+        from .rendezvous import connect_board, connect_store
 
         started = time.monotonic()
         settings = records.read(life / records.SettingsFile, records.Settings)
@@ -94,11 +94,12 @@ class Rank:
             torch.cuda.set_device(self.device)
         self.backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[settings.device]
         self.can_regroup = not cuda
-        dist.init_process_group(self.backend, timeout=timedelta(seconds=settings.compute_timeout))
+        self.store = connect_store(settings, life)
+        self._form_groups("first")
         self.control, self.within = ControlGroup(), ControlGroup()
         """Between requests, and within one: this group a rank can leave before the others do."""
-        self.store = connect_store()
-        Pulse(rank, settings.hang_timeout + LAST_WORDS_S).start()
+        self.board = connect_board(settings, life)
+        Pulse(connect_board(settings, life), rank, settings.hang_timeout + LAST_WORDS_S).start()
         self.engine = engine_factory(self.device)
         self.sequence = 0
         self.born = time.monotonic()
@@ -148,6 +149,7 @@ class Rank:
             self._regroup(work, has_left=outcomes[self.rank].gave_up)
         if self.watch:
             self.watch.sequence = None
+            self.board.forget_failure(self.sequence)
         if is_last and self.server:
             self.server.close()
         return not is_last
@@ -174,7 +176,7 @@ class Rank:
 
     def _attempt(self, work: Job, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
         from ..failures import Outcome, describe
-        from .heartbeat import report_failure
+        from .board import Failed
 
         try:
             data, tensors = self._handle(work, run)
@@ -183,8 +185,9 @@ class Rank:
             outcome = describe(error, self.rank, self.device)
             if outcome.is_broken:
                 log.exception("request %s failed", work.request.type)
-            if outcome.kind != "cancelled":
-                report_failure(self.store, self.sequence, self.rank, outcome)
+            if outcome.kind in ("user", "crash", "lost"):
+                failed = Failed(rank=self.rank, kind=outcome.kind, message=outcome.message, hint=outcome.hint)
+                self.board.tell_failure(self.sequence, failed)
             return {}, {}, outcome
 
     def _handle(self, work: Job, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
@@ -249,19 +252,24 @@ class Rank:
         self.store.set(keys[self.rank], "")
         self.store.wait(keys)
         dist.destroy_process_group()
-        store = dist.PrefixStore(f"after/{self.sequence}", self.store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(
-            self.backend,
-            store=store,
-            rank=self.rank,
-            world_size=self.settings.ranks,
-            timeout=timedelta(seconds=self.settings.compute_timeout),
-        )
+        self._form_groups(f"after/{self.sequence}")
         self.control, self.within = ControlGroup(), ControlGroup()
         self.engine.rejoin(self._run_of(work))
         log.info("the ranks have formed their groups anew")
 
+    def _form_groups(self, name: str) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            self.backend,
+            store=dist.PrefixStore(name, self.store),  # pyright: ignore[reportPrivateImportUsage]
+            rank=self.rank,
+            world_size=self.settings.ranks,
+            timeout=timedelta(seconds=self.settings.compute_timeout),
+        )
+
     def _open(self) -> None:
+        from .rendezvous import connect_board
         from .server import Server, listen
         from .watchdog import Watch
 
@@ -271,7 +279,7 @@ class Rank:
             version=messages.PROTOCOL_VERSION, ranks=self.settings.ranks, device=self.settings.device, pid=os.getpid()
         )
         self.server = Server(listener, welcome, token=token, max_body=self.settings.max_body, status=self._busy_status)
-        self.watch = Watch(self.server, self.settings, self.life)
+        self.watch = Watch(self.server, self.settings, self.life, connect_board(self.settings, self.life))
         self.server.start()
         self.watch.start()
 

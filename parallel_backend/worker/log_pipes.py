@@ -28,9 +28,10 @@ def attach(log: Path) -> None:
 
 
 class BoundedLog:
-    """A file of at most `limit` bytes and its predecessor `<name>.1`. Failed writes are dropped, the first reported."""
+    """A file of at most `limit` bytes and its predecessor `<name>.1`. Failed writes are dropped; of the first `report`
+    is given the error's number."""
 
-    def __init__(self, path: Path, limit: int, report: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, limit: int, report: Callable[[int], None]) -> None:
         self.path = path
         self._limit = limit
         self._report = report
@@ -42,7 +43,7 @@ class BoundedLog:
         except OSError as error:
             if not self._reported:
                 self._reported = True
-                self._report(f"Log lines are lost: {self.path}: {error.strerror}.")
+                self._report(error.errno or 0)
 
     def _append(self, data: bytes) -> None:
         if self.path.exists() and self.path.stat().st_size + len(data) > self._limit:

@@ -1,16 +1,20 @@
 """The torchrun of one host, for one life of the sidecar: `python -m parallel_backend.worker.torchrun LIFE ARGUMENTS`.
 
-It is torchrun with two additions: it keeps the ranks' logs, and it writes down which rank died of what.
+It is torchrun with three additions: it keeps the ranks' logs, it writes down which rank died of what, and for one host
+it opens no port.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..protocol import records
+from .board import FileBoard, LostLog
 from .log_pipes import BoundedLog, LogPump, pipe_path
 
 
@@ -19,6 +23,8 @@ def main(life: Path, arguments: list[str]) -> int:
     if settings is None:
         print(f"{life} has no readable {records.SettingsFile}", file=sys.stderr)
         return 2
+    if settings.nnodes == 1:
+        FileBoard.create(life, settings.ranks)
     pump = LogPump(_logs(life, settings))
     pump.start()
 
@@ -26,6 +32,9 @@ def main(life: Path, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from . import rendezvous
+
+    rendezvous.register()
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
@@ -65,15 +74,19 @@ def cause_of_death(deaths: dict[int, tuple[int, int]]) -> records.End:
 
 
 def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:
-    logs = [life / records.rank_log(rank) for rank in settings.local_ranks]
-    return {pipe_path(log): BoundedLog(log, settings.log_bytes, lambda text: _tell(settings, text)) for log in logs}
+    logs = {rank: life / records.rank_log(rank) for rank in settings.local_ranks}
+    return {
+        pipe_path(log): BoundedLog(log, settings.log_bytes, partial(_tell, life, settings, rank))
+        for rank, log in logs.items()
+    }
 
 
-def _tell(settings: records.Settings, text: str) -> None:
-    from .heartbeat import connect_store
+def _tell(life: Path, settings: records.Settings, rank: int, errno: int) -> None:
+    from .rendezvous import connect_board
 
-    host, _, port = settings.store.rpartition(":")
-    connect_store(host, int(port)).set("log trouble", text)
+    # Without a board nobody is left to hear it.
+    with contextlib.suppress(OSError, RuntimeError):
+        connect_board(settings, life).tell_lost_log(LostLog(rank=rank, errno=errno))
 
 
 if __name__ == "__main__":

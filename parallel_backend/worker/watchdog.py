@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from ..failures import Outcome
 from ..protocol import messages, records
-from .heartbeat import Beats, connect_store
+from .board import Board
+from .heartbeat import Beats
 from .server import Job, Server
 
 log = logging.getLogger(__name__)
@@ -25,13 +25,13 @@ FAREWELL_S = 10.0
 
 
 class Watch(threading.Thread):
-    def __init__(self, server: Server, settings: records.Settings, life: Path) -> None:
+    def __init__(self, server: Server, settings: records.Settings, life: Path, board: Board) -> None:
         super().__init__(name="watch", daemon=True)
         self._server = server
         self._settings = settings
         self._life = life
-        self._store = connect_store()
-        self._beats = Beats(self._store, list(range(settings.ranks)))
+        self._board = board
+        self._beats = Beats(board, list(range(settings.ranks)))
         self._alone_since = time.monotonic()
         self._failed_since: tuple[int, float] | None = None
         self._log_trouble_reported = False
@@ -41,12 +41,17 @@ class Watch(threading.Thread):
     def run(self) -> None:
         next_heartbeat = 0.0
         while True:
-            self._look_for_failure()
-            if time.monotonic() >= next_heartbeat:
-                next_heartbeat = time.monotonic() + HEARTBEAT_S
-                self._heartbeat()
-                self._look_for_log_trouble()
-                self._look_for_need()
+            try:
+                self._look_for_failure()
+                if time.monotonic() >= next_heartbeat:
+                    next_heartbeat = time.monotonic() + HEARTBEAT_S
+                    self._heartbeat()
+                    self._look_for_log_trouble()
+                    self._look_for_need()
+            except OSError:
+                log.exception("the sidecar's directory cannot be read")
+            except RuntimeError as error:
+                self.crash(Outcome("crash", f"The store of torchrun is gone: {error}"), rank=0)
             time.sleep(TICK_S)
 
     # -- ranks -----------------------------------------------------------------------------------------------
@@ -57,17 +62,16 @@ class Watch(threading.Thread):
         A crash on CUDA ends the sidecar in any case.
         """
         sequence = self.sequence
-        if sequence is None or not self._store.check([f"failed/{sequence}"]):
+        failed = None if sequence is None else self._board.failure(sequence)
+        if sequence is None or failed is None:
             return
         if self._failed_since is None or self._failed_since[0] != sequence:
             self._failed_since = sequence, time.monotonic()
-        failed = json.loads(self._store.get(f"failed/{sequence}"))
-        rank = failed.pop("rank")
-        outcome = Outcome(**failed)
+        outcome = Outcome(failed.kind, failed.message, failed.hint)
         ends = outcome.is_broken and self._settings.device == "cuda"
         patience = AGREEMENT_S if ends else self._settings.hang_timeout
         if time.monotonic() - self._failed_since[1] > patience and self.sequence == sequence:
-            self.crash(outcome, rank)
+            self.crash(outcome, failed.rank)
 
     def _heartbeat(self) -> None:
         silence, rank = self._beats.quietest()
@@ -99,11 +103,11 @@ class Watch(threading.Thread):
     def _look_for_log_trouble(self) -> None:
         """The pump of the logs says when the disk is full; the next client with a request hears it, once."""
         running = self._server.running
-        if self._log_trouble_reported or running is None or not self._store.check(["log trouble"]):
+        lost = None if self._log_trouble_reported or running is None else self._board.lost_log()
+        if running is None or lost is None:
             return
         self._log_trouble_reported = True
-        text = self._store.get("log trouble").decode()
-        running.send(messages.Log(id=running.request.id, level="warning", text=text))
+        running.send(messages.Log(id=running.request.id, level="warning", text=str(lost)))
 
     def _look_for_need(self) -> None:
         now = time.monotonic()

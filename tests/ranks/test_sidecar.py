@@ -1,6 +1,8 @@
 """A real sidecar of two CPU ranks: it serves, it fails well, and it leaves nothing behind."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralleldit.launcher import lifecycle, spawn
+from paralleldit.launcher import lifecycle
 from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.lifecycle import connect, current, ensure_sidecar, inherit
 from paralleldit.launcher.spec import SidecarSpec
@@ -281,7 +283,7 @@ def test_a_sidecar_whose_directory_was_removed_ends(tmp_path):
         ({"python": "bare"}, "no module"),
         ({"python": "/nonexistent/python"}, "cannot be run: No such file"),
         ({"address": "tcp://127.0.0.1:{taken}"}, "port .* is taken"),
-        ({"rdzv_endpoint": "127.0.0.1:{taken}"}, "port .* is taken"),
+        ({"nnodes": 2, "rdzv_endpoint": "127.0.0.1:{taken}"}, "port .* is taken"),
         ({"start_timeout": 0.5}, r"did not start within 0.5 s: 0 of the 2 ranks"),
     ],
 )
@@ -307,11 +309,20 @@ def _fill(value, taken):
 # -- several hosts, over TCP ----------------------------------------------------------------------------
 
 
+def free_port():
+    """A free port below those of Linux' outgoing connections (from 32768 on), which might take it before a rank."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("no port is free")
+
+
 def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
     (tmp_path / "token").write_text("a secret\n")
     (tmp_path / "guess").write_text("a guess\n")
     run = tmp_path / "run"
-    address, meeting = f"tcp://127.0.0.1:{spawn.free_port()}", f"127.0.0.1:{spawn.free_port()}"
+    address, meeting = f"tcp://127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     shape = ["--ranks", "2", "--nnodes", "2", "--rdzv-endpoint", meeting, "--device", "cpu", "--idle-timeout", "4"]
     shape += ["--address", address, "--token-file", str(tmp_path / "token"), "--worker", "tests.ranks.stand_in"]
     assert launcher(run, "status")[0] == 3

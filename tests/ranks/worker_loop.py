@@ -19,6 +19,7 @@ from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.protocol import messages, tensors
 from paralleldit.parallel_backend.worker.__main__ import Rank
+from paralleldit.parallel_backend.worker.board import StoreBoard
 from paralleldit.parallel_backend.worker.server import Job
 
 Asked = tuple[messages.AnyRequest, dict[str, torch.Tensor]]
@@ -53,7 +54,7 @@ def loop_of(rank: int, asked: Sequence[Asked]) -> Rank:
         sequence=0,
         server=Requests(asked) if rank == 0 else None,
         watch=None,
-        store=dist.HashStore(),
+        board=StoreBoard(dist.HashStore()),
     )
     return loop
 
