@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..parallel_backend.errors import Cancelled, UserError
-from ..parallel_backend.protocol import addresses, frames, messages, records
+from ..parallel_backend.protocol import addresses, frames, handshake, messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
 from ..parallel_backend.protocol.tensors import unpack
 from .instance import SidecarInstance
@@ -77,7 +77,7 @@ class Client:
         sock = addresses.connect(address, socket_path, timeout=5.0)
         stream = frames.FrameSocket(sock, max_body=max_body, stall_timeout=hang_timeout)
         try:
-            welcome = frames.greet(stream, token)
+            welcome = handshake.greet(stream, token)
         except BaseException:
             stream.close()
             raise

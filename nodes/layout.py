@@ -6,12 +6,13 @@ from typing import Any, get_args
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.layout.layout import (
+    MAX_DEGREE,
     AttentionKernel,
     Compile,
     Refresh,
     Weights,
 )
-from .layout_choice import GIVEN, MAX_DEGREE, LayoutChoice
+from .layout_choice import GIVEN, LayoutChoice
 from .session import session
 from .widgets import verdict
 

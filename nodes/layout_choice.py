@@ -19,8 +19,6 @@ from ..parallel_backend.layout.layout import (
     layouts_of,
 )
 
-MAX_DEGREE = 1024
-
 GIVEN = ("tensor_degree", "distrifusion_degree", "pipefusion_degree")
 """Degrees that are never chosen for the user: they approximate, or depend on the links."""
 

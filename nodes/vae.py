@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.layout.layout import MAX_DEGREE
 from ..parallel_backend.protocol.messages import OnOutOfMemory, VaeRef, WeightDtype
 from ..parallel_backend.vae.files.header import read_header
 from ..parallel_backend.vae.tiles import Tiling, cropped
 from . import model_files
-from .layout_choice import MAX_DEGREE, LayoutChoice
+from .layout_choice import LayoutChoice
 from .remote_vae import ParallelVAE
 from .widgets import LAYOUT_INPUT, verdict
 

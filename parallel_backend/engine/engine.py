@@ -23,7 +23,7 @@ from ..layout.model_part import ModelPart
 from ..layout.stages import Stage
 from ..protocol import messages
 from .agreement import all_or_none, check_agreement
-from .checks import batch_of, check_request
+from .checks import batch_of, check_request, needed
 from .meshes import Meshes
 from .model_store import ModelStore
 from .run_conditions import RunConditions
@@ -217,12 +217,12 @@ class Engine:
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
         from ..vae.decode import decode
 
-        return self._with_vae(decode, "decode", request, tensors["latent"], "image", run)
+        return self._with_vae(decode, "decode", request, needed("latent", tensors), "image", run)
 
     def _encode_image(self, request: messages.EncodeImage, tensors: dict[str, Tensor], run: Run) -> Answer:
         from ..vae.encode import encode
 
-        return self._with_vae(encode, "encode image", request, tensors["image"], "latent", run)
+        return self._with_vae(encode, "encode image", request, needed("image", tensors), "latent", run)
 
     def _with_vae(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +21,10 @@ AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "sage", "
 Weights = Literal["whole", "sharded", "offloaded"]
 Refresh = Literal["all", "in_turn"]
 Compile = Literal["off", "blocks"]
-StageBlocks = tuple[int, ...] | Literal["even"]
+MAX_DEGREE = 1024
+Degree = Annotated[int, Field(ge=1, le=MAX_DEGREE)]
+Number = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+StageBlocks = Annotated[tuple[Number, ...], Field(max_length=MAX_DEGREE)] | Literal["even"]
 
 
 class Layout(BaseModel):
@@ -42,16 +45,16 @@ class Layout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    tensor_degree: int = Field(default=1, ge=1)
-    ulysses_degree: int = Field(default=1, ge=1)
-    ring_degree: int = Field(default=1, ge=1)
-    distrifusion_degree: int = Field(default=1, ge=1)
-    pipefusion_degree: int = Field(default=1, ge=1)
+    tensor_degree: Degree = 1
+    ulysses_degree: Degree = 1
+    ring_degree: Degree = 1
+    distrifusion_degree: Degree = 1
+    pipefusion_degree: Degree = 1
     cfg_degree: int = Field(default=1, ge=1, le=2)
-    data_degree: int = Field(default=1, ge=1)
+    data_degree: Degree = 1
     attention: AttentionKernel = "auto"
-    num_patches: int = Field(default=0, ge=0)
-    warmup_steps: int = Field(default=1, ge=0)
+    num_patches: int = Field(default=0, ge=0, lt=1 << 31)
+    warmup_steps: int = Field(default=1, ge=0, lt=1 << 31)
     stage_blocks: StageBlocks = ()
     refresh: Refresh = "all"
     weights: Weights = "whole"

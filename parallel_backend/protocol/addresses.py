@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +47,21 @@ def connect(address: str, path: Path, timeout: float) -> socket.socket:
     sock.settimeout(timeout)
     try:
         with unix_path(path) as short:
-            sock.connect(short)
+            _connect_unix(sock, short, time.monotonic() + timeout)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def _connect_unix(sock: socket.socket, path: str, deadline: float) -> None:
+    """A Unix socket with a timeout does not wait while too many others connect: it raises `BlockingIOError`."""
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from . import messages
 from .errors import ProtocolError
 from .tensors import pack
 
@@ -26,8 +24,8 @@ MAGIC = b"PDiT"
 PREFIX = struct.Struct("<4sIQ")
 MAX_HEADER = 1 << 20
 MAX_BODY = 4 << 30
-MAX_HELLO = 4096
 CHUNK = 4 << 20
+_ZEROS = bytes(CHUNK)
 
 Parsed = TypeVar("Parsed")
 
@@ -45,11 +43,21 @@ class FrameSocket:
 
     def __init__(self, sock: socket.socket, *, max_body: int = MAX_BODY, stall_timeout: float = 30.0) -> None:
         self._sock = sock
+        self._stall_timeout = stall_timeout
         self._sock.settimeout(stall_timeout)
+        self._deadline: float | None = None
         self._sending = threading.Lock()
         self.max_header = MAX_HEADER
         self.max_body = max_body
         self.last_received = time.monotonic()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """All that one thread sends and receives in here may take `seconds` together; an error ends the connection."""
+        self._deadline = time.monotonic() + seconds
+        yield
+        self._deadline = None
+        self._sock.settimeout(self._stall_timeout)
 
     def send(self, message: BaseModel, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Raises `OSError` when the other side is gone or does not read, `ProtocolError` for a frame too large."""
@@ -72,7 +80,7 @@ class FrameSocket:
         """
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        if not poll.poll(None if timeout is None else timeout * 1000):
+        if self._deadline is None and not poll.poll(None if timeout is None else timeout * 1000):
             raise TimeoutError(f"no frame within {timeout} s")
         prefix = self._read(PREFIX.size, may_end=True)
         if prefix is None:
@@ -87,16 +95,13 @@ class FrameSocket:
         return Frame(bytes(header or b""), self._read(body_size) or bytearray())
 
     def _read(self, size: int, *, may_end: bool = False) -> bytearray | None:
-        try:
-            buffer = bytearray(size)
-        except MemoryError as error:
-            raise ProtocolError(f"There is no memory for a body of {size} bytes.") from error
-        view, done = memoryview(buffer), 0
+        """`size` bytes. The memory for them is taken as they come: who claims much has to send much."""
+        buffer, done = bytearray(), 0
         while done < size:
-            try:
-                count = self._sock.recv_into(view[done : done + CHUNK])
-            except TimeoutError as error:
-                raise ProtocolError("The other side stopped in the middle of a frame.") from error
+            if done == len(buffer):
+                _grow(buffer, min(size - done, CHUNK))
+            with memoryview(buffer) as view:
+                count = self._receive_into(view[done : done + CHUNK])
             if count == 0:
                 if may_end and done == 0:
                     return None
@@ -104,6 +109,17 @@ class FrameSocket:
             done += count
             self.last_received = time.monotonic()
         return buffer
+
+    def _receive_into(self, view: memoryview) -> int:
+        try:
+            if self._deadline is not None:
+                self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+            return self._sock.recv_into(view)
+        except TimeoutError as error:
+            reason = "The other side stopped in the middle of a frame."
+            raise ProtocolError(reason if self._deadline is None else "The handshake takes too long.") from error
+        finally:
+            view.release()
 
     def hang_up(self, seconds: float = 0.5) -> None:
         """Close after the last frame has been taken: closing on unread bytes would reset the connection and lose it."""
@@ -122,6 +138,13 @@ class FrameSocket:
         self._sock.close()
 
 
+def _grow(buffer: bytearray, size: int) -> None:
+    try:
+        buffer += _ZEROS[:size]
+    except MemoryError as error:
+        raise ProtocolError(f"There is no memory for more than {len(buffer)} bytes of a frame.") from error
+
+
 def parse(schema: TypeAdapter[Parsed], header: bytes) -> Parsed:
     """The message of a frame's header. Raises `ProtocolError` naming the field that is wrong."""
     try:
@@ -134,55 +157,12 @@ def parse(schema: TypeAdapter[Parsed], header: bytes) -> Parsed:
 
 def request_id(header: bytes) -> int:
     """The id that a malformed request seems to have, so that the reply reaches its sender; else 0."""
-    found = _loose(header).get("id")
-    return found if type(found) is int and found >= 0 else 0
+    found = loose(header).get("id")
+    return found if type(found) is int and 0 <= found < 1 << 63 else 0
 
 
-def greet(stream: FrameSocket, token: str, timeout: float = 15.0) -> messages.Welcome:
-    """The client's half of the handshake. Raises `ProtocolError` with the sidecar's reason when it is refused."""
-    stream.send(messages.Hello(version=messages.PROTOCOL_VERSION, token=token))
-    frame = stream.receive(timeout)
-    if frame is None:
-        raise ProtocolError("The sidecar closed the connection during the handshake.")
-    reply = parse(messages.FROM_SIDECAR, frame.header)
-    if isinstance(reply, messages.Failure):
-        raise ProtocolError(reply.message)
-    if not isinstance(reply, messages.Welcome):
-        raise ProtocolError(f"The sidecar answered the handshake with {reply.type!r}.")
-    return reply
-
-
-def admit(stream: FrameSocket, token: str, welcome: messages.Welcome, timeout: float = 10.0) -> None:
-    """The sidecar's half of the handshake. Raises `ProtocolError` for a refused client, after sending it the reason."""
-    full_limits = stream.max_header, stream.max_body
-    stream.max_header, stream.max_body = MAX_HELLO, 0
-    try:
-        frame = stream.receive(timeout)
-        if frame is None:
-            raise ProtocolError("The client closed the connection during the handshake.")
-        _check_hello(frame.header, token)
-    except ProtocolError as error:
-        stream.max_header = MAX_HEADER
-        stream.send(messages.Failure(id=0, code="protocol", message=str(error)))
-        stream.hang_up()
-        raise
-    stream.max_header, stream.max_body = full_limits
-    stream.send(welcome)
-
-
-def _check_hello(header: bytes, token: str) -> None:
-    """The version comes first: a Hello of another version may have another shape."""
-    version = _loose(header).get("version")
-    if type(version) is int and version != messages.PROTOCOL_VERSION:
-        raise ProtocolError(
-            f"The client speaks protocol version {version}, the sidecar version {messages.PROTOCOL_VERSION}.",
-        )
-    hello = parse(TypeAdapter(messages.Hello), header)
-    if not hmac.compare_digest(hello.token.encode(errors="replace"), token.encode()):
-        raise ProtocolError("Wrong token.")
-
-
-def _loose(header: bytes) -> dict[str, Any]:
+def loose(header: bytes) -> dict[str, Any]:
+    """The object of a header of unknown shape; empty when it is none."""
     try:
         found = json.loads(header)
     except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,8 @@ DTYPES = {
 }
 NAMES = {f"torch.{dtype}": name for name, dtype in DTYPES.items()}
 MAX_TENSORS = 4096
+MAX_NUMBERS = 1 << 40
+"""Of a tensor; where it is empty, the product of its other dims: torch takes no shape whose strides overflow."""
 
 
 class _Entry(BaseModel):
@@ -91,23 +94,51 @@ def unpack(body: bytearray) -> dict[str, torch.Tensor]:
         raise ProtocolError(f"The tensor body has a malformed header: {first['msg']}.") from error
     if len(entries) > MAX_TENSORS:
         raise ProtocolError(f"The tensor body holds {len(entries)} tensors; at most {MAX_TENSORS} are allowed.")
-    return {name: _view(name, entry, body, 8 + header_size) for name, entry in entries.items()}
+    base = 8 + header_size
+    for name, entry in entries.items():
+        _check(name, entry, len(body) - base)
+    _check_overlaps(entries)
+    return {name: _view(entry, body, base) for name, entry in entries.items()}
 
 
-def _view(name: str, entry: _Entry, body: bytearray, base: int) -> torch.Tensor:
+def _check(name: str, entry: _Entry, size: int) -> None:
     import torch
 
     if entry.dtype not in DTYPES:
         raise ProtocolError(f"Tensor {name!r} has the unknown dtype {entry.dtype!r}.")
+    start, end = entry.data_offsets
+    if min(entry.shape, default=0) < 0 or not 0 <= start <= end <= size:
+        raise ProtocolError(f"Tensor {name!r} does not lie inside its body.")
+    if prod(max(1, dim) for dim in entry.shape) > MAX_NUMBERS:
+        raise ProtocolError(f"Tensor {name!r} has the shape {_short(entry.shape)}, beyond {MAX_NUMBERS} numbers.")
+    if end - start != prod(entry.shape) * getattr(torch, DTYPES[entry.dtype]).itemsize:
+        raise ProtocolError(f"Tensor {name!r} of shape {list(entry.shape)} and {entry.dtype} has {end - start} bytes.")
+
+
+def _check_overlaps(entries: Mapping[str, _Entry]) -> None:
+    """Tensors that share bytes would take more memory than was sent: those that are not aligned are copied."""
+    spans = sorted(
+        (each.data_offsets, name) for name, each in entries.items() if each.data_offsets[0] < each.data_offsets[1]
+    )
+    for ((_, end), before), ((start, _), name) in pairwise(spans):
+        if start < end:
+            raise ProtocolError(f"The tensors {before!r} and {name!r} overlap.")
+
+
+def _view(entry: _Entry, body: bytearray, base: int) -> torch.Tensor:
+    import torch
+
     dtype = getattr(torch, DTYPES[entry.dtype])
     start, end = entry.data_offsets
-    if min(entry.shape, default=0) < 0 or not 0 <= start <= end <= len(body) - base:
-        raise ProtocolError(f"Tensor {name!r} does not lie inside its body.")
-    if end - start != prod(entry.shape) * dtype.itemsize:
-        raise ProtocolError(f"Tensor {name!r} of shape {list(entry.shape)} and {entry.dtype} has {end - start} bytes.")
     if start == end:
         return torch.empty(entry.shape, dtype=dtype)
     if (base + start) % dtype.itemsize:
         return torch.frombuffer(body[base + start : base + end], dtype=dtype).reshape(entry.shape)
     count = prod(entry.shape)
     return torch.frombuffer(body, dtype=dtype, count=count, offset=base + start).reshape(entry.shape)
+
+
+def _short(shape: tuple[int, ...]) -> str:
+    """The shape, where its numbers are not longer than anybody reads."""
+    text = str(list(shape))
+    return text if len(text) <= 200 else f"{text[:200]} …"

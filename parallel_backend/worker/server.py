@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ..protocol import addresses, frames, messages
+from ..protocol import addresses, frames, handshake, messages
 from ..protocol.errors import ProtocolError
 from ..protocol.tensors import unpack
+from .strangers import Strangers
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ MAX_CONNECTIONS = 64
 MAX_QUEUED = 64
 MAX_OUTGOING = 256
 """Frames that may wait for a client that reads slowly; events beyond are dropped, replies never."""
+ACCEPT_AGAIN_S = 0.1
+"""After a connection that could not be taken, as for want of file descriptors."""
 
 Outgoing = tuple[messages.Message, Mapping[str, torch.Tensor]]
 
@@ -86,7 +89,7 @@ class Connection:
 class Server:
     """`next` gives the main thread one request after the other; everything else happens in the server's threads.
 
-    `status` serves a status request while another request is under way.
+    `status` serves a status request while another request is under way. `patience`: seconds for a handshake.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Server:
         token: str = "",
         max_body: int = frames.MAX_BODY,
         stall_timeout: float = 30.0,
+        patience: float = handshake.PATIENCE_S,
         status: Callable[[Job], dict[str, object]] = lambda running: {},
     ) -> None:
         self._listener = listener
@@ -104,11 +108,13 @@ class Server:
         self._token = token
         self._max_body = max_body
         self._stall_timeout = stall_timeout
+        self._patience = patience
         self._status = status
         self._state = threading.Condition()
         self._queue: deque[Job] = deque()
         self._connections: set[Connection] = set()
-        self._handshakes = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._strangers = Strangers()
+        self._is_closed = False
         self.running: Job | None = None
         self.last_work = time.monotonic()
 
@@ -126,6 +132,7 @@ class Server:
 
     def close(self) -> None:
         """Stop listening; send what is waiting to every client, then hang up."""
+        self._is_closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -156,27 +163,30 @@ class Server:
             connection.send(message)
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            if not self._handshakes.acquire(blocking=False):
-                sock.close()
+                sock, address = self._listener.accept()
+            except OSError as error:
+                if not self._is_closed:
+                    log.warning("a client could not connect: %s", error)
+                    time.sleep(ACCEPT_AGAIN_S)
                 continue
+            self._strangers.enter(sock, address[0] if address else "")
             threading.Thread(target=self._serve, args=(sock,), name="client reader", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         try:
             self._keep_alive(sock)
             stream = frames.FrameSocket(sock, max_body=self._max_body, stall_timeout=self._stall_timeout)
-            frames.admit(stream, self._token, self._welcome)
+            full = lambda: self.clients >= MAX_CONNECTIONS  # noqa: E731
+            handshake.admit(stream, self._token, self._welcome, self._patience, full)
+            self._strangers.leave(sock)
             self._read(Connection(stream))
         except (ProtocolError, OSError) as error:
             log.info("client refused: %s", error)
         finally:
+            self._strangers.leave(sock)
             sock.close()
-            self._handshakes.release()
 
     def _read(self, connection: Connection) -> None:
         with self._state:

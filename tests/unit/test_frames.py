@@ -5,20 +5,19 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from paralleldit.parallel_backend.protocol import addresses, frames, messages
+from paralleldit.parallel_backend.protocol import frames, messages
 from paralleldit.parallel_backend.protocol.errors import ProtocolError
-from paralleldit.parallel_backend.protocol.frames import MAGIC, PREFIX, FrameSocket
+from paralleldit.parallel_backend.protocol.frames import MAGIC, PREFIX
 from paralleldit.parallel_backend.protocol.tensors import DTYPES, pack, unpack
-from paralleldit.parallel_backend.worker.server import MAX_QUEUED, Server, listen
-
-WELCOME = messages.Welcome(version=messages.PROTOCOL_VERSION, ranks=1, device="cpu", pid=1)
-TOKEN = "the right one"
+from paralleldit.parallel_backend.worker.server import MAX_QUEUED
+from paralleldit.tests.served_socket import Rank, answers, prompt, receive, send_raw, wait_for
 
 
 def joined(tensors):
@@ -71,12 +70,44 @@ def test_a_slice_of_a_larger_tensor_sends_only_itself():
         ({"dtype": "F32", "shape": [2.5], "data_offsets": [0, 8]}, "malformed header"),
         ({"dtype": "F32", "shape": [2]}, "malformed header"),
         ([], "malformed header"),
+        ({"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}, "beyond"),
+        ({"dtype": "F32", "shape": [2**31, 2**31, 0], "data_offsets": [0, 0]}, "beyond"),
+        ({"dtype": "F32", "shape": [0, 10**400], "data_offsets": [0, 0]}, "beyond"),
+        ({"dtype": "F32", "shape": [0] * 17, "data_offsets": [0, 0]}, "malformed header"),
+        ({"dtype": "F32", "shape": [10**400], "data_offsets": [0, 8]}, "beyond"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 10**400]}, "does not lie inside"),
+        ({"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 8]}, "malformed header"),
     ],
 )
 def test_a_malformed_tensor_is_refused_by_name(entry, complaint):
-    header = json.dumps({"x": entry}).encode()
     with pytest.raises(ProtocolError, match=complaint):
-        unpack(bytearray(len(header).to_bytes(8, "little") + header + bytes(8)))
+        unpack(body_of({"x": entry}, bytes(8)))
+
+
+def body_of(entries, data):
+    header = json.dumps(entries).encode()
+    return bytearray(len(header).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize(
+    ("spans", "overlapping"),
+    [
+        ([(0, 8), (8, 16)], None),
+        ([(8, 16), (0, 8)], None),
+        ([(0, 8), (8, 8), (8, 16), (4, 4)], None),
+        ([(0, 8), (0, 8)], "overlap"),
+        ([(0, 8), (7, 9)], "overlap"),
+        ([(0, 16), (4, 8)], "overlap"),
+        ([(1, 16)] * 60, "overlap"),
+    ],
+)
+def test_tensors_that_share_bytes_are_refused(spans, overlapping):
+    entries = {
+        f"t{number}": {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+        for number, (start, end) in enumerate(spans)
+    }
+    with pytest.raises(ProtocolError, match=overlapping) if overlapping else contextlib.nullcontext():
+        assert len(unpack(body_of(entries, bytes(16)))) == len(spans)
 
 
 @given(data=st.data())
@@ -92,93 +123,12 @@ def test_no_tensor_body_raises_anything_but_a_protocol_error(data):
 # -- a live server, without ranks --------------------------------------------------------------------------------
 
 
-class Rank:
-    """Serves what the server hands out: echoes at once, or holds a prompt "hold" until `release` or cancel."""
-
-    def __init__(self, directory):
-        self.path = directory / "socket"
-        self.release = threading.Event()
-        self.served = []
-        status = lambda running: {"busy": running.request.id}  # noqa: E731
-        self.server = Server(
-            listen("unix", self.path), WELCOME, token=TOKEN, max_body=1 << 20, stall_timeout=0.3, status=status
-        )
-        self.server.start()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self):
-        while True:
-            work = self.server.next()
-            self.served.append(work)
-            while getattr(work.request, "prompt", "") == "hold" and not self.release.wait(0.01) and not work.cancelled:
-                pass
-            if work.cancelled:
-                reply = messages.Failure(id=work.request.id, code="cancelled", message="Cancelled.")
-                self.server.finish(work, reply)
-            else:
-                self.server.finish(work, messages.Result(id=work.request.id), work.tensors)
-
-    def connect(self, greet=True):
-        stream = FrameSocket(addresses.connect("unix", self.path, timeout=5))
-        if greet:
-            frames.greet(stream, TOKEN)
-        return stream
-
-
 @pytest.fixture
 def rank(tmp_path):
     rank = Rank(tmp_path)
     yield rank
     rank.release.set()
     rank.server.close()
-
-
-def prompt(request, text="", **more):
-    return messages.EncodeText(id=request, text=messages.TextRef(path="/none"), prompt=text, **more)
-
-
-def receive(stream, timeout=5.0):
-    frame = stream.receive(timeout)
-    return frame and frames.parse(messages.FROM_SIDECAR, frame.header)
-
-
-def send_raw(stream, header, body=b"", magic=MAGIC):
-    stream._sock.sendall(PREFIX.pack(magic, len(header), len(body)) + header + body)
-
-
-def answers(rank):
-    stream = rank.connect()
-    stream.send(prompt(7), {"x": torch.ones(5)})
-    reply = receive(stream)
-    stream.close()
-    return reply == messages.Result(id=7)
-
-
-@pytest.mark.parametrize(
-    ("hello", "complaint"),
-    [
-        ({"type": "hello", "version": 99, "token": TOKEN, "new": 1}, "version 99, the sidecar version 1"),
-        ({"type": "hello", "version": 1, "token": "the wrong one"}, "Wrong token"),
-        ({"type": "hello", "version": 1}, "Wrong token"),
-        ({"type": "hello", "version": "1", "token": TOKEN}, "version"),
-        ({"type": "unload", "id": 1}, "Malformed"),
-        ({"type": "hello", "version": 1, "token": "x" * 5000}, "over the limit of 4096 bytes"),
-        ("\ud800", "Malformed"),
-    ],
-)
-def test_a_bad_handshake_is_told_why_and_closed(rank, hello, complaint):
-    stream = rank.connect(greet=False)
-    send_raw(stream, json.dumps(hello).encode())
-    reply = receive(stream)
-    assert reply.code == "protocol"
-    assert complaint in reply.message
-    assert stream.receive(5) is None
-    assert answers(rank)
-
-
-def test_greet_raises_the_sidecars_reason(rank):
-    with pytest.raises(ProtocolError, match="Wrong token"):
-        frames.greet(rank.connect(greet=False), "a guess")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +138,7 @@ def test_greet_raises_the_sidecars_reason(rank):
         (b'{"type":"unload","id":3,"extra":1}', b"", "extra"),
         (b'{"type":"nonsense","id":3}', b"", "nonsense"),
         (b'{"type":"unload","id":3}', b"short", "cut short"),
-        (b'{"type":"unload","id":18446744073709551616000}', bytes(8), "malformed header"),
+        (b'{"type":"unload","id":3}', bytes(8), "malformed header"),
         (b"[" * 100_000, b"", "Malformed"),
         (b"\xff\xfe", b"", "Malformed"),
         (b"", b"", "Malformed"),
@@ -221,6 +171,27 @@ def test_a_stream_out_of_step_is_told_and_closed(rank, raw, complaint):
     assert complaint in receive(stream).message
     assert stream.receive(5) is None
     assert answers(rank)
+
+
+def test_memory_is_taken_as_a_body_comes_not_as_it_is_claimed():
+    ours, theirs = socket.socketpair()
+    stream = frames.FrameSocket(theirs, stall_timeout=0.5)
+    ours.sendall(PREFIX.pack(MAGIC, 2, frames.MAX_BODY) + b"{}" + bytes(1000))
+    tracemalloc.start()
+    with pytest.raises(ProtocolError, match="stopped in the middle"):
+        stream.receive()
+    assert tracemalloc.get_traced_memory()[1] < 4 * frames.CHUNK
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [0, 1, frames.CHUNK - 1, frames.CHUNK, frames.CHUNK + 1, 3 * frames.CHUNK + 5])
+def test_bodies_of_all_sizes_arrive_whole(size):
+    ours, theirs = socket.socketpair()
+    sent = bytes(range(256)) * (size // 256 + 1)
+    sender = threading.Thread(target=ours.sendall, args=(PREFIX.pack(MAGIC, 2, size) + b"{}" + sent[:size],))
+    sender.start()
+    assert frames.FrameSocket(theirs).receive() == (b"{}", sent[:size])
+    sender.join()
 
 
 def test_an_oversized_reply_is_refused_by_the_sender(rank):
@@ -288,13 +259,6 @@ def hold(rank, request=1):
     stream.send(prompt(request, "hold"))
     wait_for(lambda: rank.server.running is not None)
     return stream
-
-
-def wait_for(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_status_is_answered_while_a_request_runs(rank):

@@ -6,22 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from .base import Message, Welcome
+from .base import Challenge, Count, Index, Message, Welcome
 
 Phase = Literal["load", "encode text", "sample", "decode", "encode image"]
 
 
 class Progress(Message):
     type: Literal["progress"] = "progress"
-    id: int
+    id: Count
     phase: Phase
-    step: int
-    total: int
+    step: Count
+    total: Count
 
 
 class Log(Message):
     type: Literal["log"] = "log"
-    id: int
+    id: Count
     level: Literal["info", "warning"]
     text: str
 
@@ -30,24 +30,24 @@ class Memory(Message):
     """Bytes in use and free on every rank's device, at the end of a run."""
 
     type: Literal["memory"] = "memory"
-    id: int
-    used: tuple[int, ...]
-    free: tuple[int, ...]
+    id: Count
+    used: tuple[Count, ...]
+    free: tuple[Count, ...]
 
 
 class Heartbeat(Message):
     """Sent every second on every connection. `oldest_beat_s`: seconds since the quietest rank was last alive."""
 
     type: Literal["heartbeat"] = "heartbeat"
-    oldest_beat_s: float
-    quietest_rank: int
+    oldest_beat_s: float = Field(ge=0.0, le=1e12)
+    quietest_rank: Index
 
 
 class Result(Message):
     """The end of a request that worked."""
 
     type: Literal["result"] = "result"
-    id: int
+    id: Count
     data: dict[str, object] = Field(default_factory=dict)
 
 
@@ -58,13 +58,13 @@ class Failure(Message):
     """
 
     type: Literal["failure"] = "failure"
-    id: int
+    id: Count
     code: Literal["user", "cancelled", "crash", "protocol"]
     message: str
     hint: str = ""
-    rank: int | None = None
+    rank: Index | None = None
 
 
-FROM_SIDECAR: TypeAdapter[Welcome | Progress | Log | Memory | Heartbeat | Result | Failure] = TypeAdapter(
-    Annotated[Welcome | Progress | Log | Memory | Heartbeat | Result | Failure, Field(discriminator="type")]
+FROM_SIDECAR: TypeAdapter[Challenge | Welcome | Progress | Log | Memory | Heartbeat | Result | Failure] = TypeAdapter(
+    Annotated[Challenge | Welcome | Progress | Log | Memory | Heartbeat | Result | Failure, Field(discriminator="type")]
 )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Message
+from .base import Index, Message
 
 WeightDtype = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
 
@@ -112,7 +112,7 @@ class WeightChange(Message):
     key: str
     digest: Digest
     strength: Strength
-    rows: tuple[int, int] | None = None
+    rows: tuple[Index, Index] | None = None
     swap_halves: bool = False
 
 

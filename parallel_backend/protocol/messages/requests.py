@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from ...layout.layout import Layout
-from .base import Message
+from .base import Count, Index, Message
 from .references import Adapters, ControlUse, Digest, ImagePromptUse, ModelRef, Percent, Strength, TextRef, VaeRef
 
 OnOutOfMemory = Literal["error", "tiles"]
 
 
 class Request(Message):
-    id: int = Field(ge=0, description="chosen by the client; events and the reply carry it")
+    id: Count = Field(description="chosen by the client; events and the reply carry it")
 
 
 class EncodeText(Request):
@@ -32,6 +32,10 @@ Size = tuple[Pixels, Pixels]
 
 
 MAX_STEPS = 10_000
+
+Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
+BatchIndex = Annotated[int, Field(ge=0, lt=1 << 16)]
+"""The noise of all earlier pictures is drawn for it, too."""
 
 
 class Schedule(Message):
@@ -56,7 +60,7 @@ class Prompt(Message):
     `size` and `target_size`: height and width in pixels, for models that take them.
     """
 
-    guidance: float | None = None
+    guidance: Finite | None = None
     size: Size | None = None
     target_size: Size | None = None
     references: int = Field(default=0, ge=0, le=16)
@@ -75,12 +79,12 @@ class Conditioning(Prompt):
     [B or 1, H, W], of a video [B or 1, T or 1, H, W]: how much it counts in each cell of the latent, times `strength`.
     """
 
-    prompt: int | None = Field(default=None, ge=0)
+    prompt: Index | None = None
     area: tuple[Cells, Cells, Cells, Cells] | None = None
     strength: Strength = 1.0
     start: Percent = 0.0
     end: Percent = 1.0
-    controls: tuple[int, ...] = Field(default=(), description="indices into the request's controls")
+    controls: tuple[Index, ...] = Field(default=(), description="indices into the request's controls")
 
 
 class FindChanges(Request):
@@ -118,11 +122,11 @@ class Sample(Request):
     cfg: float = Field(default=1.0, ge=0.0, le=1000.0)
     sampler: str
     schedule: Schedule | None
-    sampling_shift: float | None = Field(
+    sampling_shift: Finite | None = Field(
         default=None, description="the flow shift, where the graph changes the family's own"
     )
     seed: int = Field(ge=0, lt=2**64)
-    batch_index: tuple[int, ...] | None = None
+    batch_index: tuple[BatchIndex, ...] | None = None
     add_noise: bool = True
     start_step: int = Field(default=0, ge=0, le=MAX_STEPS)
     end_step: int = Field(default=MAX_STEPS, ge=0, le=MAX_STEPS)
@@ -226,7 +230,7 @@ class Cancel(Message):
     """Leave the run `id` at the next step. It is answered by that run's `Failure` of code "cancelled"."""
 
     type: Literal["cancel"] = "cancel"
-    id: int
+    id: Count
 
 
 AnyRequest = (
