@@ -29,10 +29,11 @@ if "comfy.model_management" in sys.modules:
 _server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 if _server is not None:
     from .nodes import example_pictures
-    from .nodes.panel import routes
+    from .nodes.panel import origin, routes
     from .nodes.session import session
 
-    routes.register(_server.routes, _server.send_sync)
+    _args = sys.modules["comfy.cli_args"].args
+    routes.register(_server.routes, _server.send_sync, origin.own_names(_args.listen, _args.enable_cors_header))
     example_pictures.provide(Path(sys.modules["folder_paths"].get_input_directory()))
     session.inherit()
 

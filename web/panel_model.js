@@ -15,9 +15,10 @@ export function isNews(status, activity) {
 /**
  * @param {object | null} status what GET /paralleldit/status answers
  * @param {(key: string, values?: object) => string} t
+ * @param {object | null} refusal why it answers no status
  */
-export function panelModel(status, t) {
-  if (!status) return { ...EMPTY, state: t("state.unknown") };
+export function panelModel(status, t, refusal = null) {
+  if (!status) return { ...EMPTY, state: t("state.unknown"), error: refusal && errorOf(refusal, "") };
   const { activity, details, remote } = status;
   const phase = activity.phase;
   const up = isUp(status);

@@ -14,6 +14,7 @@ const IDLE_MS = 400; // a run of many requests is idle for moments only
 
 let t = translator();
 let status = null;
+let refusal = null;
 let view = null;
 let isAsking = false;
 let isStale = false;
@@ -28,7 +29,7 @@ async function loadTexts() {
 }
 
 function show() {
-  view?.update(panelModel(status, t));
+  view?.update(panelModel(status, t, refusal));
   for (const update of fitLines) update();
 }
 
@@ -40,9 +41,11 @@ async function look() {
   isAsking = true;
   try {
     const answer = await api.fetchApi("/paralleldit/status");
-    status = answer.ok ? await answer.json() : null;
+    const told = await answer.json();
+    status = answer.ok ? told : null;
+    refusal = answer.ok ? null : told.error;
   } catch (error) {
-    status = null; // the server is away: the panel says that nothing is known
+    status = refusal = null; // the server is away: the panel says that nothing is known
     console.warn("ParallelDiT:", error);
   } finally {
     isAsking = false;

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...parallel_backend.errors import UserError
-from ..layout_choice import MAX_DEGREE
+from ...parallel_backend.layout.layout import MAX_DEGREE
 from ..session.activity import FAILURES, activity
+from . import origin
 from . import status as panel
 
 EVENT = "paralleldit"
 PREFIX = "/paralleldit"
 MAX_BODY = 4096
-OWN_SITES = ("same-origin", "none")
 
 
 class Body(BaseModel):
@@ -33,51 +32,60 @@ class StartBody(Body):
     ranks: int = Field(default=0, ge=0, le=MAX_DEGREE)
 
 
-def register(routes: web.RouteTableDef, send: Callable[[str, dict[str, Any]], None]) -> None:
-    """Add the routes to the server's, and send it an event whenever something changes. `send` is thread-safe."""
+def register(
+    routes: web.RouteTableDef, send: Callable[[str, dict[str, Any]], None], names: Collection[str] = ()
+) -> None:
+    """Add the routes to the server's, and send it an event whenever something changes. `send` is thread-safe.
+
+    `names`: the server's own, under which pages may ask (`origin.own_names`).
+    """
 
     @routes.get(f"{PREFIX}/status")
     async def status(request: web.Request) -> web.Response:
+        _check_origin(request, names)
         return await _answer(panel.status)
 
     @routes.post(f"{PREFIX}/start")
     async def start(request: web.Request) -> web.Response:
+        _check_origin(request, names)
         body = await _body(request, StartBody)
         return await _answer(panel.start, body.ranks)
 
     @routes.post(f"{PREFIX}/stop")
     async def stop(request: web.Request) -> web.Response:
+        _check_origin(request, names)
         await _body(request, Body)
         return await _answer(panel.stop)
 
     @routes.post(f"{PREFIX}/unload")
     async def unload(request: web.Request) -> web.Response:
+        _check_origin(request, names)
         await _body(request, Body)
         return await _answer(panel.unload)
 
     activity.listen(lambda snapshot: send(EVENT, snapshot.to_json()))
 
 
+def _check_origin(request: web.Request, names: Collection[str]) -> None:
+    try:
+        origin.check(request.headers, names)
+    except UserError as error:
+        _refuse(web.HTTPForbidden, error.message, error.hint)
+
+
 async def _body(request: web.Request, kind: type[AnyBody]) -> AnyBody:
-    """The request's JSON, once it is known to come from a page of this server."""
-    _check_origin(request)
+    """The request's JSON. No form of another site's page can send that without being asked first."""
     if request.content_type != "application/json":
         _refuse(web.HTTPUnsupportedMediaType, "The body must be JSON.")
-    body = await request.content.read(MAX_BODY + 1)
-    if len(body) > MAX_BODY:
-        _refuse(web.HTTPBadRequest, f"The body is larger than {MAX_BODY} bytes.")
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > MAX_BODY:
+            _refuse(web.HTTPBadRequest, f"The body is larger than {MAX_BODY} bytes.")
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(bytes(body))
     except ValidationError as error:
         _refuse(web.HTTPBadRequest, "; ".join(f"{_place(each)}: {each['msg']}" for each in error.errors()))
-
-
-def _check_origin(request: web.Request) -> None:
-    """Other sites' pages cannot press the buttons: browsers name the page's origin, and JSON is no form's format."""
-    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    foreign = site not in OWN_SITES if site else bool(origin) and urlsplit(origin).netloc != request.host
-    if foreign:
-        _refuse(web.HTTPForbidden, f"A page of {origin or 'another site'} may not do this.")
 
 
 async def _answer(action: Callable[..., dict[str, Any]], *arguments: object) -> web.Response:
@@ -93,8 +101,8 @@ def _error(status: int, message: str, hint: str = "") -> web.Response:
     return web.json_response(_described(message, hint), status=status)
 
 
-def _refuse(kind: type[web.HTTPException], message: str) -> NoReturn:
-    raise kind(text=json.dumps(_described(message)), content_type="application/json")
+def _refuse(kind: type[web.HTTPException], message: str, hint: str = "") -> NoReturn:
+    raise kind(text=json.dumps(_described(message, hint)), content_type="application/json")
 
 
 def _described(message: str, hint: str = "") -> dict[str, Any]:

@@ -217,6 +217,7 @@ def test_nothing_is_changed_by_a_get(client, name):
 
 
 FOREIGN = {"Origin": "http://elsewhere.example"}
+REBOUND = {"Host": "evil.example:8188", "Origin": "http://evil.example:8188"}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,8 @@ FOREIGN = {"Origin": "http://elsewhere.example"}
         ("stop", {**JSON, "Sec-Fetch-Site": "cross-site"}, "{}", 403, "another site"),
         ("stop", {**JSON, "Sec-Fetch-Site": "same-site"}, "{}", 403, "may not"),
         ("start", {**JSON, "Origin": "null"}, "{}", 403, "null"),
+        ("stop", {**JSON, **REBOUND}, "{}", 403, "evil.example is no name of this server"),
+        ("stop", {**JSON, **REBOUND, "Sec-Fetch-Site": "same-origin"}, "{}", 403, "evil.example"),
         ("unload", {"Content-Type": "text/plain"}, "{}", 415, "JSON"),
         ("unload", {"Content-Type": "application/x-www-form-urlencoded"}, "a=b", 415, "JSON"),
         ("start", JSON, '{"ranks": "2"}', 400, "ranks"),
@@ -255,6 +258,41 @@ def test_only_well_formed_requests_of_the_servers_own_pages_pass(monkeypatch, na
     assert status == code
     assert bool(pressed) == (code == 200)
     assert code == 200 or word in answer["error"]["message"], answer
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [({}, 200), (REBOUND, 403), ({"Host": "evil.example"}, 403), ({"Sec-Fetch-Site": "cross-site", **FOREIGN}, 403)],
+)
+def test_the_status_is_shown_to_the_servers_own_pages_only(monkeypatch, headers, code):
+    monkeypatch.setattr(panel, "status", lambda: {"secret": 1})
+
+    async def calls(http):
+        answer = await http.get("/paralleldit/status", headers=headers)
+        return answer.status, await answer.text()
+
+    (status, text), _ = serve(calls)
+    assert (status, "secret" in text) == (code, code == 200)
+
+
+@pytest.mark.parametrize(
+    "pieces", [[b'{"ranks": ', b"2}"], [b"{", b'"ranks"', b": 2", b"}"], [b" " * 3000, b" " * 3000]]
+)
+def test_a_body_is_read_to_its_end(monkeypatch, pieces):
+    pressed = []
+    monkeypatch.setattr(panel, "start", lambda ranks: pressed.append(ranks) or {})
+
+    async def body():
+        for piece in pieces:
+            yield piece
+            await asyncio.sleep(0.05)
+
+    async def calls(http):
+        answer = await http.post("/paralleldit/start", data=body(), headers=JSON)
+        return answer.status
+
+    status, _ = serve(calls)
+    assert (status, pressed) == ((400, []) if len(b"".join(pieces)) > panel_routes.MAX_BODY else (200, [2]))
 
 
 @pytest.mark.parametrize(

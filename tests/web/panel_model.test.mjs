@@ -64,6 +64,13 @@ test("what is left of a sidecar that has ended is not shown as its state", () =>
   assert.deepEqual([model.ranks, model.models], [[], []]);
 });
 
+test("a server that refuses the page is heard", () => {
+  const refusal = { message: "x.example is no name of this server.", hint: "Name it." };
+  const model = panelModel(null, t, refusal);
+  assert.deepEqual([model.state, model.error], ["state.unknown", { ...refusal, log: "" }]);
+  assert.equal(panelModel(null, t).error, null);
+});
+
 test("a run tells its step, and what its layout costs per step", () => {
   const run = { layout: "ulysses4", is_exact: true, ranks: 4, seconds: 6, steps: 12, sent_bytes: 240e6 };
   const model = panelModel(status({}, { ...sampling, run }), t);
