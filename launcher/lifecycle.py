@@ -13,7 +13,7 @@ from .client import Client, SidecarError
 from .instance import SidecarInstance
 from .runtime_dir import Slot
 from .spawn import Say, launch, read_token
-from .spec import SidecarSpec, settings_of
+from .spec import SidecarSpec, check, settings_of
 
 SHUTDOWN_S = 15.0
 
@@ -158,6 +158,7 @@ def _connect(life: SidecarInstance, spec: SidecarSpec) -> Client:
 
 
 def _connect_remote(spec: SidecarSpec) -> Client:
+    check(spec)
     token = read_token(spec.token_file) if spec.token_file else ""
     try:
         return Client.connect(spec.address, Path(), token=token, hang_timeout=spec.hang_timeout, max_body=spec.max_body)

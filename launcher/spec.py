@@ -22,6 +22,12 @@ COMPUTE_TIMEOUT_S = {"cpu": 1800.0, "cuda": 600.0}
 hears of it, and CUDA ranks may compile or tune kernels meanwhile."""
 
 
+REMOTE_VARIABLE = "PARALLELDIT_REMOTE"
+"""tcp://host:port of a sidecar that was started elsewhere."""
+TOKEN_VARIABLE = "PARALLELDIT_TOKEN_FILE"
+"""The file with its token."""
+
+
 @dataclass(frozen=True)
 class SidecarSpec:
     """The sidecar that somebody wants. Times in seconds.
@@ -65,9 +71,17 @@ class SidecarSpec:
         )
 
 
+def usual_spec() -> SidecarSpec:
+    """Where nothing else is asked for: a sidecar of this machine, or the one elsewhere that the environment names."""
+    address, token_file = os.environ.get(REMOTE_VARIABLE), os.environ.get(TOKEN_VARIABLE)
+    if not address:
+        return SidecarSpec()
+    return SidecarSpec(remote=True, address=address, token_file=Path(token_file) if token_file else None)
+
+
 @functools.lru_cache(maxsize=16)
 def settings_of(spec: SidecarSpec) -> records.Settings:
-    _check(spec)
+    check(spec)
     gpus = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
     device, ranks = devices.choose(spec.device, spec.ranks, spec.nnodes, gpus)
     shape = {
@@ -96,13 +110,21 @@ def settings_of(spec: SidecarSpec) -> records.Settings:
     return records.Settings.model_validate({**shape, "key": key})
 
 
-def _check(spec: SidecarSpec) -> None:
+def check(spec: SidecarSpec) -> None:
+    """Raise `UserError` for a spec that contradicts itself."""
+    if spec.remote and spec.address == "unix":
+        raise UserError("A sidecar elsewhere needs an address.", "Give it as tcp://host:port.")
     if spec.nnodes > 1 and not spec.rdzv_endpoint:
         raise UserError(f"{spec.nnodes} hosts need a place to meet.", "Give --rdzv-endpoint host:port of host 0.")
     if not 0 <= spec.node_rank < spec.nnodes:
         raise UserError(f"node rank {spec.node_rank} does not lie in 0..{spec.nnodes - 1}.")
     if spec.rdzv_endpoint and not re.fullmatch(r".+:\d+", spec.rdzv_endpoint):
         raise UserError(f"{spec.rdzv_endpoint!r} is not of the form host:port.")
+    if spec.nnodes == 1 and spec.rdzv_endpoint:
+        raise UserError(
+            f"--rdzv-endpoint {spec.rdzv_endpoint} is where several hosts meet, but this sidecar has one.",
+            "Leave it out, or give --nnodes.",
+        )
     if spec.address != "unix":
         try:
             addresses.split(spec.address)

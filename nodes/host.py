@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from ..launcher.spec import SidecarSpec
+from ..launcher.spec import SidecarSpec, usual_spec
 from ..parallel_backend.errors import Cancelled
 from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
 
@@ -39,7 +39,7 @@ class Host:
         say: Callable[[str], None] = logger.info,
     ) -> None:
         self.models = models
-        self.spec = spec or SidecarSpec()
+        self.spec = spec or usual_spec()
         self.owned = owned
         self.say = say
         self._on_progress = on_progress

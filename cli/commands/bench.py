@@ -17,7 +17,7 @@ from ...launcher import lifecycle
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout, parse_layout
 from ...parallel_backend.protocol.messages import Memory, Progress, Request, Sample, Unload, Welcome
-from .options import add_command, add_sidecar_options, spec_of
+from .options import add_command, add_remote_option, add_sidecar_options, spec_of
 from .workflow_options import add_workflow_options, pair, read_workflow
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--rounds", type=int, default=3, help="runs in every layout, after one that does not count (default 3)")
     add("--no-alone", dest="alone", action="store_false", help="leave out one rank, which may lack the memory")
     add_sidecar_options(parser)
+    add_remote_option(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,6 +78,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds}, but it is at least 1.")
+    if args.remote and args.alone:
+        raise UserError(f"One rank alone cannot be started at {args.remote}.", "Add --no-alone.")
     # As they were given: the name of a layout leaves out settings in which two of them may differ.
     chosen = {text: parse_layout(text) for text in args.layout}
     spec = spec_of(args)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ...launcher.spec import SidecarSpec
+from ...launcher.spec import REMOTE_VARIABLE, TOKEN_VARIABLE, SidecarSpec
+from ...parallel_backend.errors import UserError
 
 OK, FAILED, USAGE, NO_SIDECAR, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = """exit codes:
@@ -57,17 +62,43 @@ def add_sidecar_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_remote_option(parser: argparse.ArgumentParser) -> None:
+    """`--remote`, which `spec_of` reads too."""
+    parser.add_argument(
+        "--remote",
+        default=os.environ.get(REMOTE_VARIABLE, ""),
+        metavar="tcp://HOST:PORT",
+        help="use the sidecar at this address, which was started elsewhere, and --token-file "
+        f"(default: those of {REMOTE_VARIABLE} and {TOKEN_VARIABLE})",
+    )
+
+
 def spec_of(args: argparse.Namespace) -> SidecarSpec:
     names = (
         *("ranks", "device", "python", "address", "token_file", "nnodes", "node_rank", "rdzv_endpoint", "worker"),
         *("start_timeout", "compute_timeout", "hang_timeout", "idle_timeout"),
     )
-    return SidecarSpec(**{name: getattr(args, name) for name in names})
+    spec = SidecarSpec(**{name: getattr(args, name) for name in names})
+    return replace(spec, **_elsewhere(args)) if getattr(args, "remote", "") else spec
+
+
+def remote_spec(args: argparse.Namespace) -> SidecarSpec:
+    """The sidecar elsewhere, for a command that has no other options of sidecars."""
+    return SidecarSpec(**_elsewhere(args))
+
+
+def _elsewhere(args: argparse.Namespace) -> dict[str, Any]:
+    if getattr(args, "address", "unix") != "unix":
+        raise UserError(f"--address {args.address} and --remote {args.remote} exclude each other.", "Leave one out.")
+    token_file = args.token_file or os.environ.get(TOKEN_VARIABLE)
+    return {"remote": True, "address": args.remote, "token_file": Path(token_file) if token_file else None}
 
 
 def number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, is {text}")
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, is {text}")
         return value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol.messages import Request, Welcome
-from .options import add_command, add_sidecar_options, spec_of
+from .options import add_command, add_remote_option, add_sidecar_options, spec_of
 from .report import Report
 from .workflow_options import add_workflow_options, pair, read_workflow
 
@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--into", metavar="NODE.INPUT", help="the input that takes the lines of --prompts")
     add("--output", type=Path, default=Path("output"), help="folder of the pictures (default: output)")
     add_sidecar_options(parser)
+    add_remote_option(parser)
 
 
 def main(args: argparse.Namespace) -> int:

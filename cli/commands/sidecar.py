@@ -7,13 +7,25 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
 
 from ...launcher.instance import SidecarInstance
-from ...launcher.lifecycle import connect, current, start, stop
+from ...launcher.lifecycle import connect, current, start, stop, visit
 from ...launcher.runtime_dir import Slot
+from ...launcher.spec import SidecarSpec
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol import messages, records
-from .options import NO_SIDECAR, OK, add_command, add_sidecar_options, number, spec_of
+from .options import (
+    NO_SIDECAR,
+    OK,
+    add_command,
+    add_remote_option,
+    add_sidecar_options,
+    number,
+    remote_spec,
+    spec_of,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -32,6 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
                 "--vae", action="store_true", help="the second sidecar, of a VAE with ranks of its own"
             )
         if name == "status":
+            add_remote_option(command)
+            command.add_argument("--token-file", type=Path, help="file with the token of --remote")
             command.add_argument("--json", action="store_true", help="as one JSON object")
         if name == "logs":
             command.add_argument("--rank", type=number(int, 0), help="this rank only (default: torchrun and all ranks)")
@@ -60,10 +74,22 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
+    if args.remote:
+        return _status_elsewhere(remote_spec(args), args)
     life = current(Slot(args.node_rank).vae)
     if not args.vae and not args.json and life is not None and life.is_alive:
         print("a sidecar of the VAE runs, too: see status --vae", file=sys.stderr)
     return _status_of(_slot(args), args)
+
+
+def _status_elsewhere(spec: SidecarSpec, args: argparse.Namespace) -> int:
+    client = visit(spec)
+    assert client is not None
+    reply, _ = client.request(messages.Status(id=0))
+    client.close()
+    heading = f"{client.welcome.ranks} ranks on {client.welcome.device}, address {spec.address}"
+    print(json.dumps(reply.data) if args.json else "\n".join([heading, *_describe(reply.data)]))
+    return OK
 
 
 def _slot(args: argparse.Namespace) -> Slot:
@@ -82,15 +108,18 @@ def _status_of(slot: Slot, args: argparse.Namespace) -> int:
         except OSError:
             return _no_sidecar(slot)
         data |= reply.data
-    print(json.dumps(data) if args.json else "\n".join(_describe(life.settings, data)))
+    settings = life.settings
+    heading = f"{settings.ranks} ranks on {settings.device}, address {settings.address}, directory {life.path}"
+    if "uptime_s" in data:
+        lines = _describe(data)
+    else:
+        lines = ["starting" if settings.node_rank == 0 else f"host {settings.node_rank}: its ranks run"]
+    print(json.dumps(data) if args.json else "\n".join([heading, *lines]))
     return OK
 
 
-def _describe(settings: records.Settings, data: dict[str, object]) -> list[str]:
-    lines = [f"{settings.ranks} ranks on {settings.device}, address {settings.address}, directory {data['directory']}"]
-    if "uptime_s" not in data:
-        return [*lines, "starting" if settings.node_rank == 0 else f"host {settings.node_rank}: its ranks run"]
-    lines.append(f"up for {data['uptime_s']:.0f} s, {'busy: ' + json.dumps(data['busy']) if data['busy'] else 'idle'}")
+def _describe(data: Mapping[str, object]) -> list[str]:
+    lines = [f"up for {data['uptime_s']:.0f} s, {'busy: ' + json.dumps(data['busy']) if data['busy'] else 'idle'}"]
     for name in ("models", "traffic"):
         if data[name]:
             lines.append(f"{name}: {json.dumps(data[name])}")

@@ -1,5 +1,6 @@
 """What the launcher decides without starting a sidecar."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from paralleldit.cli.commands import options
 from paralleldit.launcher import devices, instance, lifecycle, runtime_dir, spec
 from paralleldit.launcher.spec import SidecarSpec
+from paralleldit.nodes import host
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.failures import STAY_READY, Outcome, describe
 from paralleldit.parallel_backend.protocol import records
@@ -94,6 +97,7 @@ def test_a_second_sidecar_sees_its_own_gpus_only(shown, seen):
         ({"nnodes": 2}, "2 hosts need a place to meet"),
         ({"nnodes": 2, "node_rank": 2, "rdzv_endpoint": "a:1"}, r"node rank 2 does not lie in 0..1"),
         ({"rdzv_endpoint": "host"}, "'host' is not of the form host:port"),
+        ({"rdzv_endpoint": "a:1"}, "a:1 is where several hosts meet, but this sidecar has one"),
         ({"address": "tcp://host"}, "not an address of the form tcp://host:port"),
         ({"address": "udp://host:1"}, "not an address of the form tcp://host:port"),
         ({"address": "tcp://host:99999"}, "not an address of the form tcp://host:port"),
@@ -101,6 +105,9 @@ def test_a_second_sidecar_sees_its_own_gpus_only(shown, seen):
         ({"device": "cuda", "ranks": 99}, "99 ranks on this host need as many GPUs"),
         ({"remote": True, "address": "tcp://127.0.0.1:9"}, "No sidecar answers at tcp://127.0.0.1:9"),
         ({"remote": True, "address": "tcp://127.0.0.1:9", "token_file": Path("/none")}, "/none cannot be read"),
+        ({"remote": True, "address": "tcp://127.0.0.1:9", "token_file": Path("/bin/true")}, "holds no text in UTF-8"),
+        ({"remote": True, "address": "tcp://127.0.0.1"}, "not an address of the form tcp://host:port"),
+        ({"remote": True}, "A sidecar elsewhere needs an address"),
     ],
 )
 def test_a_spec_that_cannot_work_is_refused_before_anything_starts(tmp_path, more, text):
@@ -115,6 +122,34 @@ def test_the_key_tells_sidecars_apart_by_what_shapes_them():
     assert spec.settings_of(SidecarSpec(ranks=2, device="cpu", start_timeout=9)).key == key
     for more in ({"ranks": 4}, {"address": "tcp://127.0.0.1:5"}, {"hang_timeout": 9}, {"python": "/usr/bin/python3"}):
         assert spec.settings_of(SidecarSpec(**{"ranks": 2, "device": "cpu", **more})).key != key
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, SidecarSpec()),
+        ({spec.TOKEN_VARIABLE: "/t"}, SidecarSpec()),
+        ({spec.REMOTE_VARIABLE: "tcp://a:1"}, SidecarSpec(remote=True, address="tcp://a:1")),
+        (
+            {spec.REMOTE_VARIABLE: "tcp://a:1", spec.TOKEN_VARIABLE: "/t"},
+            SidecarSpec(remote=True, address="tcp://a:1", token_file=Path("/t")),
+        ),
+    ],
+)
+def test_the_environment_names_a_sidecar_elsewhere_to_nodes_and_commands(monkeypatch, variables, expected):
+    for name in (spec.REMOTE_VARIABLE, spec.TOKEN_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert spec.usual_spec() == host.Host().spec == expected
+    parser = argparse.ArgumentParser()
+    options.add_sidecar_options(parser)
+    options.add_remote_option(parser)
+    assert options.spec_of(parser.parse_args([])) == expected
+    given = options.spec_of(parser.parse_args(["--remote", "tcp://b:2", "--token-file", "/u"]))
+    assert (given.remote, given.address, given.token_file) == (True, "tcp://b:2", Path("/u"))
+    with pytest.raises(UserError, match="exclude each other"):
+        options.spec_of(parser.parse_args(["--remote", "tcp://b:2", "--address", "tcp://c:3"]))
 
 
 # -- the runtime directory ---------------------------------------------------------------------------------------
@@ -262,6 +297,12 @@ def test_every_command_has_help_that_lists_the_exit_codes(command):
         (("dance",), 2, "dance"),
         (("start", "--ranks", "-1"), 2, "must be at least 0"),
         (("start", "--ranks", "3", "--device", "cpu", "--nnodes", "2", "--rdzv-endpoint", "a:1"), 1, "error: 3 ranks"),
+        (("start", "--hang-timeout", "nan"), 2, "must be finite"),
+        (("start", "--idle-timeout", "inf"), 2, "must be finite"),
+        (("status", "--remote", "tcp://127.0.0.1:9"), 1, "No sidecar answers at tcp://127.0.0.1:9"),
+        (("status", "--remote", "here"), 1, "'here' is not an address"),
+        (("run", "none.json", "--remote", "tcp://a:1", "--address", "tcp://b:2"), 1, "none.json cannot be read"),
+        (("bench", "none.json", "--remote", "tcp://a:1"), 1, "Add --no-alone"),
         (("status",), 3, "no sidecar runs"),
         (("stop",), 3, "no sidecar runs"),
         (("logs",), 3, "no sidecar runs"),
