@@ -6,9 +6,17 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol.messages import MAX_STEPS, Adapters, Sample
-from ..parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES, check_part
+from ..parallel_backend.sampling.names import (
+    CFG_PP_SAMPLERS,
+    SAMPLER_NAMES,
+    SCHEDULER_NAMES,
+    WHOLE_BATCH_SAMPLERS,
+    check_negative,
+    check_part,
+    needs_negative,
+    unknown,
+)
 from . import host
 from .handles import handle_of
 from .layout_choice import LayoutChoice
@@ -19,7 +27,7 @@ from .widgets import verdict
 
 class ParallelDiTSampler:
     CATEGORY = "ParallelDiT"
-    DESCRIPTION = "Samples a latent in the ranks. Same samplers, schedulers and noise as KSampler."
+    DESCRIPTION = "Samples a latent in the ranks. All samplers, schedulers and noise of KSampler."
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The denoised latent.",)
     FUNCTION = "sample"
@@ -49,7 +57,7 @@ class ParallelDiTSampler:
                         "step": 0.1,
                         "round": 0.01,
                         "tooltip": "Weight of the positive against the negative prompt. At 1 the negative prompt is "
-                        "not evaluated: right for distilled models such as Flux.",
+                        "not evaluated: right for distilled models such as Flux. The samplers cfg_pp need it at 1 too.",
                     },
                 ),
                 "sampler_name": (
@@ -146,8 +154,7 @@ class ParallelDiTSampler:
         handle = handle_of(model)
         here.check_model(model)
         _check_inputs(sampler_name, scheduler, start_at_step, end_at_step)
-        if cfg != 1.0 and negative is None:
-            raise UserError(f"cfg={cfg:g} needs a negative prompt.", "Connect one, or set cfg to 1.")
+        check_negative(sampler_name, cfg, has_negative=negative is not None)
 
         specs = handle.spec.latents
         latents, tensors = latent.to_message(latent_image, specs, handle.family)
@@ -156,7 +163,8 @@ class ParallelDiTSampler:
         if len(specs) > 1:
             regions.refuse_places({"positive": positive, "negative": negative or []}, handle.family)
         sides = regions.placed_sides(positive, negative or [], shape)
-        if cfg == 1.0:
+        guided = needs_negative(sampler_name, cfg)
+        if not guided:
             del sides["negative"]
         prompts = {side: conditioning.to_message(side, each, handle.family, shape) for side, each in sides.items()}
         named, placed = controls.to_message({side: (prompts[side][0], sides[side]) for side in sides})
@@ -174,12 +182,15 @@ class ParallelDiTSampler:
             handle.facts(client.welcome.ranks),
             batch=batch,
             cfg=cfg,
+            cfg_pp=sampler_name in CFG_PP_SAMPLERS,
+            sampler=sampler_name,
+            whole_batch=sampler_name in WHOLE_BATCH_SAMPLERS,
             has_negative=negative is not None,
             token_rows=handle.spec.count_rows({name: each.shape for name, each in latents.items()}),
             controls=len(placed),
             entries=tuple(chain.from_iterable(named.values())),
         )
-        layout = choice.resolve(facts, guided="negative" in named)
+        layout = choice.resolve(facts, guided=guided)
         tensors |= {f"control.{index}": control.picture(first) for index, control in enumerate(placed)}
         weight_delivery.deliver(client, changes)
         message = Sample(
@@ -211,4 +222,4 @@ def _check_inputs(sampler_name: str, scheduler: str, start_at_step: int, end_at_
     check_part(start_at_step, end_at_step)
     for what, name, known in (("sampler", sampler_name, SAMPLER_NAMES), ("scheduler", scheduler, SCHEDULER_NAMES)):
         if name not in known:
-            raise UserError(f"Unknown {what} {name!r}.", f"Known {what}s: {', '.join(known)}.")
+            raise unknown(what, name, known)

@@ -21,8 +21,9 @@ from ..layout.layout import Layout
 from ..protocol.messages import Predict, Sample
 from ..sampling.driver import not_finite
 from ..sampling.model_sampling import ModelSampling
+from ..sampling.names import check_negative
 from ..sampling.noise import GaussianNoise
-from ..sampling.samplers import SAMPLERS, NoiseKind, find_sampler
+from ..sampling.samplers import NoiseKind, find_sampler
 from ..sampling.schedules import part_of, sigmas_for
 from ..sampling.solver import Denoise, NoiseSource
 
@@ -51,13 +52,16 @@ def check_request(
         stepwise=isinstance(request, Predict),
     )
     if isinstance(request, Sample):
+        sampler = find_sampler(request.sampler)
+        check_negative(sampler.name, request.cfg, has_negative=bool(request.negative))
         facts = replace(
             facts,
             cfg=request.cfg,
+            cfg_pp=sampler.cfg_pp,
             has_negative=bool(request.negative),
             token_rows=spec.count_rows(shapes),
-            sampler=find_sampler(request.sampler).name,
-            elementwise=tuple(sampler.name for sampler in SAMPLERS.values() if sampler.elementwise),
+            sampler=request.sampler,
+            whole_batch=not sampler.elementwise,
             controls=len(request.controls),
             entries=(*request.positive, *request.negative),
         )

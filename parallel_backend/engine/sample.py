@@ -23,6 +23,7 @@ from ..sampling.driver import SamplingJob, StepContext, check_result, latent_mas
 from ..sampling.driver import run as run_sampler
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.noise import initial_noises
+from ..sampling.samplers import find_sampler
 from ..sampling.solver import Denoise
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
@@ -70,7 +71,8 @@ def sample(
     strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
-    guidance = Guidance(strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, levels)
+    cfg_pp = find_sampler(request.sampler).cfg_pp
+    guidance = Guidance(strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, levels, cfg_pp)
 
     def preview(x: Tensor) -> Tensor | None:
         """The first picture, of a video its first frame, as what it is now."""
@@ -96,7 +98,7 @@ def sample(
     if mesh.pipefusion.size == 1:
         leave = strategy.forget
         try:
-            sampled = run_sampler(model, job, on_step)
+            sampled = run_sampler(model, job, on_step, guidance.negative)
             leave = strategy.finish
         except (Cancelled, UserError):
             leave = strategy.finish

@@ -40,21 +40,23 @@ class RunFacts:
     """What a layout is to be used for, as far as it is known by now. What is None is not judged.
 
     `ranks`: that there are; `stepwise`: whether each step is asked for by itself, by a sampler elsewhere; `batch`:
-    pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not evaluated; `blocks`, `heads`: of the
-    model; `token_rows`: rows of image tokens; `elementwise`: the samplers that can step a strip of the latent alone;
-    `controls`: ControlNets; `entries`: of both sides; `can`: which methods the model serves.
+    pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not evaluated unless the sampler is one of
+    CFG++: `cfg_pp`; `blocks`, `heads`: of the model; `token_rows`: rows of image tokens; `whole_batch`: whether
+    `sampler` looks at the whole latent of the whole batch; `controls`: ControlNets; `entries`: of both sides; `can`:
+    which methods the model serves.
     """
 
     ranks: int | None = None
     stepwise: bool = False
     batch: int | None = None
     cfg: float | None = None
+    cfg_pp: bool = False
     has_negative: bool = False
     blocks: int | None = None
     heads: int | None = None
     token_rows: int | None = None
     sampler: str | None = None
-    elementwise: tuple[str, ...] = ()
+    whole_batch: bool = False
     controls: int = 0
     entries: tuple[PromptFacts, ...] = ()
     can: Capabilities | None = None
@@ -217,7 +219,7 @@ def _batch(layout: Layout, work: RunFacts) -> Misfit | None:
 
 
 def _guidance(layout: Layout, work: RunFacts) -> Misfit | None:
-    if work.cfg is None or layout.cfg_degree == 1 or (work.has_negative and work.cfg != 1.0):
+    if work.cfg is None or layout.cfg_degree == 1 or (work.has_negative and (work.cfg != 1.0 or work.cfg_pp)):
         return None
     reason = f"cfg={work.cfg}" if work.has_negative else "no negative conditioning"
     return (
@@ -256,12 +258,16 @@ def _patches(layout: Layout, work: RunFacts) -> Misfit | None:
 
 
 def _sampler(layout: Layout, work: RunFacts) -> Misfit | None:
-    if layout.pipefusion_degree == 1 or work.sampler is None or work.sampler in work.elementwise:
+    if not work.whole_batch:
+        return None
+    seen = {"pipefusion": "strips of it", "data": "some of its pictures"}
+    cut = next((axis for axis in seen if layout.degree(axis) > 1), None)
+    if cut is None:
         return None
     return (
-        f"The sampler {work.sampler} looks at the whole latent; with pipefusion_degree={layout.pipefusion_degree} it "
-        "would see strips.",
-        f"Use one of {', '.join(work.elementwise)}, or pipefusion_degree=1.",
+        f"The sampler {work.sampler} looks at the whole latent; with {cut}_degree={layout.degree(cut)} it would see "
+        f"{seen[cut]}.",
+        f"Use another sampler (euler), or {cut}_degree=1.",
     )
 
 

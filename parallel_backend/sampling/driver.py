@@ -13,7 +13,7 @@ from ..errors import UserError
 from .model_sampling import ModelSampling
 from .noise import NoiseKind, SlicedNoise, mask_noise, noise_source
 from .samplers import Sampler, find_sampler
-from .solver import Denoise, NoiseSource, Solver, SolverContext
+from .solver import Denoise, NoiseSource, Solver, SolverContext, no_negative
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,12 @@ class SamplingJob:
     part: slice = field(default_factory=lambda: slice(None))
 
 
-def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor:
+def run(
+    model: Model, job: SamplingJob, on_step: OnStep | None = None, negative: Callable[[], Tensor] = no_negative
+) -> Tensor:
     """Samples and returns the latent of the job's `part`, fp32, in the model's space: `check_result` is for the whole.
+
+    `negative()`: what the negative prompt alone predicts in the newest call of the model, for the samplers of CFG++.
 
     Raises UserError for an unknown sampler, too few steps, sigmas that do not descend, tensors that do not fit, or a
     prediction that is not finite.
@@ -65,7 +69,7 @@ def run(model: Model, job: SamplingJob, on_step: OnStep | None = None) -> Tensor
     start = prepare(job)
     held, sigmas, total = start.held, start.sigmas, start.total
     noise = SlicedNoise(start.noise, [lambda draw: draw[job.part]]).part(0)
-    solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise))
+    solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise, negative))
 
     def predict(call: Denoise) -> Tensor:
         step = StepContext(call.step, total, call.evaluation)
@@ -101,7 +105,7 @@ def prepare(job: SamplingJob) -> Start:
     sampler = find_sampler(job.sampler)
     latent, noise = job.latent.float(), job.noise.float()
     sigmas = sampler.end_levels(check_sigmas(job.sigmas))
-    if sampler.noise is NoiseKind.BROWNIAN:
+    if sampler.noise in (NoiseKind.BROWNIAN, NoiseKind.DEVICE_BROWNIAN):
         check_log_snr(sampler, sigmas, job.model_sampling)
     held = None
     if job.mask is not None:

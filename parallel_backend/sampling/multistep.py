@@ -11,24 +11,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .solver import Denoise, Solver, SolverContext, slope, split_variance, toward
+from .solver import Denoise, Solver, SolverContext, slope, split_variance
 
 
-def dpmpp_2m(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
-    """DPM-Solver++(2M) (Lu et al. 2022b), in lambda = -log sigma for every model."""
+def dpmpp_2m(x: Tensor, sigmas: Tensor, context: SolverContext, cfg_pp: bool = False) -> Solver:
+    """DPM-Solver++(2M) (Lu et al. 2022b), in lambda = -log sigma for every model; `cfg_pp`: see the module `cfg_pp`."""
     lambdas = -sigmas.log()
     previous = None
     for i in range(len(sigmas) - 1):
         denoised = yield Denoise(x, sigmas[i], i)
         if sigmas[i + 1] == 0:
             return denoised
+        clean = context.negative() if cfg_pp else denoised
         h = lambdas[i + 1] - lambdas[i]
-        target = denoised
+        x = denoised + torch.exp(-h) * (x - clean)
         if previous is not None:
             ratio = (lambdas[i] - lambdas[i - 1]) / h
-            target = denoised + (denoised - previous) / (2 * ratio)
-        x = sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * target
-        previous = denoised
+            x = x - torch.expm1(-h) * (denoised - previous) / (2 * ratio)
+        previous = clean
     return x
 
 
@@ -108,32 +108,46 @@ def _phi_1(z: Tensor) -> Tensor:
     return torch.expm1(z) / z
 
 
-def res_multistep(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 0.0) -> Solver:
+def res_multistep(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 0.0, cfg_pp: bool = False) -> Solver:
     """Refined exponential solver, second order multistep (Zhang et al. 2023, arXiv 2308.02157)."""
     previous: tuple[Tensor, Tensor] | None = None
     for i in range(len(sigmas) - 1):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         denoised = yield Denoise(x, sigma, i)
         if sigma_next == 0:
-            return toward(x, denoised, sigma, sigma_next)
+            return denoised
+        clean = context.negative() if cfg_pp else denoised
         down, added = split_variance(sigma, sigma_next, eta)
         if previous is None:
-            x = toward(x, denoised, sigma, down)
+            x = denoised + slope(x, clean, sigma) * down
         else:
-            previous_denoised, previous_down = previous
+            previous_clean, previous_down = previous
             h = sigma.log() - down.log()
             c2 = (previous_down.log() - sigmas[i - 1].log()) / h
             phi_2 = (_phi_1(-h) - 1.0) / -h
-            x = torch.exp(-h) * x + h * ((_phi_1(-h) - phi_2 / c2) * denoised + phi_2 / c2 * previous_denoised)
+            x = torch.exp(-h) * (x + (denoised - clean))
+            x = x + h * ((_phi_1(-h) - phi_2 / c2) * clean + phi_2 / c2 * previous_clean)
         if eta > 0:
             x = x + added * context.noise(sigma, sigma_next)
-        previous = denoised, down
+        previous = clean, down
     return x
 
 
-def res_multistep_ancestral(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
-    """`res_multistep` with fresh noise at every step."""
-    return res_multistep(x, sigmas, context, eta=1.0)
+def gradient_estimation(
+    x: Tensor, sigmas: Tensor, context: SolverContext, gamma: float = 2.0, cfg_pp: bool = False
+) -> Solver:
+    """Euler steps along an extrapolated slope (Permenter and Yuan 2024, arXiv 2306.04848)."""
+    previous = None
+    for i in range(len(sigmas) - 1):
+        denoised = yield Denoise(x, sigmas[i], i)
+        if sigmas[i + 1] == 0:
+            return denoised
+        newest = slope(x, context.negative() if cfg_pp else denoised, sigmas[i])
+        x = denoised + newest * sigmas[i + 1]
+        if previous is not None:
+            x = x + (gamma - 1) * (newest - previous) * (sigmas[i + 1] - sigmas[i])
+        previous = newest
+    return x
 
 
 StepWeights = Sequence[Tensor | float]
@@ -165,6 +179,53 @@ def ipndm(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
     """Adams-Bashforth weights up to order 4, as if steps were equal (Zhang and Chen 2022, iPNDM)."""
     steps = sigmas.diff()
     return _adams(x, sigmas, [[step * w for w in ADAMS_BASHFORTH[min(i, 3)]] for i, step in enumerate(steps)])
+
+
+def ipndm_v(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """iPNDM with weights for unequal steps, up to order 4, as ComfyUI has them (Zhang and Chen 2022)."""
+    return _adams(x, sigmas, [_unequal_weights(sigmas[max(i - 3, 0) : i + 2]) for i in range(len(sigmas) - 1)])
+
+
+def _unequal_weights(sigmas: Tensor) -> StepWeights:
+    """Weights of the step between the last two of `sigmas`: Newton's form of the Adams-Bashforth weights.
+
+    Two of ComfyUI's terms differ from the method's, and are kept: the factor of the second difference of slopes, and
+    the last slope's share in the third.
+    """
+    h, *past = sigmas.diff().flip(0)
+    terms: list[tuple[Tensor, StepWeights]] = [(h.new_ones(()), (1.0,))]
+    if len(past) > 0:
+        terms.append((h / past[0] / 2, (1.0, -1.0)))
+    if len(past) > 1:
+        two, ratio = past[0] + past[1], past[0] / past[1]
+        factor = (1 - h / (3 * (h + past[0])) * (h * (h + past[0])) / (past[0] * two)) / 2
+        terms.append((factor, (1.0, -1 - ratio, ratio)))
+        if len(past) > 2:
+            near, far = h + past[0], h + two
+            share = (1 - h / (3 * near)) / 2 + (1 - h / (2 * near)) * h / (6 * far)
+            factor = share * (h * near * far) / (past[0] * two * (two + past[2]))
+            change = past[0] * two / (past[1] * (past[1] + past[2]))
+            later = ratio + change * (1 + past[1] / past[2]), -change * ratio
+            terms.append((factor, (1.0, -1 - ratio - change, *later)))
+    weights: list[Tensor | float] = [0.0] * len(terms)
+    for factor, difference in terms:
+        for place, share in enumerate(difference):
+            weights[place] = weights[place] + h * factor * share
+    return weights
+
+
+def lms(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """Adams-Bashforth steps of order 4 in sigma, for unequal steps (k-diffusion's linear multistep)."""
+    return _adams(x, sigmas, [_lagrange_weights(sigmas, i) for i in range(len(sigmas) - 1)])
+
+
+def _lagrange_weights(sigmas: Tensor, i: int, order: int = 4) -> StepWeights:
+    """Integrals over step `i` of Lagrange's polynomials on the last `order` levels, exact by Gauss's rule."""
+    levels = sigmas.double()
+    nodes = levels[max(i - order + 1, 0) : i + 1].flip(0)
+    middle, half = (levels[i] + levels[i + 1]) / 2, (levels[i + 1] - levels[i]) / 2
+    points = middle + half * torch.tensor([-1.0, 1.0], dtype=torch.float64) / math.sqrt(3)
+    return [float(half * _lagrange(nodes, j, points).sum()) for j in range(len(nodes))]
 
 
 def deis(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:

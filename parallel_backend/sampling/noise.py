@@ -84,18 +84,18 @@ class GaussianNoise:
 
 
 class BrownianNoise:
-    """Increments of one Brownian path over sigma (torchsde), drawn on the CPU: the noise between two levels does not
-    depend on the steps in between."""
+    """Increments of one Brownian path over sigma (torchsde): the noise between two levels does not depend on the steps
+    in between."""
 
     DIGITS = 6
     """Decimals of sigma that the path distinguishes: torchsde's default, as in ComfyUI."""
 
-    def __init__(self, like: Tensor, seed: int, sigmas: Tensor) -> None:
-        """`sigmas` are the run's levels; the path spans the positive ones."""
+    def __init__(self, like: Tensor, seed: int, sigmas: Tensor, device: torch.device | str = "cpu") -> None:
+        """`sigmas` are the run's levels; the path spans the positive ones. It is drawn on `device`."""
         self._like = like
         positive = sigmas[sigmas > 0]
         self._start, self._end = (round(float(end), self.DIGITS) for end in (positive.min(), positive.max()))
-        origin = torch.zeros(like.shape, dtype=like.dtype)
+        origin = torch.zeros(like.shape, dtype=like.dtype, device=device)
         self._path = torchsde.BrownianTree(self._start, origin, self._end, entropy=seed, tol=10.0**-self.DIGITS)
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -108,6 +108,7 @@ class NoiseKind(Enum):
     NONE = "none"
     GAUSSIAN = "gaussian"
     BROWNIAN = "brownian"
+    DEVICE_BROWNIAN = "brownian on the device"
 
 
 def no_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -123,6 +124,8 @@ def noise_source(kind: NoiseKind, like: Tensor, seed: int, sigmas: Tensor) -> No
             return GaussianNoise(like, seed)
         case NoiseKind.BROWNIAN:
             return BrownianNoise(like, seed, sigmas)
+        case NoiseKind.DEVICE_BROWNIAN:
+            return BrownianNoise(like, seed, sigmas, like.device)
 
 
 class SlicedNoise:

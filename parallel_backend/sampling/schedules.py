@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .model_sampling import ModelSampling
-from .names import check_part
+from .names import SCHEDULER_NAMES, check_part, unknown
 from .samplers import find_sampler
 
 Scheduler = Callable[[ModelSampling, int], Tensor]
@@ -147,8 +147,7 @@ def sigmas_for(
     done and the result is empty. Raises UserError for an unknown scheduler or sampler and for steps below 1.
     """
     if scheduler not in SCHEDULERS:
-        known = ", ".join(sorted(SCHEDULERS))
-        raise UserError(f"Unknown scheduler {scheduler!r}.", f"Known schedulers: {known}.")
+        raise unknown("scheduler", scheduler, SCHEDULER_NAMES)
     if steps < 1:
         raise UserError(f"A run needs at least 1 step, not {steps}.", "Set steps to 1 or more.")
     discard = find_sampler(sampler).discard_penultimate_sigma

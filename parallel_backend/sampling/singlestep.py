@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .solver import Denoise, Solver, SolverContext, ancestral_step, log_midpoint, slope, split_variance, toward
+from .solver import (
+    Denoise,
+    Level,
+    Solver,
+    SolverContext,
+    ancestral_step,
+    levels_of,
+    log_midpoint,
+    slope,
+    split_variance,
+    toward,
+)
 
 
 def euler(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
@@ -41,6 +52,24 @@ def heun(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
         denoised_next = yield Denoise(guess, sigma_next, i, evaluation=1)
         mean_slope = (slope(x, denoised, sigma) + slope(guess, denoised_next, sigma_next)) / 2
         x = x + mean_slope * (sigma_next - sigma)
+    return x
+
+
+def heunpp2(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """Heun++: slopes at up to three levels, later ones weighted by sigma (Carzit's sd-webui-samplers-scheduler)."""
+    for i in range(len(sigmas) - 1):
+        ahead = sigmas[i + 1 : i + 3][: len(sigmas) - 2 - i]
+        denoised = yield Denoise(x, sigmas[i], i)
+        slopes, guess = [slope(x, denoised, sigmas[i])], x
+        for number, sigma in enumerate(ahead, 1):
+            guess = guess + slopes[-1] * (sigma - sigmas[i + number - 1])
+            denoised = yield Denoise(guess, sigma, i, evaluation=number)
+            slopes.append(slope(guess, denoised, sigma))
+        weights = [sigma / (len(slopes) * sigmas[0]) for sigma in ahead]
+        mean_slope = (1 - sum(weights)) * slopes[0]
+        for weight, later in zip(weights, slopes[1:], strict=True):
+            mean_slope = mean_slope + weight * later
+        x = x + mean_slope * (sigmas[i + 1] - sigmas[i])
     return x
 
 
@@ -95,21 +124,9 @@ def dpmpp_2s_ancestral(x: Tensor, sigmas: Tensor, context: SolverContext, eta: f
     return x
 
 
-class Level(NamedTuple):
-    """A noise level and its lambda. Each is kept as computed: next to pure noise a round trip loses digits."""
-
-    sigma: Tensor
-    half_log_snr: Tensor
-
-    @property
-    def alpha(self) -> Tensor:
-        return self.sigma * self.half_log_snr.exp()
-
-
 def dpmpp_sde(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 1.0) -> Solver:
     """DPM-Solver++ for the diffusion SDE, one midpoint in lambda per step (k-diffusion)."""
-    sampling = context.model_sampling
-    sigmas = sampling.finite_half_log_snr(sigmas)
+    levels = levels_of(sigmas, context.model_sampling)
 
     def advance(x: Tensor, denoised: Tensor, start: Level, target: Level) -> Tensor:
         down, added = split_variance((-start.half_log_snr).exp(), (-target.half_log_snr).exp(), eta)
@@ -119,13 +136,12 @@ def dpmpp_sde(x: Tensor, sigmas: Tensor, context: SolverContext, eta: float = 1.
             added * noise - torch.expm1(-h) * denoised
         )
 
-    for i in range(len(sigmas) - 1):
-        denoised = yield Denoise(x, sigmas[i], i)
-        if sigmas[i + 1] == 0:
+    for i, (start, end) in enumerate(pairwise(levels)):
+        denoised = yield Denoise(x, start.sigma, i)
+        if end.sigma == 0:
             return denoised
-        start, end = (Level(sigma, sampling.half_log_snr(sigma)) for sigma in (sigmas[i], sigmas[i + 1]))
-        lambda_middle = start.half_log_snr + (end.half_log_snr - start.half_log_snr) / 2
-        middle = Level(sampling.sigma_from_half_log_snr(lambda_middle), lambda_middle)
+        half_way = start.half_log_snr + (end.half_log_snr - start.half_log_snr) / 2
+        middle = Level.at(half_way, context.model_sampling)
         x_middle = advance(x, denoised, start, middle)
         denoised_middle = yield Denoise(x_middle, middle.sigma, i, evaluation=1)
         x = advance(x, denoised_middle, start, end)
@@ -138,4 +154,19 @@ def lcm(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
         x = yield Denoise(x, sigmas[i], i)
         if sigmas[i + 1] > 0:
             x = context.model_sampling.noise_scaling(sigmas[i + 1], context.noise(sigmas[i], sigmas[i + 1]), x)
+    return x
+
+
+def ddpm(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:
+    """Ancestral steps of DDPM (Ho et al. 2020, algorithm 2), on x brought to unit variance."""
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        denoised = yield Denoise(x, sigma, i)
+        kept, kept_next = 1 / (sigma**2 + 1), 1 / (sigma_next**2 + 1)
+        alpha = kept / kept_next
+        x = (kept.sqrt() * x - (1 - alpha) / (1 - kept).sqrt() * slope(x, denoised, sigma)) / alpha.sqrt()
+        if sigma_next == 0:
+            return x
+        x = x + ((1 - alpha) * (1 - kept_next) / (1 - kept)).sqrt() * context.noise(sigma, sigma_next)
+        x = x / kept_next.sqrt()
     return x

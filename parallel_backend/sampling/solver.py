@@ -27,10 +27,17 @@ class Denoise:
     evaluation: int = 0
 
 
+def no_negative() -> Tensor:
+    raise AssertionError("a run without a negative prompt was asked for its prediction")
+
+
 @dataclass(frozen=True)
 class SolverContext:
+    """`negative()`: what the negative prompt alone predicts in the newest evaluation, for the samplers of CFG++."""
+
     model_sampling: ModelSampling
     noise: NoiseSource
+    negative: Callable[[], Tensor] = no_negative
 
 
 Solver = Generator[Denoise, Tensor, Tensor]
@@ -55,9 +62,34 @@ def log_midpoint(sigma: Tensor, target: Tensor) -> Tensor:
     return sigma.log().lerp(target.log(), 0.5).exp()
 
 
+class Level(NamedTuple):
+    """A noise level and its lambda. Each is kept as computed: next to pure noise a round trip loses digits."""
+
+    sigma: Tensor
+    half_log_snr: Tensor
+
+    @property
+    def alpha(self) -> Tensor:
+        """How much of the clean latent is in x."""
+        return self.sigma * self.half_log_snr.exp()
+
+    @classmethod
+    def at(cls, half_log_snr: Tensor, model_sampling: ModelSampling) -> Level:
+        return cls(model_sampling.sigma_from_half_log_snr(half_log_snr), half_log_snr)
+
+
+def levels_of(sigmas: Tensor, model_sampling: ModelSampling) -> list[Level]:
+    """A run's levels; the first one has a lambda that is finite."""
+    sigmas = model_sampling.finite_half_log_snr(sigmas)
+    return [Level(sigma, model_sampling.half_log_snr(sigma)) for sigma in sigmas]
+
+
 def split_variance(sigma: Tensor, target: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """An ancestral step in variance-exploding space: (level to step down to, deviation of the noise to add)."""
-    added = (eta * (target**2 * (sigma**2 - target**2) / sigma**2) ** 0.5).minimum(target)
+    if eta == 0:
+        return target, target.new_zeros(())
+    # The level of pure noise is infinite where alpha is 0: all that is wanted is then added.
+    added = (eta * (target**2 * (sigma**2 - target**2) / sigma**2) ** 0.5).fmin(target)
     return (target**2 - added**2) ** 0.5, added
 
 

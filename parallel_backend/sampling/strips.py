@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ def calls_of(start: Start, job: SamplingJob) -> list[Denoise]:
         return call.x
 
     x = torch.zeros(1, 1, 1, 1)
-    context = SolverContext(job.model_sampling, lambda sigma, sigma_next: x)
+    context = SolverContext(job.model_sampling, lambda sigma, sigma_next: x, lambda: x)
     drive(start.sampler.function(x, start.sigmas, context), note)
     return calls
 
@@ -54,12 +55,13 @@ class StripSamplers:
 
         cutters = [cutter(number) for number in range(len(strips))]
         noise = SlicedNoise(start.noise, [lambda draw, cut=cut: cut(draw[job.part]) for cut in cutters])
+        self._negatives: list[Tensor | None] = [None] * len(strips)
         self._held = [start.held.within(cut) if start.held else None for cut in cutters]
         self._solvers: list[Solver] = []
         self._calls: list[Denoise] = []
         self._results: list[Tensor | None] = [None] * len(strips)
         for number, cut in enumerate(cutters):
-            context = SolverContext(job.model_sampling, noise.part(number))
+            context = SolverContext(job.model_sampling, noise.part(number), partial(self._negative, number))
             solver = start.sampler.function(cut(start.x), start.sigmas, context)
             self._solvers.append(solver)
             self._calls.append(next(solver))
@@ -68,11 +70,18 @@ class StripSamplers:
         """The noisy latent of one strip, or of all, as their samplers ask about it."""
         return self._strips.join([self._asked(strip) for strip in patches])
 
-    def receive(self, patches: Sequence[int], denoised: Tensor) -> Tensor:
-        """Steps one strip, or all; returns the denoised strips, with the area that is held as it was."""
+    def receive(self, patches: Sequence[int], denoised: Tensor, negative: Tensor | None = None) -> Tensor:
+        """Steps one strip, or all; returns the denoised strips, with the area that is held as it was.
+
+        `negative`: what the negative prompt alone predicts of them.
+        """
         parts = []
         for strip in patches:
-            part = denoised if len(patches) == 1 else self._strips.cut(denoised, [strip])
+            part, self._negatives[strip] = (
+                whole if whole is None or len(patches) == 1 else self._strips.cut(whole, [strip])
+                for whole in (denoised, negative)
+            )
+            assert part is not None
             held = self._held[strip]
             parts.append(part if held is None else held.after(part))
             try:
@@ -80,6 +89,11 @@ class StripSamplers:
             except StopIteration as end:
                 self._results[strip] = end.value
         return self._strips.join(parts)
+
+    def _negative(self, strip: int) -> Tensor:
+        negative = self._negatives[strip]
+        assert negative is not None
+        return negative
 
     def result(self) -> Tensor:
         """The sampled latent, once every sampler has ended."""

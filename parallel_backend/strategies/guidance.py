@@ -27,7 +27,8 @@ class Guidance:
 
     With a CFG axis of two, each of its ranks evaluates half of the entries of both sides; of a single positive and a
     single negative one that is one each. Each step they exchange a sum of predictions for every side that they have
-    entries of. At `cfg` 1, or without negative entries, only the positive ones are evaluated.
+    entries of. At `cfg` 1, or without negative entries, only the positive ones are evaluated, unless `cfg_pp` needs the
+    negative ones by themselves.
     """
 
     def __init__(
@@ -39,16 +40,23 @@ class Guidance:
         negative: Sequence[WeightedPrompt],
         cfg: float,
         sigmas: Tensor | None = None,
+        cfg_pp: bool = False,
     ) -> None:
         """`sigmas`: the run's levels, on the CPU, for models that are given the time of the next one."""
         self.sigmas = sigmas
+        self._negative: Tensor | None = None
         self.predict = predict
         self.model_sampling = model_sampling
         self.axis = axis
         self.cfg = cfg
-        self.sides = [positive] if not negative or cfg == 1.0 else [positive, negative]
+        self.sides = [positive] if not negative or (cfg == 1.0 and not cfg_pp) else [positive, negative]
         self._entries: list[Sided] = [(side, entry) for side, entries in enumerate(self.sides) for entry in entries]
         self._repeats = {entry: entry.again() for _, entry in self._entries}
+
+    def negative(self) -> Tensor:
+        """What the negative side alone predicts: that of the newest `combine`."""
+        assert self._negative is not None
+        return self._negative
 
     @property
     def own_conditions(self) -> list[Condition]:
@@ -101,6 +109,7 @@ class Guidance:
         if len(totals) == 1:
             return totals[0]
         positive, negative = totals
+        self._negative = negative
         return negative + (positive - negative) * self.cfg
 
     def _exchanged(self, sums: Sequence[Tensor], shares: Sequence[Sequence[Sided]], like: Tensor) -> list[Tensor]:

@@ -31,27 +31,54 @@ SAMPLER_STEPS = 6
 SEED = 1234567
 SHAPE = (2, 3, 4, 5)
 VIDEO_SHAPE = (2, 3, 4, 8, 6)
+CFG = 3.0
 SAMPLERS = (
     "euler",
+    "euler_cfg_pp",
     "euler_ancestral",
+    "euler_ancestral_cfg_pp",
     "heun",
+    "heunpp2",
+    "exp_heun_2_x0",
+    "exp_heun_2_x0_sde",
     "dpm_2",
     "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
     "dpmpp_2s_ancestral",
+    "dpmpp_2s_ancestral_cfg_pp",
     "dpmpp_sde",
+    "dpmpp_sde_gpu",
     "dpmpp_2m",
+    "dpmpp_2m_cfg_pp",
     "dpmpp_2m_sde",
+    "dpmpp_2m_sde_gpu",
     "dpmpp_2m_sde_heun",
+    "dpmpp_2m_sde_heun_gpu",
     "dpmpp_3m_sde",
+    "dpmpp_3m_sde_gpu",
+    "ddpm",
     "lcm",
     "ipndm",
+    "ipndm_v",
     "deis",
     "res_multistep",
+    "res_multistep_cfg_pp",
     "res_multistep_ancestral",
+    "res_multistep_ancestral_cfg_pp",
+    "gradient_estimation",
+    "gradient_estimation_cfg_pp",
+    "er_sde",
+    "seeds_2",
+    "seeds_3",
+    "sa_solver",
+    "sa_solver_pece",
     "ddim",
     "uni_pc",
     "uni_pc_bh2",
 )
+"""All that ComfyUI 0.33 lists. An older one lacks some."""
 SCHEDULES = tuple(itertools.product(SCHEDULERS, (1, 2, 3, 4, 7, 20, 28, 50), (1.0, 0.6, 0.05), ("euler", "dpm_2")))
 """(scheduler, steps, denoise, sampler)"""
 
@@ -80,10 +107,10 @@ def case_key(kind: str, model: str, case: tuple) -> str:
     return "/".join((kind, model, *map(str, case)))
 
 
-def network(x: Tensor, sigma: Tensor) -> Tensor:
-    """A smooth nonlinear stand-in for a model: mixes neighbours, bounded, depends on the noise level."""
+def network(x: Tensor, sigma: Tensor, prompt: float = 1.0) -> Tensor:
+    """A smooth nonlinear stand-in for a model: mixes neighbours, bounded, depends on the noise level and the prompt."""
     sigma = sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
-    return 0.6 * torch.sin(1.3 * x + sigma) + 0.2 * torch.tanh(x.roll(1, -1)) + 0.1 * sigma / (1 + sigma)
+    return 0.6 * torch.sin(1.3 * x + sigma) + 0.2 * prompt * torch.tanh(x.roll(1, -1)) + 0.1 * sigma / (1 + sigma)
 
 
 def sample_latent() -> Tensor:
@@ -139,8 +166,14 @@ class HostModel:
         return getattr(self, name)
 
     def __call__(self, x, sigma, model_options=None, seed=None):
-        output = network(self.model_sampling.calculate_input(sigma, x), sigma)
-        return self.model_sampling.calculate_denoised(sigma, output, x)
+        latent = self.model_sampling.calculate_input(sigma, x)
+        positive, negative = (
+            self.model_sampling.calculate_denoised(sigma, network(latent, sigma, prompt), x) for prompt in (1.0, 0.5)
+        )
+        denoised = negative + (positive - negative) * CFG
+        for watch in (model_options or {}).get("sampler_post_cfg_function", []):
+            denoised = watch({"denoised": denoised, "uncond_denoised": negative})
+        return denoised
 
 
 def host_sigmas(model: HostModel, scheduler: str, steps: int, denoise: float, sampler: str) -> Tensor:
@@ -187,6 +220,8 @@ def host_results() -> dict[str, Tensor]:
         "mask/video": reshape_mask(frame_masks(), torch.Size(VIDEO_SHAPE)),
     }
     grid = torch.tensor(SIGMA_GRID)
+    from comfy.samplers import SAMPLER_NAMES
+
     for name in MODELS:
         model = HostModel(host_model_sampling(name))
         ms = model.model_sampling
@@ -200,7 +235,8 @@ def host_results() -> dict[str, Tensor]:
         for case in PARTS:
             results[case_key("part", name, case)] = host_part(model, *case)
         for case in RUNS if name in SAMPLED_MODELS else ():
-            results[case_key("latent", name, case)] = host_latent(model, *case)
+            if case[0] in SAMPLER_NAMES:
+                results[case_key("latent", name, case)] = host_latent(model, *case)
     return {key: value.clone().contiguous() for key, value in results.items()}
 
 

@@ -36,8 +36,9 @@ MODELS = {
 TOLERANCE = 1e-5
 ILL_CONDITIONED = {
     ("deis", "linear_quadratic"): 1e-4,
+    ("lms", "linear_quadratic"): 5e-4,
 }
-"""(sampler, scheduler): the tolerance where the sampler's own weights, +466 and -428, amplify a last bit."""
+"""(sampler, scheduler): the tolerance where the sampler's own weights, up to +466 and -428, amplify a last bit."""
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +75,13 @@ def our_latent(native: dict[str, Tensor], model_name: str, case: tuple) -> Tenso
     sampler, scheduler, denoise, masked = case
     sampling = MODELS[model_name]
 
+    negatives: list[Tensor] = []
+
     def model(x: Tensor, sigma: Tensor, step: driver.StepContext) -> Tensor:
-        return sampling.denoised(host.network(sampling.calculate_input(sigma, x), sigma), x, sigma)
+        latent = sampling.calculate_input(sigma, x)
+        positive, negative = (sampling.denoised(host.network(latent, sigma, prompt), x, sigma) for prompt in (1.0, 0.5))
+        negatives[:] = [negative]
+        return negative + (positive - negative) * host.CFG
 
     latent = host.sample_latent() if masked or denoise < 1 else torch.zeros(host.SHAPE)
     sigmas = schedules.sigmas_for(sampling, scheduler, host.SAMPLER_STEPS, denoise, sampler)
@@ -89,7 +95,7 @@ def our_latent(native: dict[str, Tensor], model_name: str, case: tuple) -> Tenso
         mask=driver.latent_mask(host.pixel_mask(), latent.shape) if masked else None,
         noise_source=native_noise_source(native, latent, sigmas, SAMPLERS[sampler].noise),
     )
-    return driver.run(model, job)
+    return driver.run(model, job, negative=lambda: negatives[0])
 
 
 def test_the_same_samplers_and_schedulers_are_compared() -> None:
@@ -141,7 +147,10 @@ def test_parts_of_a_run_equal_native(native, name: str) -> None:
 def test_latents_equal_native(native, name: str, sampler: str) -> None:
     for case in host.RUNS:
         if case[0] == sampler:
-            theirs = native[host.case_key("latent", name, case)]
+            key = host.case_key("latent", name, case)
+            if key not in native:
+                pytest.skip(f"this ComfyUI has no sampler {sampler}")
+            theirs = native[key]
             assert theirs.isfinite().all(), f"{name} {case}: the native latent is not finite"
             tolerance = ILL_CONDITIONED.get(case[:2], TOLERANCE)
             assert_close(our_latent(native, name, case), theirs, tolerance, f"{name} {case}")

@@ -58,7 +58,6 @@ def test_number_of_patches(layout, patches):
 
 
 KNOWN = {"batch": 4, "cfg": 3.0, "has_negative": True, "blocks": 4, "token_rows": 8, "sampler": "euler"}
-ELEMENTWISE = ("euler", "heun")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,16 @@ ELEMENTWISE = ("euler", "heun")
         ({"pipefusion_degree": 3, "stage_blocks": (2, 2)}, {}, ("stage_blocks=2,2", "pipefusion_degree=3")),
         ({"pipefusion_degree": 2, "stage_blocks": (4, 0)}, {}, ("stage_blocks=4,0", "from 1 on")),
         ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
-        ({"pipefusion_degree": 2}, {"sampler": "adaptive"}, ("adaptive", "pipefusion_degree=2", "euler, heun")),
+        (
+            {"pipefusion_degree": 2},
+            {"sampler": "dpm_adaptive", "whole_batch": True},
+            ("dpm_adaptive", "pipefusion_degree=2", "strips", "euler"),
+        ),
+        (
+            {"data_degree": 2},
+            {"sampler": "dpm_adaptive", "whole_batch": True},
+            ("dpm_adaptive", "data_degree=2", "pictures", "euler"),
+        ),
         ({"pipefusion_degree": 2, "attention": "yunchang"}, {}, ("yunchang", "pipefusion_degree=2")),
         ({"distrifusion_degree": 3, "attention": "yunchang"}, {}, ("yunchang", "distrifusion_degree=3")),
         ({"pipefusion_degree": 2, "distrifusion_degree": 4}, {}, ("pipefusion_degree=2", "distrifusion_degree=4")),
@@ -95,7 +103,7 @@ ELEMENTWISE = ("euler", "heun")
     ids=str,
 )
 def test_a_layout_that_does_not_fit_is_refused_with_its_numbers_and_what_fits(layout, work, words):
-    layout, work = Layout(**layout), RunFacts(**KNOWN | work, elementwise=ELEMENTWISE)
+    layout, work = Layout(**layout), RunFacts(**KNOWN | work)
     with pytest.raises(UserError) as refused:
         check_layout(layout, work)
     assert all(word in str(refused.value) for word in words), str(refused.value)
@@ -120,7 +128,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_its_numbers_and_what_fits(la
     ids=str,
 )
 def test_a_layout_that_fits_is_let_through(layout):
-    check_layout(Layout(**layout), RunFacts(**KNOWN, elementwise=ELEMENTWISE, ranks=Layout(**layout).ranks))
+    check_layout(Layout(**layout), RunFacts(**KNOWN, ranks=Layout(**layout).ranks))
 
 
 def test_what_is_not_known_yet_is_not_judged():

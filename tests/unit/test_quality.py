@@ -107,4 +107,4 @@ def test_presets_fit_the_demo_model_at_128_px():
     for layouts in PRESETS.values():
         assert len({name_of(layout) for layout in layouts}) == len(layouts)
         for layout in layouts:
-            check_layout(layout, RunFacts(blocks=9, token_rows=8, sampler="euler", elementwise=("euler",)))
+            check_layout(layout, RunFacts(blocks=9, token_rows=8))

@@ -9,13 +9,21 @@ import torch
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.sampling.driver import SamplingJob, StepContext, latent_mask, run
 from paralleldit.parallel_backend.sampling.model_sampling import EpsPrediction, FluxFlow
-from paralleldit.parallel_backend.sampling.noise import BrownianNoise, GaussianNoise, SlicedNoise, initial_noise
+from paralleldit.parallel_backend.sampling.noise import (
+    BrownianNoise,
+    GaussianNoise,
+    NoiseKind,
+    SlicedNoise,
+    initial_noise,
+)
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
 from paralleldit.parallel_backend.sampling.schedules import part_of, sigmas_for
 from torch import Tensor
 
 SHAPE = (3, 2, 4, 4)
 SEED = 11
+NEGATIVE = torch.linspace(-0.5, 0.5, 96).view(SHAPE)
+"""What the negative prompt predicts, at every step: for the samplers of CFG++."""
 FLOW, EPS = FluxFlow(), EpsPrediction()
 
 
@@ -49,19 +57,24 @@ def test_progress_comes_once_a_step_and_the_model_knows_its_step(sampler: str) -
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
         told.append((step, total, denoised.shape == x.shape, sigma.ndim))
 
-    run(watching, job(sampler), on_step)
-    assert told == [(step, 4, True, 0) for step in range(4)]
-    assert [index for index, evaluation in asked if evaluation == 0] == [0, 1, 2, 3]
-    assert len(asked) == 3 * SAMPLERS[sampler].evaluations + 1
+    run(watching, job(sampler), on_step, lambda: NEGATIVE)
+    steps = [index for index, evaluation in asked if evaluation == 0]
+    assert told == [(step, 4, True, 0) for step in steps]
+    # An adaptive one goes on in its last step until the end.
+    assert (sorted(set(steps)) if sampler == "dpm_adaptive" else steps) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name, sampler in SAMPLERS.items() if sampler.elementwise])
 @pytest.mark.parametrize("masked", [False, True])
 def test_parts_of_a_batch_are_the_parts_of_the_whole_run(sampler: str, masked: bool) -> None:
     mask = (torch.arange(16).view(1, 4, 4) % 3 == 0).float()
     whole_job = job(sampler, denoise=0.7, mask=latent_mask(mask, torch.Size(SHAPE)) if masked else None)
-    parts = [run(model, replace(whole_job, part=part)) for part in (slice(0, 1), slice(1, 3))]
-    torch.testing.assert_close(torch.cat(parts), run(model, whole_job), rtol=1e-6, atol=1e-6)
+    parts = [
+        run(model, replace(whole_job, part=part), negative=lambda part=part: NEGATIVE[part])
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    whole = run(model, whole_job, negative=lambda: NEGATIVE)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "uni_pc", "dpmpp_2m_sde"])
@@ -172,7 +185,12 @@ def test_a_mask_that_is_no_picture_is_refused(mask: Tensor) -> None:
 def test_same_seed_same_latent_and_other_seed_other_latent() -> None:
     for sampler in SAMPLERS:
         latents = [
-            run(model, job(sampler, seed=seed, noise=initial_noise(SHAPE, torch.float32, seed))) for seed in (5, 5, 6)
+            run(
+                model,
+                job(sampler, seed=seed, noise=initial_noise(SHAPE, torch.float32, seed)),
+                negative=lambda: NEGATIVE,
+            )
+            for seed in (5, 5, 6)
         ]
         assert torch.equal(latents[0], latents[1]), sampler
         assert not torch.allclose(latents[0], latents[2], atol=1e-3), sampler
@@ -233,10 +251,14 @@ def test_shared_draws_are_kept_until_every_part_had_them_and_no_longer() -> None
     assert not shared._draws
 
 
+DRAWN_ON_THE_CPU = (NoiseKind.NONE, NoiseKind.BROWNIAN)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sampler", [name for name, sampler in SAMPLERS.items() if sampler.noise.value != "gaussian"])
+@pytest.mark.parametrize("sampler", [name for name, sampler in SAMPLERS.items() if sampler.noise in DRAWN_ON_THE_CPU])
 def test_cuda_gives_the_latent_of_the_cpu(sampler: str) -> None:
     host = job(sampler)
     device = replace(host, noise=host.noise.cuda(), latent=host.latent.cuda())
-    torch.testing.assert_close(run(model, device).cpu(), run(model, host), rtol=1e-4, atol=1e-4)
+    sampled = run(model, device, negative=NEGATIVE.cuda).cpu()
+    torch.testing.assert_close(sampled, run(model, host, negative=lambda: NEGATIVE), rtol=1e-4, atol=1e-4)

@@ -229,7 +229,8 @@ class PipeFusion:
         is_broken, is_latent = ~torch.isfinite(denoised).all(), ~torch.isfinite(x).all()
         found = torch.stack((is_broken & is_latent, is_broken & ~is_latent))
         self.failures[:LAST_STEP].clamp_(min=(len(self.calls) - unit.call) * found)
-        denoised = samplers.receive(unit.patches, denoised)
+        negative = self.guidance.negative() if self.start.sampler.cfg_pp else None
+        denoised = samplers.receive(unit.patches, denoised, negative)
         if call.evaluation == 0 and len(self.preview):
             self.strips.put(self.preview, unit.patches, denoised[: len(self.preview)])
         self._announce(unit.call + 1, unit.patches[-1])
