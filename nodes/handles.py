@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.families.registry import FAMILIES
-from ..parallel_backend.families.spec import FamilySpec
+from ..parallel_backend.families.spec import FamilySpec, LatentSpec
+from ..parallel_backend.files.latents import latents_of
 from ..parallel_backend.layout.fitting import RunFacts
 from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, WeightChange
 from .layout_choice import LayoutChoice
@@ -59,6 +61,11 @@ class ModelHandle:
     @property
     def spec(self) -> FamilySpec:
         return FAMILIES[self.family]
+
+    @property
+    def latents(self) -> tuple[LatentSpec, ...]:
+        """What it samples, scaled as the VAE in its folder says, if there is one."""
+        return latents_of(self.spec, Path(self.ref.path))
 
     def facts(self, ranks: int) -> RunFacts:
         """What a layout for `ranks` must know of the model, whatever the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from ..distributed.mesh import Mesh
 from ..families.blocks import Block, compiled
 from ..families.family import Family, TokenFamily
 from ..families.registry import load_view
+from ..files.latents import latents_of
 from ..layout.model_part import WHOLE, ModelPart
 from ..strategies.sharded_weights import ShardedWeights
 from ..strategies.tensor import TensorParallel
@@ -26,16 +26,9 @@ if TYPE_CHECKING:
 
 
 def build_family(loaded: LoadedTransformer, path: Path) -> Family:
-    """The view of a loaded network.
-
-    A diffusers pipeline folder says how its own VAE's latents are scaled; a single file is of the family's usual scale.
-    """
-    vae_config = path / "vae" / "config.json"
-    first, *others = loaded.spec.latents
-    if vae_config.is_file():
-        first = first.of_vae(json.loads(vae_config.read_text()))
+    """The view of the network loaded from `path`."""
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
-    family: Family = load_view(loaded.spec)(loaded.module, loaded.compute_dtype, device, (first, *others))
+    family: Family = load_view(loaded.spec)(loaded.module, loaded.compute_dtype, device, latents_of(loaded.spec, path))
     family.block_parameters = loaded.block_parameters
     if isinstance(family, TokenFamily):
         family.heads = loaded.cuts.heads

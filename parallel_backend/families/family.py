@@ -102,16 +102,11 @@ class Family(ABC):
 
     def process_in(self, latent: Tensor, spec: LatentSpec | None = None) -> Tensor:
         """Converts the VAE's latent to the latent that the transformer was trained on."""
-        spec = spec or self.latent
-        if spec.mean:
-            latent = (latent - _by_channel(spec.mean, latent)) / _by_channel(spec.std, latent)
-        return (latent - spec.shift) * spec.scale
+        return (spec or self.latent).process_in(latent)
 
     def process_out(self, latent: Tensor, spec: LatentSpec | None = None) -> Tensor:
         """The inverse of `process_in`."""
-        spec = spec or self.latent
-        latent = latent / spec.scale + spec.shift
-        return latent * _by_channel(spec.std, latent) + _by_channel(spec.mean, latent) if spec.mean else latent
+        return (spec or self.latent).process_out(latent)
 
     def packing(self, latents: Mapping[str, Tensor]) -> Packing:
         """The packing of a run's latents, given by name."""
@@ -215,7 +210,3 @@ def with_tokens(family: Family, what: str) -> TokenFamily:
     if isinstance(family, TokenFamily):
         return family
     raise UserError(f"{what} works on the tokens of a model's blocks; a {family.name} model has none.", "Remove it.")
-
-
-def _by_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, *[1] * (like.ndim - 2))

@@ -5,14 +5,18 @@ Nodes, command line, launcher and ranks read it. What computes is the family's v
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from ..layout.capabilities import Capabilities
 from ..layout.stages import BlockList
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = {"weight": "weight", "bias": "bias"}
 
@@ -45,13 +49,46 @@ class LatentSpec:
     channels_last: bool = False
 
     def of_vae(self, config: Mapping[str, Any]) -> LatentSpec:
-        """The same of a VAE with that config.json: with the numbers that it says, and the others as they are."""
+        """The same of a VAE with that config.json: with the numbers that it says, and the others as they are.
+
+        Raises `UserError` for numbers that no latent can be scaled by.
+        """
         said: dict[str, Any] = {}
         if config.get("scaling_factor") is not None:
             said = {"scale": config["scaling_factor"], "shift": config.get("shift_factor") or 0.0}
         if config.get("latents_mean") and config.get("latents_std"):
             said |= {"mean": tuple(config["latents_mean"]), "std": tuple(config["latents_std"])}
-        return replace(self, **said)
+        found = replace(self, **said)
+        _check_numbers(found)
+        return found
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        """Converts the VAE's latent `[B, C, ...]` to the latent that the model was trained on."""
+        if self.mean:
+            latent = (latent - _by_channel(self.mean, latent)) / _by_channel(self.std, latent)
+        return (latent - self.shift) * self.scale
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        """The inverse of `process_in`."""
+        latent = latent / self.scale + self.shift
+        return latent * _by_channel(self.std, latent) + _by_channel(self.mean, latent) if self.mean else latent
+
+
+def _by_channel(numbers: Sequence[float], latent: Tensor) -> Tensor:
+    return latent.new_tensor(numbers).view(-1, *[1] * (latent.ndim - 2))
+
+
+def _check_numbers(spec: LatentSpec) -> None:
+    numbers = [spec.scale, spec.shift, *spec.mean, *spec.std]
+    are_numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    fits = not spec.mean or len(spec.mean) == len(spec.std) == spec.channels
+    if not are_numbers or not fits or 0 in (spec.scale, *spec.std):
+        raise UserError(
+            f"The VAE's config.json scales latents of {spec.channels} channels by scaling_factor={spec.scale!r}, "
+            f"shift_factor={spec.shift!r}, {len(spec.mean)} latents_mean and {len(spec.std)} latents_std.",
+            "It takes finite numbers, of which scaling_factor and latents_std are not 0, and of the last two one for "
+            "each channel. Download the VAE's config.json again.",
+        )
 
 
 @dataclass(frozen=True)

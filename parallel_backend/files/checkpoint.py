@@ -93,7 +93,7 @@ def fingerprint(path: str | Path, component: str = "transformer") -> str:
 
 def _open_folder(folder: Path, component: str) -> Checkpoint:
     weights_folder = folder / component if (folder / component).is_dir() else folder
-    config = _read_json(weights_folder / "config.json") if (weights_folder / "config.json").exists() else None
+    config = read_json(weights_folder / "config.json") if (weights_folder / "config.json").exists() else None
     weights = _weights_file(weights_folder)
     if INDEX.fullmatch(weights.name):
         return _open_index(weights, config)
@@ -118,7 +118,7 @@ def _weights_file(folder: Path) -> Path:
 def _open_index(index: Path, config: dict[str, Any] | None) -> Checkpoint:
     weight_map = _weight_map(index)
     if config is None and (index.parent / "config.json").exists():
-        config = _read_json(index.parent / "config.json")
+        config = read_json(index.parent / "config.json")
     headers = {index.parent / shard: read_header(index.parent / shard) for shard in sorted(set(weight_map.values()))}
     checkpoint = _from_headers(index, headers, config)
     strays = [
@@ -135,7 +135,7 @@ def _open_index(index: Path, config: dict[str, Any] | None) -> Checkpoint:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is not an index of safetensors shards: it has no weight_map.")
     for shard in weight_map.values():
@@ -171,7 +171,8 @@ def _from_headers(source: Path, headers: dict[Path, Header], config: dict[str, A
     return Checkpoint(source, tensors, metadata, config, tuple(headers), digest.hexdigest())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UserError` where there is none."""
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(MAX_JSON_BYTES).decode("utf-8"))

@@ -3,12 +3,13 @@
 COMFYUI_PATH=... python parity_host.py FOLDER RANKS [RANKS ...]
 
 Run by `test_parity.py` with the host's Python. For each FOLDER/NAME.json (`family` and `config` of the loader's handle)
-there are the weights NAME.safetensors in ComfyUI's own layout. Writes FOLDER/errors.json: by case, the relative errors
-of KSampler and Parallel Sampler to native sampling.
+there are the weights NAME.safetensors in ComfyUI's own layout, and a diffusers folder of it. Writes FOLDER/errors.json:
+by case, the relative errors of KSampler and Parallel Sampler to native sampling.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import itertools
@@ -27,6 +28,23 @@ from torch import Tensor
 
 MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyuandit": (4, 8, 12)}
 """Channels, rows and columns of the latent. ComfyUI divides by zero for a PixArt of fewer."""
+
+
+def vae_scale(channels: int) -> dict[str, Any]:
+    """What a VAE's config.json says of its latents, by channel too."""
+    numbers = torch.arange(1.0, 1 + channels) / channels
+    return {
+        "scaling_factor": 0.69,
+        "shift_factor": -0.21,
+        "latents_mean": (numbers - 0.4).tolist(),
+        "latents_std": (numbers + 0.7).tolist(),
+    }
+
+
+def scaled_folder(model: str) -> str:
+    return f"{model} of another scale"
+
+
 CONTROLLED = ("flux", "sd3", "hunyuandit")
 """Models with a ControlNet."""
 RANKS = (1, 2, 4)
@@ -52,6 +70,8 @@ class Case:
     """What is set of the negative one's."""
     node: str = "KSampler"
     """What samples in ComfyUI, one of `WAYS`. Those of custom samplers have no like among our nodes."""
+    scaled: bool = False
+    """From a diffusers folder whose VAE scales latents as `vae_scale` says, and not as the family's usual one does."""
     controlled: bool = False
     """With two ControlNets, the second for a part of the run: of ComfyUI's own, and of ours for Parallel Sampler."""
 
@@ -112,6 +132,13 @@ CASES = {
             "flux", (2,), 2, entries=({"reference_latents": REFERENCES, "reference_latents_method": places},)
         )
         for places in ("offset", "index", "uxo")
+    },
+    **{
+        f"{name}, a VAE of another scale, denoise {denoise}": Case(
+            name, batch=2, masked=denoise < 1, sampler={"denoise": denoise, "cfg": 4.0}, scaled=True
+        )
+        for name in MODELS
+        for denoise in (1.0, 0.6)
     },
     "flux, area of the negative prompt": Case("flux", sampler={"cfg": 4.0}, negative={"area": (5, 8, 0, 0)}),
     "flux, area of the negative prompt, cfg 1": Case("flux", entries=({}, {}), negative={"area": (5, 8, 0, 0)}),
@@ -188,9 +215,11 @@ def main(folder: Path, ranks: list[int]) -> None:
             if count not in case.ranks:
                 continue
             choice = LayoutChoice(ranks=count, **case.layout)
-            model = loader.load(str(folder / f"{case.model}.safetensors"), "auto", choice)[0]
+            file = folder / (scaled_folder(case.model) if case.scaled else f"{case.model}.safetensors")
+            model = loader.load(str(file), "auto", choice)[0]
+            truth = of_other_scale(native[case.model]) if case.scaled else native[case.model]
             errors[f"{name} [{count}]"] = compare(
-                case, native[case.model], model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"], control.get(case.model)
+                case, truth, model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"], control.get(case.model)
             )
     lifecycle.stop(here.spec.slot)
     (folder / "errors.json").write_text(json.dumps(errors))
@@ -330,6 +359,19 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
     parts = {"KSampler": [{}]} | {f"steps {what}": own for what, own in PARTS.items()}
     of_ours = [in_parts(parts[case.node], parallel().sample)] if case.node in parts else []
     return [error(latent(ours, each)) for each in (stock, *of_ours)]
+
+
+def of_other_scale(native: Any) -> Any:
+    """ComfyUI's own MODEL, as if its VAE scaled latents as `vae_scale` says."""
+    scaled = native.clone()
+    own = copy.copy(native.model.latent_format)
+    told = vae_scale(own.latent_channels)
+    mean, std = (torch.tensor(told[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    own.process_in = lambda latent: ((latent - mean) / std - told["shift_factor"]) * told["scaling_factor"]
+    own.process_out = lambda latent: (latent / told["scaling_factor"] + told["shift_factor"]) * std + mean
+    scaled.model = copy.copy(native.model)
+    scaled.model.latent_format = own
+    return scaled
 
 
 def native_model(told: Path) -> Any:

@@ -86,6 +86,11 @@ def errors(tmp_path_factory) -> dict[str, list[float]]:
         tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if name == "pixart" else {}
         save_file(original(dict(model.state_dict())) | tables, file)
         loaded = load_transformer(file, device="cpu")
+        pipeline = folder / host.scaled_folder(name)
+        model.save_pretrained(pipeline / "transformer")
+        vae = pipeline / "vae" / "config.json"
+        vae.parent.mkdir()
+        vae.write_text(json.dumps(host.vae_scale(host.MODELS[name][0])))
         file.with_suffix(".json").write_text(json.dumps({"family": loaded.family, "config": loaded.config}))
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     command = [python, "-W", "ignore", str(Path(host.__file__)), str(folder), *map(str, host.RANKS)]

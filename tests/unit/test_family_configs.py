@@ -90,7 +90,10 @@ def test_rules_lead_every_row_where_the_converter_of_diffusers_does(model):
     [
         ({"scaling_factor": 0.5, "shift_factor": 0.25}, LatentSpec(4, scale=0.5, shift=0.25)),
         ({"scaling_factor": 0.5, "shift_factor": None}, LatentSpec(4, scale=0.5)),
-        ({"latents_mean": [1, 2], "latents_std": [3, 4]}, LatentSpec(4, scale=2.0, shift=1.0, mean=(1, 2), std=(3, 4))),
+        (
+            {"latents_mean": [1, 2, 0, -1], "latents_std": [3, 4, 5, 6]},
+            LatentSpec(4, scale=2.0, shift=1.0, mean=(1, 2, 0, -1), std=(3, 4, 5, 6)),
+        ),
         ({"scaling_factor": 0.5, "latents_mean": None, "latents_std": None}, LatentSpec(4, scale=0.5)),
         ({}, LATENT),
     ],
@@ -98,6 +101,25 @@ def test_rules_lead_every_row_where_the_converter_of_diffusers_does(model):
 )
 def test_a_latent_is_scaled_as_its_vae_says(config, expected):
     assert LATENT.of_vae(config) == expected
+    latent = torch.randn(2, 4, 3, 5)
+    torch.testing.assert_close(expected.process_out(expected.process_in(latent)), latent)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"scaling_factor": 0}, "scaling_factor=0"),
+        ({"scaling_factor": "large"}, "scaling_factor='large'"),
+        ({"scaling_factor": float("nan")}, "scaling_factor=nan"),
+        ({"scaling_factor": 1.0, "shift_factor": float("inf")}, "shift_factor=inf"),
+        ({"latents_mean": [1, 2], "latents_std": [3, 4]}, "4 channels .* 2 latents_mean and 2 latents_std"),
+        ({"latents_mean": [1, 2, 3, 4], "latents_std": [3, 4, 5, 0]}, "4 latents_std"),
+    ],
+    ids=str,
+)
+def test_numbers_by_which_no_latent_can_be_scaled_are_refused(config, words):
+    with pytest.raises(UserError, match=words):
+        LATENT.of_vae(config)
 
 
 def test_a_neighbour_with_the_keys_of_a_family_is_refused_by_its_name(tmp_path, monkeypatch):
