@@ -10,13 +10,16 @@ BIN := $(VENV)/bin
 # A machine without an NVIDIA driver gets the CPU build by its exact name, so that no index can answer with CUDA's.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo torch==2.13.0+cpu)
 
+# Tests wait for ranks, sidecars and time limits: three processes share two cores well. Each starts ranks of its own.
+TEST_PROCESSES ?= 3
+
 .PHONY: demo test matrix check format bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/python cli run workflows/api/demo_txt2img.api.json
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 matrix: $(VENV)/ready
 	PARALLELDIT_WHOLE_MATRIX=1 PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks tests/unit/test_compiled_blocks.py

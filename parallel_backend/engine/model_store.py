@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Ref = ModelRef | TextRef | VaeRef | ControlNetRef | IPAdapterRef
 
 KEPT_FREE = 0.4
-"""Share of a device's memory that must stay free for the work itself, for a model to be kept beside another."""
+"""Share of a device's memory that must stay free for the work itself, for one model more to be kept."""
 
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -64,7 +64,7 @@ class ModelStore:
         self.states = states
         self._held: OrderedDict[Ref, Held] = OrderedDict()
         self._in_use: list[Ref] = []
-        """What was asked for last, and what works beside it."""
+        """What was asked for last, and what works together with it."""
 
     def transformer(self, ref: ModelRef, run: Run, part: ModelPart = WHOLE) -> Transformer:
         """`part` of a model. Raises `UserError` when the file is missing, broken, or of no family that we sample."""
@@ -86,7 +86,7 @@ class ModelStore:
             net = open_controlnet(Path(ref.path), self.device if stage.is_first else torch.device("meta"), dtype)
             return net, net.bytes if stage.is_first else 0
 
-        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, ModelPart(stage), beside=True)
+        return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, ModelPart(stage), keep_in_use=True)
 
     def ip_adapter(self, ref: IPAdapterRef, family: Family, cuts: TensorCuts, stage: Stage, run: Run) -> IPAdapter:
         """In the model's dtype, for the blocks of `stage`, and of their heads for what `cuts` say."""
@@ -98,7 +98,7 @@ class ModelStore:
             return adapter, adapter.bytes
 
         part = ModelPart(stage.settled(family.block_parameters), cuts.share)
-        return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part, beside=True)
+        return self._get(ref.model_copy(update={"dtype": str(family.dtype)}), load, run, part, keep_in_use=True)
 
     def vae(self, ref: VaeRef, run: Run) -> LoadedVAE:
         """Raises `UserError` when the file is missing, broken, or no AutoencoderKL."""
@@ -124,7 +124,7 @@ class ModelStore:
         return self._get(ref, load, run)
 
     def free_up(self, bytes: int, ref: Ref, run: Run) -> int:
-        """A collective: make room for `bytes` more on every rank beside the model `ref`, as far as other models can go.
+        """A collective: make room for `bytes` more on every rank for the model `ref`, as far as others can go.
 
         Returns what the rank with least has free then.
         """
@@ -182,11 +182,17 @@ class ModelStore:
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
     def _get(
-        self, ref: Ref, load: Callable[[], tuple[Any, int]], run: Run, part: ModelPart = WHOLE, *, beside: bool = False
+        self,
+        ref: Ref,
+        load: Callable[[], tuple[Any, int]],
+        run: Run,
+        part: ModelPart = WHOLE,
+        *,
+        keep_in_use: bool = False,
     ) -> Any:
-        """`beside`: it is to work beside the models that were asked for before it, which stay for that."""
+        """`keep_in_use`: the models that were asked for before it stay, since it works together with them."""
         now = self.states.under(ref.path)
-        self._in_use = [*(self._in_use if beside else ()), ref]
+        self._in_use = [*(self._in_use if keep_in_use else ()), ref]
         held = self._held.get(ref)
         if held is not None and (held.part, held.fingerprint) != (part, now):
             del self._held[ref]

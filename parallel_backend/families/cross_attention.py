@@ -24,7 +24,6 @@ from ..tokens.rotary import Rotary
 from .blocks import PartlyCompiled
 from .condition import Condition
 from .family import Sites, TokenFamily
-from .spec import LatentSpec
 from .state import State
 
 
@@ -157,14 +156,7 @@ class CrossAttentionFamily(TokenFamily):
     out_channels: int
     across_heads = False
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: tuple[LatentSpec, ...] | None = None,
-    ) -> None:
-        super().__init__(transformer, dtype, device, latents)
+    def adopt_network(self) -> None:
         self.texts = [TextOfBlock(layer.attn2, self.across_heads) for layer in self.layers]
         for number, layer in enumerate(self.layers):
             site = SelfAttentionSite(self.sites, (number, "self"), self.streams, self.across_heads)

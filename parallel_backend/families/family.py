@@ -142,6 +142,11 @@ class TokenFamily(Family):
         """Maps each block that leaves a skip in the state to the later one that takes it."""
         shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
         self.block_parameters = list(block_parameters(shapes, self.spec.blocks).values())
+        self.adopt_network()
+
+    @abstractmethod
+    def adopt_network(self) -> None:
+        """Sets what the network's config says (`hidden_size` ...), installs the attention sites, wraps the blocks."""
 
     @abstractmethod
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:

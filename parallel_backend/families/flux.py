@@ -24,7 +24,6 @@ from .blocks import Block
 from .condition import Condition, TimedImagePrompt, check_widths
 from .family import Sites, TokenFamily
 from .keys.flux import FLUX
-from .spec import LatentSpec
 from .state import Evaluation, State
 
 STREAMS = ("text", "image")
@@ -121,15 +120,8 @@ class Place(NamedTuple):
 class Flux(TokenFamily):
     spec = FLUX
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: tuple[LatentSpec, ...] | None = None,
-    ) -> None:
-        super().__init__(transformer, dtype, device, latents)
-        self.transformer = cast(FluxTransformer2DModel, transformer)
+    def adopt_network(self) -> None:
+        self.transformer = cast(FluxTransformer2DModel, self.transformer)
         self.hidden_size = self.transformer.inner_dim
         double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
         for number, layer in enumerate(double):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..sampling.model_sampling import ModelSampling, VPrediction
@@ -23,7 +23,6 @@ from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
 from .keys.hunyuandit import HUNYUANDIT, skips
-from .spec import LatentSpec
 from .state import Evaluation, State
 
 TRAINED_SIDE = 64
@@ -35,14 +34,8 @@ BETA_END = {True: 0.03, False: 0.018}
 class HunyuanDiT(CrossAttentionFamily):
     spec = HUNYUANDIT
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: tuple[LatentSpec, ...] | None = None,
-    ) -> None:
-        super().__init__(transformer, dtype, device, latents)
+    def adopt_network(self) -> None:
+        super().adopt_network()
         model = self.transformer
         self.hidden_size = model.inner_dim
         self.out_channels = model.out_channels

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..sampling.model_sampling import EpsPrediction, ModelSampling
 from ..tokens.grid import Grid
@@ -21,7 +21,6 @@ from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
-from .spec import LatentSpec
 from .state import Evaluation, State
 
 MASKED = -10000.0
@@ -36,14 +35,8 @@ class PixArtState(CrossAttentionState):
 
 
 class PixArt(CrossAttentionFamily):
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: tuple[LatentSpec, ...] | None = None,
-    ) -> None:
-        super().__init__(transformer, dtype, device, latents)
+    def adopt_network(self) -> None:
+        super().adopt_network()
         self.hidden_size = self.transformer.inner_dim
         self.out_channels = self.transformer.out_channels
         self.blocks = [_as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]

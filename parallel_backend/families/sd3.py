@@ -24,7 +24,6 @@ from .blocks import Block
 from .condition import Condition, TimedImagePrompt, check_widths
 from .family import Sites, TokenFamily
 from .keys import sd3 as keys
-from .spec import LatentSpec
 from .state import Evaluation, State
 
 SHIFT = 3.0
@@ -92,15 +91,8 @@ class Site:
 class SD3(TokenFamily):
     spec = keys.SD3
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: tuple[LatentSpec, ...] | None = None,
-    ) -> None:
-        super().__init__(transformer, dtype, device, latents)
-        self.transformer = cast(SD3Transformer2DModel, transformer)
+    def adopt_network(self) -> None:
+        self.transformer = cast(SD3Transformer2DModel, self.transformer)
         self.max_side = self.transformer.config["pos_embed_max_size"]
         self.hidden_size = self.transformer.inner_dim
         self.blocks = [_as_block(layer) for layer in self.transformer.transformer_blocks]

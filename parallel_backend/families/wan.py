@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..sampling.model_sampling import DiscreteFlow, ModelSampling
 from ..tokens.grid import Grid
@@ -22,7 +22,6 @@ from .blocks import Block
 from .condition import Condition, check_widths
 from .cross_attention import CrossAttentionBlock, CrossAttentionFamily, CrossAttentionState, TextOfBlock
 from .keys.wan import WAN
-from .spec import LatentSpec
 from .state import Evaluation, State
 
 SHIFT = 8.0
@@ -43,14 +42,8 @@ class Wan(CrossAttentionFamily):
     controlled = "video"
     across_heads = True
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: tuple[LatentSpec, ...] | None = None,
-    ) -> None:
-        super().__init__(transformer, dtype, device, latents)
+    def adopt_network(self) -> None:
+        super().adopt_network()
         config = self.transformer.config
         self.head_dim: int = config["attention_head_dim"]
         self.hidden_size = config["num_attention_heads"] * self.head_dim

@@ -3,7 +3,7 @@
 What reads headers only is here; `load` is not, because it takes seconds to import diffusers.
 """
 
-from .checkpoint import Checkpoint, fingerprint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .detect import Detected, detect
 
-__all__ = ["Checkpoint", "Detected", "detect", "fingerprint", "open_checkpoint"]
+__all__ = ["Checkpoint", "Detected", "detect", "open_checkpoint"]

@@ -6,7 +6,6 @@ share one copy; a write (a merged LoRA) copies only its pages and never reaches 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import stat
@@ -37,7 +36,6 @@ class Checkpoint:
     metadata: dict[str, str]
     config: dict[str, Any] | None
     files: tuple[Path, ...]
-    digest: str
     _maps: dict[Path, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -84,11 +82,6 @@ def open_checkpoint(path: str | Path, component: str = "transformer") -> Checkpo
     if INDEX.fullmatch(path.name):
         return _open_index(path, None)
     return _from_headers(path, {path: read_header(path)}, None)
-
-
-def fingerprint(path: str | Path, component: str = "transformer") -> str:
-    """Digest of path, sizes, modification times and headers: a changed file has another fingerprint."""
-    return open_checkpoint(path, component).digest
 
 
 def _open_folder(folder: Path, component: str) -> Checkpoint:
@@ -156,7 +149,6 @@ def _is_plain_name(name: Any) -> bool:
 def _from_headers(source: Path, headers: dict[Path, Header], config: dict[str, Any] | None) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    digest = hashlib.sha256(json.dumps([str(source.resolve()), config]).encode())
     for file, header in headers.items():
         if twice := tensors.keys() & header.tensors.keys():
             raise UserError(
@@ -164,11 +156,9 @@ def _from_headers(source: Path, headers: dict[Path, Header], config: dict[str, A
             )
         tensors |= header.tensors
         metadata |= header.metadata
-        status = file.stat()
-        digest.update(f"\n{file.name}\n{status.st_size}\n{status.st_mtime_ns}\n{header.digest}".encode())
     if not tensors:
         raise UserError(f"{source} holds no tensors.")
-    return Checkpoint(source, tensors, metadata, config, tuple(headers), digest.hexdigest())
+    return Checkpoint(source, tensors, metadata, config, tuple(headers))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ which must tile the rest of the file. See the safetensors README, section "Forma
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -69,7 +68,6 @@ class TensorInfo:
 class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    digest: str
 
 
 def read_header(path: Path) -> Header:
@@ -119,7 +117,7 @@ def _parse(path: Path, raw: bytes, size: int) -> Header:
     data_start = 8 + len(raw)
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in content.items()}
     _check_tiling(path, tensors, data_start, size)
-    return Header(tensors, metadata, hashlib.sha256(raw).hexdigest())
+    return Header(tensors, metadata)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

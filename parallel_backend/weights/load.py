@@ -49,7 +49,6 @@ class LoadedTransformer:
     spec: FamilySpec
     config: dict[str, Any]
     source: Path
-    fingerprint: str
     weight_dtype: torch.dtype
     compute_dtype: torch.dtype
     bytes: int
@@ -131,7 +130,6 @@ def load_transformer(
         found.spec,
         found.config,
         checkpoint.source,
-        checkpoint.digest,
         storage.dtype,
         compute.dtype,
         size,

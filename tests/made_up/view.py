@@ -111,8 +111,7 @@ class MadeUp(TokenFamily):
     controlled = "video"
     hidden_size = VIDEO
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, *latents: Any) -> None:
-        super().__init__(transformer, dtype, device, *latents)
+    def adopt_network(self) -> None:
         self.blocks = [self._as_block(number) for number in range(len(self.transformer.blocks))]
 
     @property

@@ -15,13 +15,14 @@ from paralleldit.parallel_backend.engine.run_conditions import RunConditions
 from paralleldit.parallel_backend.engine.sample import sample
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
-from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.layout import AXES, Layout
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Sample, Schedule
 from paralleldit.parallel_backend.run_context import Run
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
+from paralleldit.tests.covering import covering, pairs
 from paralleldit.tests.tiny_models import entry_of, tensors_of
 from paralleldit.tests.tiny_unet import TinyUNet, condition, network
 from torch import Tensor, nn
@@ -29,16 +30,20 @@ from torch import Tensor, nn
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 BYTES = 4
-LAYOUTS = [
-    Layout(),
-    Layout(ulysses_degree=2),
-    Layout(ring_degree=2),
-    Layout(ulysses_degree=3),
-    Layout(ring_degree=3),
-    Layout(ulysses_degree=4),
-    Layout(ring_degree=4),
-    Layout(ulysses_degree=2, ring_degree=2),
-]
+LAYOUTS = covering(
+    [
+        Layout(),
+        Layout(ulysses_degree=2),
+        Layout(ring_degree=2),
+        Layout(ulysses_degree=3),
+        Layout(ring_degree=3),
+        Layout(ulysses_degree=4),
+        Layout(ring_degree=4),
+        Layout(ulysses_degree=2, ring_degree=2),
+    ],
+    # How rows are shared depends on the number of ranks, how attention is, on the axes.
+    lambda layout: {frozenset((layout.ranks,))} | pairs([axis for axis in AXES if layout.degree(axis) > 1]),
+)
 SHAPES = {
     "even": (1, 16, 8),
     "uneven shares": (1, 24, 5),

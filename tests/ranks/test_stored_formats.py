@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Sample, Schedule
+from paralleldit.tests.covering import covering, pairs
 from paralleldit.tests.lora_files import FORMATS as LORAS
 from paralleldit.tests.lora_files import merged
 from paralleldit.tests.ranks.stale_flux import run_of
@@ -56,6 +59,10 @@ STORED = {
     "fp8_e5m2 scaled": fp8(torch.float8_e5m2, scaled=True),
 }
 """By format: what ranks on a CPU compute in, and `store(name, weight)`: tensors of a file, and their decoded weight."""
+
+
+CASES = covering(product(LAYOUTS.values(), STORED, [kind for kind in ADAPTERS if kind]), pairs)
+"""Which formats meet which kinds of LoRA in which layouts. Every format is predicted without a LoRA in every layout."""
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +118,11 @@ def predicted(world, layout, cases):
 def test_stored_weights_predict_what_their_decoded_numbers_do(ranks, files, layout):
     (expected,) = ranks.once(1, predicted, Layout(), [(decoded, None) for _, _, decoded in files.values()])
     cases = []
-    for (format, kind), (base, lora, _) in files.items():
-        cases.append((format, kind, base, lora))
-        if kind == ADAPTERS[-1]:
-            cases.append((format, None, base, None))
+    for format in STORED:
+        kinds = [None, *(kind for kind in ADAPTERS if kind and (layout, format, kind) in CASES), None]
+        for kind in kinds if len(kinds) > 2 else [None]:
+            base, lora, _ = files[format, kind]
+            cases.append((format, kind, base, lora))
     wanted = dict(zip(files, expected, strict=True))
     for answers in ranks.run(layout.ranks, predicted, layout, [case[2:] for case in cases]):
         plain = {}

@@ -199,8 +199,8 @@ class SD3ControlNet(ControlNet):
 class SD3ImageBlocks(SD3):
     """Blocks over the image alone."""
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(transformer, dtype, device)
+    def adopt_network(self) -> None:
+        super().adopt_network()
         self.blocks = [_as_image_block(layer) for layer in self.transformer.transformer_blocks]
 
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
@@ -229,9 +229,9 @@ class SD3ImageControlNet(ControlNet):
 class HunyuanBlocks(HunyuanDiT):
     """The blocks of a HunyuanDiT ControlNet, which are the first half of a model's, without skips."""
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        transformer.out_channels = 0  # pyright: ignore[reportArgumentType]  it has no last layer
-        super().__init__(transformer, dtype, device)
+    def adopt_network(self) -> None:
+        self.transformer.out_channels = 0  # It has no last layer.
+        super().adopt_network()
         self.skips = {}
         self.blocks = [as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
 
