@@ -46,10 +46,10 @@ class ParallelDiTControlNetLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, controlnet: str) -> bool | str:
-        return verdict(lambda name: model_files.resolve(name, KIND, WHAT), controlnet)
+        return verdict(lambda name: model_files.resolve(name, (KIND,), WHAT), controlnet)
 
     def load(self, controlnet: str) -> tuple[ControlNetRef]:
-        path = model_files.resolve(controlnet, KIND, WHAT)
+        path = model_files.resolve(controlnet, (KIND,), WHAT)
         read_controlnet(path)
         return (ControlNetRef(path=str(path)),)
 

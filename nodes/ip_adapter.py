@@ -76,7 +76,7 @@ class ParallelDiTIPAdapter:
 
     @classmethod
     def VALIDATE_INPUTS(cls, ip_adapter: str, start_percent: float, end_percent: float) -> bool | str:
-        named = verdict(lambda name: model_files.resolve(name, KIND, WHAT), ip_adapter)
+        named = verdict(lambda name: model_files.resolve(name, (KIND,), WHAT), ip_adapter)
         return named if named is not True else verdict(check_span, start_percent, end_percent, IDLE)
 
     def show(
@@ -91,7 +91,7 @@ class ParallelDiTIPAdapter:
     ) -> tuple[Any]:
         check_span(start_percent, end_percent, IDLE)
         handle = handle_of(model)
-        path = model_files.resolve(ip_adapter, KIND, WHAT)
+        path = model_files.resolve(ip_adapter, (KIND,), WHAT)
         info = read_ip_adapter(path)
         if info.family != handle.family:
             raise UserError(

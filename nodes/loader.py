@@ -11,7 +11,7 @@ from .handles import ModelHandle
 from .layout_choice import LayoutChoice
 from .widgets import LAYOUT_INPUT, verdict
 
-KIND = "diffusion_models"
+KINDS = ("diffusion_models", "checkpoints")
 WHAT = "The diffusion model"
 
 
@@ -29,10 +29,11 @@ class ParallelDiTLoader:
         return {
             "required": {
                 "model": (
-                    model_files.names(KIND),
+                    model_files.names(*KINDS),
                     {
-                        "tooltip": "A safetensors file in models/diffusion_models or models/unet, or a diffusers "
-                        "pipeline folder in models/diffusers."
+                        "tooltip": "A safetensors file in models/diffusion_models, models/unet or models/checkpoints, "
+                        "or a diffusers pipeline folder in models/diffusers. Of a file with text encoders and a VAE in "
+                        "it, the model alone is read."
                     },
                 ),
                 "weight_dtype": (
@@ -45,10 +46,10 @@ class ParallelDiTLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str) -> bool | str:
-        return verdict(lambda name: model_files.resolve(name, KIND, WHAT), model)
+        return verdict(lambda name: model_files.resolve(name, KINDS, WHAT), model)
 
     def load(self, model: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None) -> tuple[Any]:
-        path = model_files.resolve(model, KIND, WHAT)
+        path = model_files.resolve(model, KINDS, WHAT)
         detected = detect(open_checkpoint(path))
         ref = ModelRef(path=str(path), weight_dtype=weight_dtype)
         return (host.current().new_model(ModelHandle(ref, layout, detected.family, detected.config)),)

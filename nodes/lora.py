@@ -61,12 +61,12 @@ class ParallelDiTLora:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: str, block_strengths: str = "") -> bool | str:
-        named = verdict(lambda name: model_files.resolve(name, KIND, WHAT), lora)
+        named = verdict(lambda name: model_files.resolve(name, (KIND,), WHAT), lora)
         return named if named is not True else verdict(_factors, block_strengths)
 
     def add(self, model: Any, lora: str, strength: float, block_strengths: str = "") -> tuple[Any]:
         handle = handle_of(model)
-        path = model_files.resolve(lora, KIND, WHAT)
+        path = model_files.resolve(lora, (KIND,), WHAT)
         open_checkpoint(path)
         ref = LoraRef(path=str(path), strength=strength, block_strengths=_factors(block_strengths))
         return (host.current().with_handle(model, replace(handle, loras=(*handle.loras, ref))),)

@@ -30,7 +30,7 @@ class ParallelDiTTextEncode:
         return {
             "required": {
                 "text_encoders": (
-                    model_files.names(None),
+                    model_files.names(),
                     {"tooltip": "A diffusers pipeline folder in models/diffusers with its tokenizers and encoders."},
                 ),
                 "text": (
@@ -73,7 +73,7 @@ class ParallelDiTTextEncode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, text_encoders: str) -> bool | str:
-        return verdict(lambda name: model_files.resolve(name, None, WHAT), text_encoders)
+        return verdict(lambda name: model_files.resolve(name, (), WHAT), text_encoders)
 
     def encode(
         self,
@@ -86,7 +86,7 @@ class ParallelDiTTextEncode:
     ) -> tuple[list[Any]]:
         message = EncodeText(
             id=0,
-            text=TextRef(path=str(model_files.resolve(text_encoders, None, WHAT))),
+            text=TextRef(path=str(model_files.resolve(text_encoders, (), WHAT))),
             prompt=text,
             prompt_2=text_2 or None,
             max_length=max_length or None,

@@ -18,7 +18,7 @@ from .layout_choice import LayoutChoice
 from .remote_vae import ParallelVAE
 from .widgets import LAYOUT_INPUT, verdict
 
-KIND = "vae"
+KINDS = ("vae", "checkpoints")
 WHAT = "The VAE"
 
 
@@ -34,8 +34,11 @@ class ParallelDiTVAELoader:
         return {
             "required": {
                 "vae": (
-                    model_files.names(KIND),
-                    {"tooltip": "A safetensors file in models/vae, or a pipeline folder in models/diffusers."},
+                    model_files.names(*KINDS),
+                    {
+                        "tooltip": "A safetensors file in models/vae or models/checkpoints, or a pipeline folder in "
+                        "models/diffusers."
+                    },
                 ),
                 "weight_dtype": (
                     list(get_args(WeightDtype)),
@@ -59,12 +62,12 @@ class ParallelDiTVAELoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae: str) -> bool | str:
-        return verdict(lambda name: model_files.resolve(name, KIND, WHAT), vae)
+        return verdict(lambda name: model_files.resolve(name, KINDS, WHAT), vae)
 
     def load(
         self, vae: str, weight_dtype: WeightDtype, layout: LayoutChoice | None = None, own_ranks: int = 0
     ) -> tuple[ParallelVAE]:
-        path = model_files.resolve(vae, KIND, WHAT)
+        path = model_files.resolve(vae, KINDS, WHAT)
         ref = VaeRef(path=str(path), weight_dtype=weight_dtype)
         return (ParallelVAE(ref, layout, read_header(path), own_ranks),)
 

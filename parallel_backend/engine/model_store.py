@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..files.checkpoint import is_weights, open_checkpoint
+from ..files.detect import PREFIXES as MODEL_PREFIXES
 from ..files.states import FileStates
 from ..layout.model_part import WHOLE, ModelPart
 from ..protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
+from ..vae.files.autoencoder_kl import PREFIXES as VAE_PREFIXES
 from .agreement import all_or_none, of_component
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ Ref = ModelRef | TextRef | VaeRef | ControlNetRef | IPAdapterRef
 
 KEPT_FREE = 0.4
 """Share of a device's memory that must stay free for the work itself, for one model more to be kept."""
+
+WITHIN_FILES = {"model": MODEL_PREFIXES, "vae": VAE_PREFIXES}
+"""Of kinds of references: how their keys begin in a file that holds more, deepest first."""
 
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -259,8 +265,11 @@ class ModelStore:
         return int((memory["free"] - KEPT_FREE * memory["total"]) / self._sharers) - self._expected_bytes(ref, part)
 
     def _expected_bytes(self, ref: Ref, part: ModelPart) -> int:
-        """Of the device's memory, judged by the size of the files."""
-        on_disk = sum(state.size for state in of_component(ref, self.states) if state.path.suffix == ".safetensors")
+        """Of the device's memory, judged by the size of the files, or of its part of a file that holds others too."""
+        files = [state for state in of_component(ref, self.states) if is_weights(state.path)]
+        on_disk = sum(state.size for state in files)
+        if len(files) == 1 and ref.kind in WITHIN_FILES:
+            on_disk = open_checkpoint(files[0].path).bytes_under(WITHIN_FILES[ref.kind])
         shares = part.stage.count * part.tensor.count * (part.shard.count if part.shard else 1)
         widened = 2 if getattr(ref, "weight_dtype", "auto") == "fp32" else 1
         return 0 if part.offload else widened * on_disk // shares

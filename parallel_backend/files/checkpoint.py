@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ import torch
 from ..errors import UserError
 from .safetensors import Header, TensorInfo, read_header
 
-INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
-WITHOUT_VARIANT = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
+SUFFIXES = (".safetensors", ".sft")
+"""Of files of weights, in small letters; a name may have them in others."""
+INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json", re.IGNORECASE)
+WITHOUT_VARIANT = re.compile(r"[^.]+\.(safetensors(\.index\.json)?|sft)", re.IGNORECASE)
 MAX_JSON_BYTES = 64_000_000
 EXPECTED = (
     "Expected a .safetensors file, a .safetensors.index.json, or a diffusers folder "
@@ -49,6 +52,11 @@ class Checkpoint:
             raw = raw.clone()
         return raw.view(info.dtype).view(info.shape)
 
+    def bytes_under(self, prefixes: Iterable[str]) -> int:
+        """How many bytes have the tensors under the first of `prefixes` that any has."""
+        own = ([info for key, info in self.tensors.items() if key.startswith(prefix)] for prefix in prefixes)
+        return sum(info.end - info.start for info in next(filter(None, own), []))
+
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """True if `tensor` aliases one of the mapped files (so its memory is shared with the other ranks)."""
         pointer = tensor.untyped_storage().data_ptr()
@@ -64,6 +72,11 @@ class Checkpoint:
                     f"Cannot map {file} ({size} bytes) into memory: {error}", "Is it still there?"
                 ) from error
         return self._maps[file]
+
+
+def is_weights(file: PurePath) -> bool:
+    """Whether its name is one of a file of weights, in whatever letters."""
+    return file.suffix.lower() in SUFFIXES
 
 
 def open_checkpoint(path: str | Path, component: str = "transformer") -> Checkpoint:
@@ -95,9 +108,10 @@ def _open_folder(folder: Path, component: str) -> Checkpoint:
 
 def _weights_file(folder: Path) -> Path:
     """The one index or weights file of a component folder; without a variant in its name where there are several."""
-    indexes = [file for file in sorted(folder.glob("*.json")) if INDEX.fullmatch(file.name)]
+    files = sorted(folder.iterdir())
+    indexes = [file for file in files if INDEX.fullmatch(file.name)]
     shards = {shard for index in indexes for shard in _weight_map(index).values()}
-    candidates = [*indexes, *(file for file in sorted(folder.glob("*.safetensors")) if file.name not in shards)]
+    candidates = [*indexes, *(file for file in files if is_weights(file) and file.name not in shards)]
     candidates = [file for file in candidates if WITHOUT_VARIANT.fullmatch(file.name)] or candidates
     if len(candidates) == 1:
         return candidates[0]
@@ -140,7 +154,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _is_plain_name(name: Any) -> bool:
     return (
         isinstance(name, str)
-        and name.endswith(".safetensors")
+        and is_weights(PurePosixPath(name))
         and "\0" not in name
         and PurePosixPath(name).name == name == PureWindowsPath(name).name
     )

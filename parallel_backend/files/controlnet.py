@@ -15,6 +15,7 @@ from ..families.keys.sd3 import HEAD_DIM, SD3
 from ..families.spec import FamilySpec, Rule, Shapes, count_blocks
 from .checkpoint import Checkpoint, open_checkpoint
 from .key_map import Piece, ruled_map
+from .recognise import refuse_others
 
 COMPONENT = "controlnet"
 CONFIG = "config.json"
@@ -127,6 +128,7 @@ def read_controlnet(path: str | Path) -> ControlNetInfo:
                 return ControlNetInfo(checkpoint, row, row.derive(shapes, declared))
             except UserError as error:
                 raise UserError(f"{checkpoint.source}: {error.message}", error.hint) from error
+    refuse_others(checkpoint, "a ControlNet")
     raise UserError(
         f"{checkpoint.source} holds no ControlNet that is known: its {len(shapes)} tensors begin with "
         f"{', '.join(sorted(shapes)[:3])}.",

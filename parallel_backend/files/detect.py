@@ -11,6 +11,7 @@ from ..families.spec import FamilySpec, Shapes
 from .checkpoint import Checkpoint
 from .key_map import Piece, identity_map, ruled_map
 from .quantization import FORMAT, refuse_unread
+from .recognise import refuse_others
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
@@ -43,8 +44,9 @@ class Detected:
 def detect(checkpoint: Checkpoint) -> Detected:
     """Raises UserError naming the file, what was looked at and the known families when none matches, or which
     neighbour of one it is; for quantized weights that cannot be read, too.
+
+    Of a file that holds text encoders and a VAE as well, the model's own keys alone count.
     """
-    refuse_unread(checkpoint)
     neighbour = ""
     for prefix in PREFIXES:
         shapes = {
@@ -55,10 +57,13 @@ def detect(checkpoint: Checkpoint) -> Detected:
             if layout := next(layouts, None):
                 found = spec.reject(shapes, checkpoint.metadata)
                 if found is None:
+                    refuse_unread(checkpoint, prefix)
                     return _detected(checkpoint, spec, layout, prefix, shapes)
                 neighbour = neighbour or f"{checkpoint.source} holds {found}, which is not served; {spec.title} is."
     if neighbour:
         raise UserError(neighbour, "Choose another model, or load this one with ComfyUI's own loader.")
+    refuse_unread(checkpoint)
+    refuse_others(checkpoint, "a diffusion model")
     keys = sorted(checkpoint.tensors)
     declared = f", config.json says {checkpoint.config.get('_class_name')!r}" if checkpoint.config else ""
     raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..families.spec import Shapes, count_blocks
 from .checkpoint import Checkpoint, open_checkpoint
+from .recognise import refuse_others
 
 PROJECTION, SITES = "projection.", "sites"
 """How the names begin of what makes tokens of a picture, and of what shows them to the model's attention sites."""
@@ -106,6 +107,7 @@ def read_ip_adapter(path: str | Path) -> IPAdapterInfo:
         if all(landmark in keys for landmark in kind.landmarks):
             shapes = {name: checkpoint.tensors[key].shape for name, key in keys.items()}
             return IPAdapterInfo(checkpoint, family, keys, shapes)
+    refuse_others(checkpoint, "an IP-Adapter")
     raise UserError(
         f"{checkpoint.source} holds no IP-Adapter that is known: its {len(checkpoint.tensors)} tensors begin with "
         f"{', '.join(sorted(checkpoint.tensors)[:3])}.",

@@ -21,9 +21,9 @@ OTHERS = (
 """Formats by the keys that only their files have."""
 
 
-def refuse_unread(checkpoint: Checkpoint) -> None:
-    """Raises `UserError` naming the formats of `checkpoint` that the ranks do not read."""
-    unread = sorted(set(_formats(checkpoint)) - set(READ))
+def refuse_unread(checkpoint: Checkpoint, prefix: str = "") -> None:
+    """Raises `UserError` naming the formats that the ranks do not read, of the keys that begin with `prefix`."""
+    unread = sorted(set(_formats(checkpoint, prefix)) - set(READ))
     if unread:
         raise UserError(
             f"{checkpoint.source} is quantized as {', '.join(unread)}, which the ranks do not read.",
@@ -32,21 +32,25 @@ def refuse_unread(checkpoint: Checkpoint) -> None:
         )
 
 
-def _formats(checkpoint: Checkpoint) -> Iterator[str]:
+def _formats(checkpoint: Checkpoint, prefix: str) -> Iterator[str]:
     if METADATA in checkpoint.metadata:
-        yield from _named_formats(checkpoint, checkpoint.metadata[METADATA].encode(), METADATA)
+        layers = _named_formats(checkpoint, checkpoint.metadata[METADATA].encode(), METADATA)
+        yield from (name for layer, name in layers if layer.startswith(prefix))
     for key in checkpoint.tensors:
+        if not key.startswith(prefix):
+            continue
         if key.rsplit(".", 1)[-1] == FORMAT:
-            yield from _named_formats(checkpoint, bytes(checkpoint.tensor(key).flatten().tolist()), key)
+            text = bytes(checkpoint.tensor(key).flatten().tolist())
+            yield from (name for _, name in _named_formats(checkpoint, text, key))
         else:
             yield from (name for mark, name in OTHERS if mark.search(key))
 
 
-def _named_formats(checkpoint: Checkpoint, text: bytes, place: str) -> Iterator[str]:
-    """The formats that a JSON text names: of one layer, or of all `layers`."""
+def _named_formats(checkpoint: Checkpoint, text: bytes, place: str) -> Iterator[tuple[str, str]]:
+    """The formats that a JSON text names, each after its layer: of one layer, or of all `layers`."""
     try:
         declared = json.loads(text)
-        for layer in declared["layers"].values() if place == METADATA else (declared,):
-            yield str(layer["format"])
+        for name, layer in declared["layers"].items() if place == METADATA else ((place, declared),):
+            yield name, str(layer["format"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{checkpoint.source}: {place} does not tell the format of quantized layers.") from error

@@ -355,7 +355,7 @@ def test_a_picture_that_cannot_be_shown_is_refused_before_the_run(client, adapte
     ):
         with pytest.raises(UserError, match=words):
             node("IPAdapter").show(load(), "look.safetensors", output, 1.0, 0.0, 1.0)
-    with pytest.raises(UserError, match="no IP-Adapter that is known"):
+    with pytest.raises(UserError, match="is a LoRA; an IP-Adapter was asked for"):
         node("IPAdapter").show(load(), str(lora), seen(), 1.0, 0.0, 1.0)
     other = replace(load(), family="sd3")
     with pytest.raises(UserError, match="an IP-Adapter for flux models"):

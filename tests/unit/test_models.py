@@ -16,6 +16,7 @@ from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.layout.model_part import WHOLE, ModelPart, Share
 from paralleldit.parallel_backend.layout.stages import Stage
 from paralleldit.parallel_backend.protocol.messages import ControlNetRef, ModelRef
+from safetensors.torch import save_file
 
 SIZE, TOTAL = 1000, 10_000
 
@@ -41,7 +42,7 @@ def store(monkeypatch) -> ModelStore:
     """One whose models take as much as their files, of a device of `TOTAL` bytes of which others use `store.taken`."""
 
     def make(path: Path, *rest: Any) -> Any:
-        return SimpleNamespace(bytes=path.stat().st_size, path=path)
+        return SimpleNamespace(bytes=SIZE, path=path)
 
     monkeypatch.setattr(model, "Transformer", make)
     monkeypatch.setattr(nets, "open_controlnet", make)
@@ -60,7 +61,7 @@ def store(monkeypatch) -> ModelStore:
 @pytest.fixture
 def refs(tmp_path) -> list[ModelRef]:
     for number in range(3):
-        (tmp_path / f"{number}.safetensors").write_bytes(bytes(SIZE))
+        save_file({"weight": torch.zeros(SIZE, dtype=torch.uint8)}, tmp_path / f"{number}.safetensors")
     return [ModelRef(path=str(tmp_path / f"{number}.safetensors")) for number in range(3)]
 
 

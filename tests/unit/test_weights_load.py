@@ -226,6 +226,26 @@ def test_quantized_formats_that_are_not_read_are_refused_by_name(strange, metada
     assert "does not tell" in name or "bf16 or fp8 file" in refusal.value.hint
 
 
+@pytest.mark.parametrize(
+    ("beside", "metadata"),
+    [
+        ({"text_encoders.t5xxl.encoder.block.0.layer.0.SelfAttention.q.comfy_quant": format_of("nvfp4")}, {}),
+        ({}, {"_quantization_metadata": '{"layers": {"text_encoders.clip_l.q": {"format": "mxfp8"}}}'}),
+        ({"text_encoders.llm.layers.0.q_proj.weight.absmax": torch.zeros(4)}, {}),
+        ({"first_stage_model.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}, {}),
+    ],
+    ids=["comfy_quant", "metadata", "bitsandbytes", "VAE"],
+)
+def test_of_an_all_in_one_file_the_model_alone_is_read(beside, metadata, tmp_path: Path) -> None:
+    plain = tiny_flux()
+    model = {f"model.diffusion_model.{key}": value for key, value in original_layout(plain.state_dict()).items()}
+    save_file(model | beside, tmp_path / "all.safetensors", metadata)
+    loaded = load_transformer(tmp_path / "all.safetensors", device="cpu")
+    assert torch.equal(forward(loaded.module, torch.float32), forward(plain, torch.float32))
+    own = open_checkpoint(tmp_path / "all.safetensors").bytes_under(("model.diffusion_model.", ""))
+    assert own == sum(value.nbytes for value in model.values())
+
+
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     weights = tiny_flux().state_dict() | {"x_embedder.weight": torch.zeros(HIDDEN, 16, dtype=torch.int8)}
     with pytest.raises(UserError, match=r"holds weights of torch.int8; readable are torch.bfloat16"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from ...errors import UserError
 
@@ -37,13 +37,22 @@ _RENAMES = (
 )
 
 
+def holds_image_vae(keys: Collection[str]) -> bool:
+    """Whether an image autoencoder is among `keys`."""
+    return _prefix(keys) is not None
+
+
+def _prefix(keys: Collection[str]) -> str | None:
+    return next((prefix for prefix in PREFIXES if f"{prefix}decoder.conv_in.weight" in keys), None)
+
+
 def diffusers_names(keys: Iterable[str], source: str) -> dict[str, str]:
     """{diffusers' name: key in the file} for the VAE among `keys`, which are of the original layout or diffusers'.
 
     Raises UserError when `source` holds no image autoencoder.
     """
     keys = list(keys)
-    prefix = next((prefix for prefix in PREFIXES if f"{prefix}decoder.conv_in.weight" in keys), None)
+    prefix = _prefix(keys)
     if prefix is None:
         raise UserError(
             f"{source} is not an image VAE: it has no tensor decoder.conv_in.weight.",

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.recognise import refuse_others
 from ..kinds import KINDS, SIDES, Direction, Kind
-from .autoencoder_kl import Shape, config_from_shapes, diffusers_names
+from .autoencoder_kl import Shape, config_from_shapes, diffusers_names, holds_image_vae
 from .layouts import FileLayout
 from .layouts import find as find_layout
 
@@ -95,6 +96,8 @@ def read_header(path: str | Path) -> VaeHeader:
     name = (checkpoint.config or {}).get("_class_name", IMAGE)
     if name not in KINDS:
         raise UserError(f"{path} is a VAE of the kind {name}.", f"The ranks run {', '.join(KINDS)}.")
+    if checkpoint.config is None and not holds_image_vae(checkpoint.tensors):
+        refuse_others(checkpoint, "a VAE")
     names = diffusers_names(checkpoint.tensors, source) if name == IMAGE else {key: key for key in checkpoint.tensors}
     shapes = {each: checkpoint.tensors[key].shape for each, key in names.items()}
     config = checkpoint.config or config_from_shapes(shapes, source)
