@@ -24,6 +24,11 @@ IDLE = "the ControlNet would never work"
 
 class ParallelDiTControlNetLoader:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "controlnet",
+        "load controlnet model",
+        "controlnet loader",
+    )
     DESCRIPTION = "Names a ControlNet for the ranks. They read it when it is first used."
     RETURN_TYPES = ("PARALLELDIT_CONTROLNET",)
     RETURN_NAMES = ("controlnet",)
@@ -56,6 +61,11 @@ class ParallelDiTControlNetLoader:
 
 class ParallelDiTControlNetApply:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "controlnet",
+        "apply controlnet",
+        "control net",
+    )
     DESCRIPTION = (
         "Adds a ControlNet and its picture to both prompts, for Parallel Sampler. Several may follow each other."
     )
@@ -90,6 +100,7 @@ class ParallelDiTControlNetApply:
                     "INT",
                     {
                         "default": NO_MODE,
+                        "advanced": True,
                         "min": NO_MODE,
                         "max": 1000,
                         "tooltip": "The kind of picture, by its number in a union ControlNet. -1 for any other.",

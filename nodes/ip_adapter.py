@@ -24,6 +24,12 @@ IDLE = "the picture would never be looked at"
 
 class ParallelDiTIPAdapter:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "ip adapter",
+        "ipadapter",
+        "image prompt",
+        "apply ip adapter",
+    )
     DESCRIPTION = (
         "Adds a picture to the prompt, through an IP-Adapter in the ranks. Works with Parallel Sampler and with "
         "ComfyUI's own samplers."

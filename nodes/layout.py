@@ -26,6 +26,29 @@ CHOICES = {
 
 class ParallelDiTLayout:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "multi gpu",
+        "multigpu",
+        "gpu",
+        "parallel",
+        "usp",
+        "ulysses",
+        "ring attention",
+        "sequence parallel",
+        "tensor parallel",
+        "cfg parallel",
+        "data parallel",
+        "pipefusion",
+        "distrifusion",
+        "xdit",
+        "xfuser",
+        "raylight",
+        "distributed",
+        "fsdp",
+        "offload",
+        "attention backend",
+        "torch compile",
+    )
     DESCRIPTION = "How the ranks share one run. The product of all degrees is the number of ranks; 0 chooses."
     RETURN_TYPES = ("PARALLELDIT_LAYOUT",)
     RETURN_NAMES = ("layout",)
@@ -34,11 +57,11 @@ class ParallelDiTLayout:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        def degree(maximum: int, tooltip: str) -> tuple[str, dict[str, Any]]:
-            return "INT", {"default": 0, "min": 0, "max": maximum, "tooltip": f"{tooltip} 0 chooses."}
+        def degree(maximum: int, tooltip: str, **options: Any) -> tuple[str, dict[str, Any]]:
+            return "INT", {"default": 0, "min": 0, "max": maximum, "tooltip": f"{tooltip} 0 chooses.", **options}
 
-        def given(tooltip: str) -> tuple[str, dict[str, Any]]:
-            return "INT", {"default": 1, "min": 1, "max": MAX_DEGREE, "tooltip": f"{tooltip} 1: none."}
+        def given(tooltip: str, **options: Any) -> tuple[str, dict[str, Any]]:
+            return "INT", {"default": 1, "min": 1, "max": MAX_DEGREE, "tooltip": f"{tooltip} 1: none.", **options}
 
         return {
             "required": {
@@ -60,11 +83,14 @@ class ParallelDiTLayout:
                     MAX_DEGREE, "Ranks that share the tokens and pass keys and values around (ring attention)."
                 ),
                 "cfg_degree": degree(2, "2 evaluates the positive and the negative prompt at the same time."),
-                "data_degree": degree(MAX_DEGREE, "Replicas among which the pictures of a batch are divided."),
+                "data_degree": degree(
+                    MAX_DEGREE, "Replicas among which the pictures of a batch are divided.", advanced=True
+                ),
                 "attention": (
                     list(get_args(AttentionKernel)),
                     {
                         "default": "auto",
+                        "advanced": True,
                         "tooltip": "The attention kernel of the ranks. auto is PyTorch's own (sdpa).",
                     },
                 ),
@@ -78,6 +104,7 @@ class ParallelDiTLayout:
                     "INT",
                     {
                         "default": 0,
+                        "advanced": True,
                         "min": 0,
                         "max": MAX_DEGREE,
                         "tooltip": "Strips that PipeFusion cuts the picture into. 0: two per stage.",
@@ -87,6 +114,7 @@ class ParallelDiTLayout:
                     "INT",
                     {
                         "default": 1,
+                        "advanced": True,
                         "min": 0,
                         "max": 10_000,
                         "tooltip": "Exact steps before PipeFusion or DistriFusion begins to use what is one step old.",
@@ -106,12 +134,14 @@ class ParallelDiTLayout:
                 ),
                 "distrifusion_degree": given(
                     "Ranks that share the tokens and use each other's keys and values of the step before "
-                    "(DistriFusion). Nothing waits for a link, but it approximates."
+                    "(DistriFusion). Nothing waits for a link, but it approximates.",
+                    advanced=True,
                 ),
                 "refresh": (
                     list(get_args(Refresh)),
                     {
                         "default": "all",
+                        "advanced": True,
                         "tooltip": "With DistriFusion: all ranks send their keys and values each step, or one rank a "
                         "step in its turn, which sends less and approximates more.",
                     },
@@ -120,6 +150,7 @@ class ParallelDiTLayout:
                     "STRING",
                     {
                         "default": "",
+                        "advanced": True,
                         "tooltip": "With PipeFusion: how many blocks each stage has, as in 10,9. even: equal numbers, "
                         "the fastest for Flux.1. Empty: so many that the fullest stage has as few parameters as "
                         "possible.",
@@ -129,6 +160,7 @@ class ParallelDiTLayout:
                     list(get_args(Compile)),
                     {
                         "default": "off",
+                        "advanced": True,
                         "tooltip": "blocks: computes with blocks compiled by torch.compile. The first steps of each "
                         "new size take longer. Not under LoHa, LoKr or DoRA.",
                     },

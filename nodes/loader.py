@@ -17,6 +17,26 @@ WHAT = "The diffusion model"
 
 class ParallelDiTLoader:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "load diffusion model",
+        "diffusion model loader",
+        "unet loader",
+        "load unet",
+        "load checkpoint",
+        "checkpoint loader",
+        "load model",
+        "multi gpu",
+        "multigpu",
+        "gpu",
+        "distributed",
+        "xdit",
+        "xfuser",
+        "raylight",
+        "diffusers",
+        "flux loader",
+        "sd3 loader",
+        "wan loader",
+    )
     DESCRIPTION = (
         "Loads a diffusion transformer into the ranks of the sidecar, each of them reading only what it needs."
     )

@@ -19,6 +19,14 @@ MOST = 100.0
 
 class ParallelDiTLora:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "load lora",
+        "lora loader",
+        "lokr",
+        "loha",
+        "dora",
+        "raylight",
+    )
     DESCRIPTION = (
         "Adds a LoRA to the model in the ranks. Changing it or its strength reloads nothing. ComfyUI's own Load "
         "LoRA nodes work on the same MODEL too."
@@ -52,6 +60,7 @@ class ParallelDiTLora:
                     "STRING",
                     {
                         "default": "",
+                        "advanced": True,
                         "tooltip": "Factors of the strength with commas between them, one for each of the model's "
                         "blocks from first to last. Empty: the same for all.",
                     },

@@ -27,6 +27,19 @@ from .widgets import verdict
 
 class ParallelDiTSampler:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "ksampler",
+        "ksampler advanced",
+        "sampler",
+        "denoise",
+        "generate",
+        "multi gpu",
+        "multigpu",
+        "distributed",
+        "xdit",
+        "xfuser",
+        "raylight",
+    )
     DESCRIPTION = "Samples a latent in the ranks. All samplers, schedulers and noise of KSampler."
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The denoised latent.",)

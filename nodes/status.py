@@ -16,6 +16,12 @@ NOT_RUNNING = "The sidecar is not running."
 
 class ParallelDiTStatus:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "gpu status",
+        "memory usage",
+        "vram",
+        "distributed status",
+    )
     DESCRIPTION = "Shows the ranks, what they hold and what they have sent. Does not start the sidecar."
     RETURN_TYPES = ("STRING",)
     OUTPUT_TOOLTIPS = ("The status as text.",)
@@ -43,6 +49,13 @@ class ParallelDiTStatus:
 
 class ParallelDiTUnload:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "free memory",
+        "unload models",
+        "unload",
+        "clear vram",
+        "free vram",
+    )
     DESCRIPTION = "Frees the memory that the ranks hold for models. The next run loads again."
     RETURN_TYPES = (ANYTHING,)
     RETURN_NAMES = ("after",)

@@ -17,6 +17,13 @@ MAX_LENGTH = 4096
 
 class ParallelDiTTextEncode:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "clip text encode",
+        "prompt",
+        "text encoder",
+        "t5",
+        "clip",
+    )
     DESCRIPTION = (
         "Encodes a prompt with the text encoders of a diffusers pipeline folder. For single text encoder files use "
         "ComfyUI's own CLIP loaders: their conditioning serves Parallel Sampler just as well."
@@ -51,6 +58,7 @@ class ParallelDiTTextEncode:
                     "INT",
                     {
                         "default": 0,
+                        "advanced": True,
                         "min": 0,
                         "max": MAX_LENGTH,
                         "tooltip": "Tokens of the long text encoder (T5). 0: as many as the model's own pipeline uses.",
@@ -64,6 +72,7 @@ class ParallelDiTTextEncode:
                         "multiline": True,
                         "dynamicPrompts": True,
                         "default": "",
+                        "advanced": True,
                         "tooltip": "Another prompt for the long text encoder (T5). Empty: the same as text.",
                     },
                 ),

@@ -24,6 +24,10 @@ WHAT = "The VAE"
 
 class ParallelDiTVAELoader:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "load vae",
+        "vae loader",
+    )
     DESCRIPTION = "Names a VAE for the ranks. Its output also serves ComfyUI's own VAE Decode and VAE Encode."
     RETURN_TYPES = ("VAE",)
     OUTPUT_TOOLTIPS = ("For Parallel VAE Decode, VAE Decode and VAE Encode.",)
@@ -51,6 +55,7 @@ class ParallelDiTVAELoader:
                     "INT",
                     {
                         "default": 0,
+                        "advanced": True,
                         "min": 0,
                         "max": MAX_DEGREE,
                         "tooltip": "Ranks that work for this VAE alone, on the last GPUs; the layout's ranks must "
@@ -90,6 +95,7 @@ OVERLAP = (
         "min": 0,
         "max": 4096,
         "step": 32,
+        "advanced": True,
         "tooltip": "Pixels that neighbouring tiles share and blend.",
     },
 )
@@ -98,6 +104,7 @@ ON_OUT_OF_MEMORY = {
         list(get_args(OnOutOfMemory)),
         {
             "default": "error",
+            "advanced": True,
             "tooltip": "When the ranks' memory is too small for the exact result: an error that says what to do, or "
             "tiles of a size that fits, an approximation.",
         },
@@ -109,6 +116,13 @@ VAE = ("VAE", {"tooltip": "From Parallel VAE Loader."})
 
 class ParallelDiTVAEDecode:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "vae decode",
+        "decode latent",
+        "vae decode tiled",
+        "latent to image",
+        "distvae",
+    )
     DESCRIPTION = "Decodes a latent with all ranks: each decodes a band of rows, and the seams are exact."
     RETURN_TYPES = ("IMAGE",)
     OUTPUT_TOOLTIPS = ("The pictures, or the frames of the videos one after the other.",)
@@ -138,6 +152,12 @@ class ParallelDiTVAEDecode:
 
 class ParallelDiTVAEEncode:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "vae encode",
+        "encode image",
+        "vae encode tiled",
+        "image to latent",
+    )
     DESCRIPTION = "Encodes pictures with all ranks: each encodes a band of rows, and the seams are exact."
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The latent, its sides cropped to what the VAE can hold.",)
@@ -160,6 +180,11 @@ class ParallelDiTVAEEncode:
 
 class ParallelDiTVAEEncodeForInpaint:
     CATEGORY = "ParallelDiT"
+    SEARCH_ALIASES = (
+        "vae encode inpaint",
+        "inpaint",
+        "inpainting",
+    )
     DESCRIPTION = "Encodes pictures with all ranks, what the mask covers made grey, for models that fill it anew."
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The latent with the mask as its noise mask.",)
