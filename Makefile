@@ -1,6 +1,6 @@
 # `make demo` makes a picture, `make test` runs the tests, with a part of the tables of layouts and families in which all
 # of their pairs meet; `make matrix` runs the whole of them and writes the support matrix (docs/MATRIX.md); `make check`
-# checks format, lint and types.
+# checks format, lint and types; `make fuzz` sends a million malformed frames, and goes on with a run that was ended.
 # Each sets up what it needs in .venv; nothing is installed anywhere else.
 
 PYTHON ?= python3.11
@@ -13,7 +13,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo 
 # Tests wait for ranks, sidecars and time limits: three processes share two cores well. Each starts ranks of its own.
 TEST_PROCESSES ?= 3
 
-.PHONY: demo test matrix check format bench clean
+.PHONY: demo test matrix check format bench fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/python cli run workflows/api/demo_txt2img.api.json
@@ -35,6 +35,9 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python tools/bench.py
+
+fuzz: $(VENV)/ready
+	$(BIN)/python tools/fuzz_frames.py --frames 1000000 --state $(VENV)/fuzz.json
 
 clean:
 	rm -rf $(VENV)
