@@ -231,6 +231,12 @@ def _guidance(layout: Layout, work: RunFacts) -> Misfit | None:
 
 def _stages(layout: Layout, work: RunFacts) -> Misfit | None:
     stages, blocks, chosen = layout.pipefusion_degree, work.blocks, layout.stage_blocks
+    if stages == 1 and chosen and chosen != "even":
+        return (
+            f"stage_blocks={','.join(map(str, chosen))} names the blocks of {len(chosen)} stages, but "
+            "pipefusion_degree=1 makes none.",
+            "Leave stage_blocks empty, or set pipefusion_degree to the number of stages.",
+        )
     if stages == 1 or blocks is None:
         return None
     if stages > blocks:

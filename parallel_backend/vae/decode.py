@@ -34,6 +34,7 @@ def decode(
     is too small.
     """
     check_side("decode", vae.sides, vae.source)
+    latent = latent.float()
     _check(vae, latent)
 
     def compute(vae: LoadedVAE, part: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ def encode(
     too small.
     """
     check_side("encode", vae.sides, vae.source)
+    image = image.float()
     _check(vae, image)
 
     def compute(vae: LoadedVAE, part: Tensor) -> Tensor:

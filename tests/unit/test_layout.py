@@ -74,6 +74,8 @@ KNOWN = {"batch": 4, "cfg": 3.0, "has_negative": True, "blocks": 4, "token_rows"
         ({"pipefusion_degree": 2, "stage_blocks": (1, 2)}, {}, ("stage_blocks=1,2", "2 stages", "4 blocks")),
         ({"pipefusion_degree": 3, "stage_blocks": (2, 2)}, {}, ("stage_blocks=2,2", "pipefusion_degree=3")),
         ({"pipefusion_degree": 2, "stage_blocks": (4, 0)}, {}, ("stage_blocks=4,0", "from 1 on")),
+        ({"stage_blocks": (4,)}, {}, ("stage_blocks=4", "pipefusion_degree=1")),
+        ({"stage_blocks": (2, 2)}, {"blocks": None}, ("stage_blocks=2,2", "2 stages", "pipefusion_degree=1")),
         ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
         (
             {"pipefusion_degree": 2},
