@@ -73,10 +73,14 @@ class SidecarSpec:
 
 def usual_spec() -> SidecarSpec:
     """Where nothing else is asked for: a sidecar of this machine, or the one elsewhere that the environment names."""
-    address, token_file = os.environ.get(REMOTE_VARIABLE), os.environ.get(TOKEN_VARIABLE)
-    if not address:
-        return SidecarSpec()
-    return SidecarSpec(remote=True, address=address, token_file=Path(token_file) if token_file else None)
+    address = os.environ.get(REMOTE_VARIABLE)
+    return SidecarSpec(remote=True, address=address, token_file=usual_token_file()) if address else SidecarSpec()
+
+
+def usual_token_file() -> Path | None:
+    """That of a sidecar elsewhere, if the environment names one."""
+    name = os.environ.get(TOKEN_VARIABLE)
+    return Path(name).expanduser() if name else None
 
 
 @functools.lru_cache(maxsize=16)

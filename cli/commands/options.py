@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...launcher.spec import REMOTE_VARIABLE, TOKEN_VARIABLE, SidecarSpec
+from ...launcher.spec import REMOTE_VARIABLE, TOKEN_VARIABLE, SidecarSpec, usual_token_file
 from ...parallel_backend.errors import UserError
 
 OK, FAILED, USAGE, NO_SIDECAR, INTERRUPTED = 0, 1, 2, 3, 130
@@ -90,8 +90,7 @@ def remote_spec(args: argparse.Namespace) -> SidecarSpec:
 def _elsewhere(args: argparse.Namespace) -> dict[str, Any]:
     if getattr(args, "address", "unix") != "unix":
         raise UserError(f"--address {args.address} and --remote {args.remote} exclude each other.", "Leave one out.")
-    token_file = args.token_file or os.environ.get(TOKEN_VARIABLE)
-    return {"remote": True, "address": args.remote, "token_file": Path(token_file) if token_file else None}
+    return {"remote": True, "address": args.remote, "token_file": args.token_file or usual_token_file()}
 
 
 def number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
