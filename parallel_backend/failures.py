@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from .errors import Cancelled, UserError
+from .machine import resources
 
 GIB = 1 << 30
 
@@ -67,8 +68,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     """Free and total bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    return resources.memory()
 
 
 def _last_frame(error: Exception) -> str:

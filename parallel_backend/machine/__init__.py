@@ -1,0 +1,1 @@
+"""What this machine, or the container that it pretends to be, gives: time, memory, cores."""
