@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Cancelled, UserError
+from ..files.regular import open_regular
 from ..files.states import FileState, FileStates
 from ..protocol import messages
 
@@ -47,18 +48,26 @@ def check_agreement(request: messages.AnyRequest, tensors: Mapping[str, Tensor],
 
 
 def all_or_none(work: Callable[[], T], run: Run) -> T:
-    """A collective: do `work` on every rank; what one of them refuses, all refuse with its `UserError`.
+    """A collective: do `work` on every rank; what one of them refuses, all refuse with its `UserError`; where one was
+    cancelled, all are.
 
-    Each rank reads its own part of a file, so that it may be the only one that finds something wrong.
+    Each rank reads its own part of a file, so that it may be the only one that finds something wrong, or that is still
+    at it when the user cancels. In `work` no rank may wait for another.
     """
     result, refusal = None, None
     try:
         result = work()
     except UserError as error:
         refusal = [error.message, error.hint]
-    for each in run.gather(refusal):
+    except Cancelled as error:
+        refusal = str(error)
+    refusals = run.gather(refusal)
+    for each in refusals:
         if isinstance(each, list):
             raise UserError(*each)
+    for each in refusals:
+        if isinstance(each, str):
+            raise Cancelled(each)
     return cast(T, result)
 
 
@@ -102,7 +111,7 @@ def _content_key(files: tuple[FileState, ...]) -> str:
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for sample in range(SAMPLES):
                 file.seek(sample * size // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))

@@ -17,7 +17,6 @@ from ..distributed.axis import Axis
 from ..distributed.groups import abandon_groups, new_group
 from ..distributed.ledger import Ledger
 from ..distributed.mesh import Mesh
-from ..errors import UserError
 from ..files.states import FileStates
 from ..layout.model_part import ModelPart
 from ..layout.stages import Stage
@@ -79,6 +78,7 @@ class Engine:
             self._ready = None
             self.files.begin(request.run if isinstance(request, messages.Predict) else None)
             check_agreement(request, tensors, self.files, run)
+        run.begun()
         return self._serve[type(request)](request, tensors, run)
 
     def status(self) -> dict[str, object]:
@@ -258,16 +258,7 @@ class Engine:
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:
         """Do `work` on rank 0; an error of it that the user can mend is raised on every rank."""
-        result, failure = None, None
-        if dist.get_rank() == 0:
-            try:
-                result = work()
-            except UserError as error:
-                failure = [error.message, error.hint]
-        match run.gather(failure)[0]:
-            case [str(message), str(hint)]:
-                raise UserError(message, hint)
-        return result
+        return all_or_none(work if dist.get_rank() == 0 else lambda: None, run)
 
 
 def _place(request: messages.Predict, tensors: dict[str, Tensor]) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +38,18 @@ def build_family(loaded: LoadedTransformer, path: Path) -> Family:
 class Transformer:
     """The block view of a model of which this rank holds `part`. `bytes`: what it takes in memory."""
 
-    def __init__(self, path: Path, device: torch.device, weight_dtype: str = "auto", part: ModelPart = WHOLE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        weight_dtype: str = "auto",
+        part: ModelPart = WHOLE,
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> None:
         """Raises `UserError` when the file is missing, broken, or of no family that we sample."""
-        loaded = load_transformer(path, device=device, weight_dtype=weight_dtype, part=part)
+        loaded = load_transformer(
+            path, device=device, weight_dtype=weight_dtype, part=part, check_cancelled=check_cancelled
+        )
         self.bytes = loaded.bytes
         self._tensor = TensorParallel(loaded.module, loaded.cuts)
         self.family = build_family(loaded, path)

@@ -14,11 +14,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import Cancelled, UserError
 from ..files.checkpoint import is_weights, open_checkpoint
 from ..files.detect import PREFIXES as MODEL_PREFIXES
 from ..files.states import FileStates
 from ..layout.model_part import WHOLE, ModelPart
+from ..machine import resources
 from ..protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
 from ..vae.files.autoencoder_kl import PREFIXES as VAE_PREFIXES
 from .agreement import all_or_none, of_component
@@ -78,7 +79,7 @@ class ModelStore:
         def load() -> tuple[Transformer, int]:
             from .model import Transformer
 
-            transformer = Transformer(Path(ref.path), self.device, ref.weight_dtype, part)
+            transformer = Transformer(Path(ref.path), self.device, ref.weight_dtype, part, run.leave_if_cancelled)
             return transformer, transformer.bytes
 
         return self._get(ref, load, run, part)
@@ -112,7 +113,9 @@ class ModelStore:
         def load() -> tuple[LoadedVAE, int]:
             from ..vae.load import load_vae
 
-            vae = load_vae(ref.path, device=self.device, dtype=self._vae_dtype(ref))
+            vae = load_vae(
+                ref.path, device=self.device, dtype=self._vae_dtype(ref), check_cancelled=run.leave_if_cancelled
+            )
             return vae, _bytes(vae.module)
 
         return self._get(ref, load, run)
@@ -124,7 +127,9 @@ class ModelStore:
             from ..text.encoders import load_text_encoders
 
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            encoders = load_text_encoders(ref.path, device=self.device, dtype=dtype)
+            encoders = load_text_encoders(
+                ref.path, device=self.device, dtype=dtype, check_cancelled=run.leave_if_cancelled
+            )
             return encoders, sum(_bytes(part.encoder) for part in encoders.parts)
 
         return self._get(ref, load, run)
@@ -180,11 +185,11 @@ class ModelStore:
         return [{"kind": held.ref.kind, "path": held.ref.path, "bytes": held.bytes} for held in newest]
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this process uses, and that are free, on its device."""
+        """Bytes that this process uses, and that are free, on its device; on CPU as far as its container lets it."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             return {"used": torch.cuda.memory_reserved(self.device), "free": free, "total": total}
-        host = psutil.virtual_memory()
+        host = resources.memory()
         return {"used": psutil.Process().memory_info().rss, "free": host.available, "total": host.total}
 
     def _get(
@@ -216,7 +221,7 @@ class ModelStore:
 
         try:
             own = hold() if isinstance(ref, TextRef) else all_or_none(hold, run)
-        except UserError:
+        except (UserError, Cancelled):
             # What one rank cannot load no other keeps.
             self._held.pop(ref, None)
             raise

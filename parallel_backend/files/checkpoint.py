@@ -6,7 +6,9 @@ share one copy; a write (a merged LoRA) copies only its pages and never reaches 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from .regular import open_regular
 from .safetensors import Header, TensorInfo, read_header
 
 SUFFIXES = (".safetensors", ".sft")
@@ -68,9 +71,7 @@ class Checkpoint:
             try:
                 self._maps[file] = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
             except RuntimeError as error:
-                raise UserError(
-                    f"Cannot map {file} ({size} bytes) into memory: {error}", "Is it still there?"
-                ) from error
+                raise UserError(f"Cannot map {file} ({size} bytes) into memory: {error}", _hint(str(error))) from error
         return self._maps[file]
 
 
@@ -175,10 +176,19 @@ def _from_headers(source: Path, headers: dict[Path, Header], config: dict[str, A
     return Checkpoint(source, tensors, metadata, config, tuple(headers))
 
 
+def _hint(why: str) -> str:
+    """What to do where a file cannot be mapped: some network and FUSE file systems cannot at all."""
+    if os.strerror(errno.ENODEV) in why:
+        return "Its file system does not map files: copy it to another disk."
+    if os.strerror(errno.ENOMEM) in why:
+        return "Address space is limited (ulimit -v): raise that limit."
+    return "Is it still there?"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises `UserError` where there is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = json.loads(file.read(MAX_JSON_BYTES).decode("utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error

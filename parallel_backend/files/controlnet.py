@@ -16,6 +16,7 @@ from ..families.spec import FamilySpec, Rule, Shapes, count_blocks
 from .checkpoint import Checkpoint, open_checkpoint
 from .key_map import Piece, ruled_map
 from .recognise import refuse_others
+from .regular import open_regular
 
 COMPONENT = "controlnet"
 CONFIG = "config.json"
@@ -141,7 +142,8 @@ def _config_beside(path: Path) -> dict[str, Any]:
     if not path.is_file() or not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text())
+        with open_regular(file) as opened:
+            config = json.loads(opened.read())
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON.", "Download or copy it again.") from error
     if not isinstance(config, dict):

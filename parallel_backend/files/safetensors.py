@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from .regular import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_TENSORS = 100_000
 REDOWNLOAD = "Download or copy it again."
 CONVERT = "Use the safetensors version of this model."
 
@@ -73,9 +74,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Header of the safetensors file `path`; raises UserError for a missing, truncated or foreign file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} is not a regular file. Expected a safetensors file.", "Check the path.")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(64), size)
             file.seek(8)
@@ -115,6 +114,8 @@ def _parse(path: Path, raw: bytes, size: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _foreign(path, "its __metadata__ is not a table of strings")
     data_start = 8 + len(raw)
+    if len(content) > MAX_TENSORS:
+        raise UserError(f"{path} holds {len(content)} tensors; no model has more than {MAX_TENSORS}.", "Use another.")
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in content.items()}
     _check_tiling(path, tensors, data_start, size)
     return Header(tensors, metadata)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from ..errors import UserError
+from .regular import in_time
+
+MOST_ENTRIES = 10_000
+"""In the folder of a model, a pipeline's with all its parts."""
 
 
 class FileState(NamedTuple):
@@ -28,13 +36,24 @@ class FileStates:
         self._run = run
 
     def under(self, path: str) -> tuple[FileState, ...]:
-        """Of the file, or of all files of the folder, in the order of their names; of nothing where there is none."""
+        """Of the file, or of all files of the folder, in the order of their names; of nothing where there is none.
+
+        Raises `UserError` where the file system does not answer, or the folder is none of a model.
+        """
         if path not in self._seen:
-            self._seen[path] = _look(Path(path))
+            self._seen[path] = in_time(path, partial(_look, Path(path)))
         return self._seen[path]
 
 
 def _look(path: Path) -> tuple[FileState, ...]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    statuses = ((file, file.stat()) for file in files if file.is_file())
+    try:
+        entries = [path]
+        if path.is_dir():
+            entries = list(islice(path.rglob("*"), MOST_ENTRIES + 1))
+            if len(entries) > MOST_ENTRIES:
+                raise UserError(f"{path} holds more than {MOST_ENTRIES} files.", "Give the folder of one model.")
+        statuses = [(file, file.stat()) for file in sorted(entries) if file.is_file()]
+    except OSError:
+        # What is wrong with it is told when it is opened.
+        return ()
     return tuple(FileState(file, status.st_size, status.st_mtime_ns) for file, status in statuses)

@@ -15,6 +15,7 @@ from transformers import (
 
 from ..errors import UserError
 from ..files.checkpoint import open_checkpoint
+from ..files.regular import check_regular, open_regular
 from .recipes import FAMILIES, EncoderSpec, LoadedEncoder, TextConditioning, TextFamily
 
 
@@ -50,10 +51,17 @@ class TextEncoders:
         return self.family.encode(parts, prompt, prompt_2 or prompt, length)
 
 
-def load_text_encoders(folder: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoders:
+def load_text_encoders(
+    folder: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> TextEncoders:
     """Load the text encoders and tokenizers of a diffusers pipeline's `folder`.
 
-    Raises UserError for a pipeline without a row in FAMILIES, and for a missing or broken encoder.
+    `check_cancelled` is called before each encoder is read. Raises UserError for a pipeline without a row in FAMILIES,
+    and for a missing or broken encoder.
     """
     folder = Path(folder)
     family = _family(folder)
@@ -64,7 +72,12 @@ def load_text_encoders(folder: str | Path, *, device: torch.device | str, dtype:
                     f"{folder} has no subfolder {name}, which the text encoders need.",
                     "Give a whole diffusers folder, or encode the prompt with the host's own nodes.",
                 )
-    return TextEncoders(family, tuple(_load_part(folder, part, device, dtype) for part in family.parts))
+    parts = []
+    for part in family.parts:
+        check_cancelled()
+        parts.append(_load_part(folder, part, device, dtype))
+    check_cancelled()
+    return TextEncoders(family, tuple(parts))
 
 
 def _family(folder: Path) -> TextFamily:
@@ -83,6 +96,8 @@ def _load_part(folder: Path, part: EncoderSpec, device: torch.device | str, dtyp
         expected = " or ".join(part.model_types)
         raise UserError(f"{place} holds a model of the type {found}, expected was {expected}.")
     open_checkpoint(place)  # names what is wrong with the files
+    for own in (place, folder / part.tokenizer_folder):
+        check_regular(own)
     _check_tokenizer(folder / part.tokenizer_folder, part.tokenizer)
     try:
         tokenizer = part.tokenizer.from_pretrained(folder / part.tokenizer_folder, local_files_only=True)
@@ -111,7 +126,8 @@ def _check_tokenizer(place: Path, tokenizer: type[PreTrainedTokenizerBase]) -> N
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text("utf-8"))
+        with open_regular(file) as opened:
+            content = json.loads(opened.read().decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist.", "Give the folder of a diffusers pipeline.") from error
     except (OSError, ValueError) as error:

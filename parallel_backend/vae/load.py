@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,23 +125,28 @@ class LoadedVAE:
         return tuple(each.view(1, -1, 1, 1, 1) for each in (self.module.latents_mean, self.module.latents_std))
 
 
-def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> LoadedVAE:
+def load_vae(
+    path: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> LoadedVAE:
     """Load the VAE that `read_header` finds at `path`. Raises UserError for anything that is not a whole VAE.
 
-    A file that holds the decoder or the encoder alone gives a VAE without the other.
+    A file that holds the decoder or the encoder alone gives a VAE without the other. `check_cancelled` is called before
+    each tensor is read.
     """
     header = read_header(path)
     module = _with_sides(_module(header), header.sides)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check(expected, header.shapes, header.source)
-    module.load_state_dict(
-        {
-            # The original layouts store the attention's linear layers as convolutions of size 1.
-            name: header.tensor(name).reshape(shape).to(device=device, dtype=dtype)
-            for name, shape in expected.items()
-        },
-        assign=True,
-    )
+    tensors = {}
+    for name, shape in expected.items():
+        check_cancelled()
+        # The original layouts store the attention's linear layers as convolutions of size 1.
+        tensors[name] = header.tensor(name).reshape(shape).to(device=device, dtype=dtype)
+    module.load_state_dict(tensors, assign=True)
     return LoadedVAE(module.eval().requires_grad_(False), header.source)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,15 @@ def load_transformer(
     device: torch.device | str,
     weight_dtype: str = "auto",
     part: ModelPart = WHOLE,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> LoadedTransformer:
     """Loads the transformer in `path` (see `open_checkpoint`), of its parameters only those of `part`.
 
     On the CPU, weights already of the wanted dtype alias the mapped file; others are cast into memory of their own. On
     a GPU tensors are copied one at a time. Parameters of other parts stay on the meta device. `weight_dtype`: "auto"
     (the file's own), "bf16", "fp16", "fp32" or "fp8_e4m3fn". The module computes in the weights' dtype; with fp8
-    weights in bf16 on a GPU that has it, else in fp16, and in fp32 on the CPU. Raises UserError if the file cannot
-    serve.
+    weights in bf16 on a GPU that has it, else in fp16, and in fp32 on the CPU. `check_cancelled` is called before each
+    tensor is read. Raises UserError if the file cannot serve.
     """
     device = torch.device(device)
     checkpoint = open_checkpoint(path)
@@ -90,7 +91,17 @@ def load_transformer(
     store_linears(module)
     storage = _storage_format(checkpoint, found, weight_dtype)
     compute = _compute_format(storage, device)
-    reader = Reader(checkpoint, found.prefix, storage, compute, weight_dtype != "auto", found.spec.never_fp8, device)
+    narrow = weight_dtype != "auto"
+    reader = Reader(
+        checkpoint,
+        found.prefix,
+        storage,
+        compute,
+        narrow,
+        found.spec.never_fp8,
+        device,
+        check_cancelled=check_cancelled,
+    )
     if part.tensor.count > 1 and not found.spec.cuts:
         raise UserError(
             f"{checkpoint.source}: a {found.family} model cannot be cut over tensor_degree={part.tensor.count} ranks.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,8 @@ class Reader:
     """`storage`: the format for the matrices of linear layers; `compute`: the plain one that the others become.
 
     `narrow`: plain matrices of the file become one of a `storage` that is not plain, too; otherwise they keep their
-    precision. `plain`: how the names of modules begin whose matrices are always plain.
+    precision. `plain`: how the names of modules begin whose matrices are always plain. `check_cancelled` is called
+    before each tensor is read.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +64,7 @@ class Reader:
     narrow: bool
     plain: tuple[str, ...]
     device: torch.device
+    check_cancelled: Callable[[], None] = lambda: None
 
     def entry(self, module: nn.Module, name: str, pieces: list[Piece], slices: Slices | None) -> StoredTensor:
         """What `module`'s parameter or buffer `name` becomes. Raises UserError for an fp8 factor that cannot be one."""
@@ -84,11 +87,13 @@ class Reader:
 
         Columns are copied: their pages in the file hold the other ranks' columns too.
         """
+        self.check_cancelled()
         raw = self._raw(entry)
         return self._convert(raw if entry.slices is None or entry.slices.dim == 0 else raw.contiguous(), entry)
 
     def read_flat(self, entry: StoredTensor, start: int, stop: int) -> Tensor:
         """The numbers `[start, stop)` of the tensor of `entry`, row by row, on the device."""
+        self.check_cancelled()
         return self._convert(self._raw(entry).reshape(-1)[start:stop], entry)
 
     def _format_of_matrix(self, source: StorageFormat, has_companions: bool) -> StorageFormat:

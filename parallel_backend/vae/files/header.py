@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,7 +85,7 @@ def read_header(path: str | Path) -> VaeHeader:
     """
     path = Path(path)
     source = str(path)
-    if path.is_dir() and not any((folder / "config.json").is_file() for folder in (path / "vae", path)):
+    if os.path.isdir(path) and not any((folder / "config.json").is_file() for folder in (path / "vae", path)):
         raise UserError(
             f"{path} holds no VAE: there is neither vae/config.json nor config.json.",
             "Choose a diffusers folder (of a pipeline or of a VAE) or a safetensors file.",
