@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..parallel_backend.errors import Cancelled, UserError
+from ..parallel_backend.machine.clock import RunningClock
 from ..parallel_backend.protocol import addresses, frames, handshake, messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
 from ..parallel_backend.protocol.tensors import unpack
@@ -37,6 +38,10 @@ class SidecarError(Exception):
         self.hint = hint
 
 
+class NotBegun(SidecarError):
+    """The sidecar was lost before its ranks had begun with the request, which a new one may be asked again."""
+
+
 class Client:
     """One connection. Safe to use from several threads: their requests go one after the other.
 
@@ -59,6 +64,11 @@ class Client:
         self._turn = threading.Lock()
         self._inbox: queue.Queue[tuple[messages.Message, Tensors] | None] = queue.Queue()
         self._current = 0
+        self._clock = RunningClock()
+        self._heard, self._heard_at = 0.0, 0.0
+        """When the sidecar was last heard, by the clock of the stream and by ours."""
+        self._has_begun = False
+        """Whether the ranks have begun with the current request."""
         self._lost = ""
         threading.Thread(target=self._read, name="sidecar reader", daemon=True).start()
 
@@ -91,6 +101,12 @@ class Client:
         self._lost = self._lost or "the connection was closed"
         self._stream.close()
 
+    def leave(self, patience: float) -> None:
+        """Cancels the request that is under way in another thread, and waits until the ranks have left it."""
+        self._cancel()
+        if self._turn.acquire(timeout=patience):
+            self._turn.release()
+
     def request(
         self,
         message: messages.Request,
@@ -101,13 +117,15 @@ class Client:
     ) -> tuple[messages.Result, Tensors]:
         """The sidecar's reply to `message` (its id is set here). `on_event` and `cancelled` are called in this thread.
 
-        Raises `Cancelled` once every rank has left the run, `UserError`, `SidecarError` when the sidecar is lost, and
-        `TimeoutError` after `timeout` seconds.
+        Raises `Cancelled` once every rank has left the run, `UserError`, `SidecarError` when the sidecar is lost (of
+        these `NotBegun` where nothing of the request is), and `TimeoutError` after `timeout` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._turn:
             self._current = next(self._ids)
             self._inbox = queue.Queue()
+            self._has_begun = False
+            self._heard_at = self._clock.now()
             try:
                 return self._exchange(message, tensors or {}, on_event, cancelled, deadline)
             except (Cancelled, UserError, SidecarError, ProtocolError):
@@ -139,7 +157,9 @@ class Client:
             if found is None:
                 continue
             reply, body = found
-            if isinstance(reply, Event):
+            if isinstance(reply, messages.Begun):
+                self._has_begun = True
+            elif isinstance(reply, Event):
                 if on_event and not is_cancelled:
                     on_event(reply, body)
             elif isinstance(reply, messages.Failure):
@@ -156,14 +176,26 @@ class Client:
         except queue.Empty:
             if self._lost:
                 raise self._bury(self._lost) from None
-            silence = time.monotonic() - self._stream.last_received
+            silence = self._silence()
             if silence > self._hang_timeout:
-                text = f"Rank 0 hangs: the sidecar has sent no heartbeat for {silence:.0f} s."
-                raise self._bury(text, hangs=True) from None
+                raise self._bury(self._why_silent(silence), hangs=True) from None
             return None
         if found is None:
             raise self._bury(self._lost)
         return found
+
+    def _silence(self) -> float:
+        """Seconds for which nothing has come, not even a heartbeat, while this process could run."""
+        now = self._clock.now()
+        if self._heard != self._stream.last_received:
+            self._heard, self._heard_at = self._stream.last_received, now
+        return now - self._heard_at
+
+    def _why_silent(self, silence: float) -> str:
+        stopped = self.life.stopped if self.life else {}
+        name, pid = next(iter(stopped.items()), ("rank 0", 0))
+        why = f"process {pid} is stopped, by a signal or a debugger, and " if pid else ""
+        return f"{name.capitalize()} hangs: {why}the sidecar has sent no heartbeat for {silence:.0f} s."
 
     def _cancel(self) -> None:
         with contextlib.suppress(OSError):
@@ -186,21 +218,29 @@ class Client:
             case "protocol":
                 return ProtocolError(failure.message)
             case "crash":
-                return SidecarError(failure.message, hint)
+                return (
+                    self._lost_error(failure.message, hint)
+                    if failure.rank is not None
+                    else SidecarError(failure.message, hint)
+                )
 
     def _bury(self, reason: str, *, hangs: bool = False) -> SidecarError:
         """Remove what is left of a lost sidecar, and say why it ended."""
         self.close()
         if self.life is None:
-            return SidecarError(f"The connection to the sidecar is lost: {reason}.")
+            return self._lost_error(f"The connection to the sidecar is lost: {reason}.")
         if hangs:
-            records.write_first(self.life.path / records.EndFile, records.End(clean=False, message=reason, rank=0))
+            rank = None if "torchrun" in self.life.stopped else 0
+            records.write_first(self.life.path / records.EndFile, records.End(clean=False, message=reason, rank=rank))
         message, hint = self.life.why()
         if self.life.end is None:
             message = f"{message} ({reason})"
         self.life.kill(patience=0.0 if hangs else 0.5)
         end = self.life.end
-        return SidecarError(message, f"{hint} {self._log_hint(end.rank if end else None)}".strip())
+        return self._lost_error(message, f"{hint} {self._log_hint(end.rank if end else None)}".strip())
+
+    def _lost_error(self, message: str, hint: str = "") -> SidecarError:
+        return (SidecarError if self._has_begun else NotBegun)(message, hint)
 
     def _log_hint(self, rank: int | None) -> str:
         assert self.life is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.machine import resources
 
 PACK = Path(__file__).resolve().parent.parent
 CPU_RANKS = 2
@@ -37,7 +38,14 @@ def gpu_count(python: str = sys.executable) -> int:
             f"The sidecar's Python {python} cannot import torch: {last}",
             f"Install the pack's requirements into it: {python} -m pip install -r {PACK / 'requirements.txt'}",
         )
-    return int(answer.stdout)
+    # Whatever a sitecustomize prints comes before.
+    count = answer.stdout.strip().rpartition("\n")[2]
+    if not count.isdecimal():
+        raise UserError(
+            f"The sidecar's Python {python} does not say how many GPUs there are, but {count[:200]!r}.",
+            "Something prints when it ends: sitecustomize, or a file of site-packages.",
+        )
+    return int(count)
 
 
 def choose(kind: Literal["auto", "cpu", "cuda"], ranks: int, nnodes: int, gpus: int) -> tuple[Device, int]:
@@ -68,7 +76,7 @@ def rank_environment(
     """
     env = dict(base)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACK), base.get("PYTHONPATH", "")]))
-    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, resources.cores() // local_ranks)))
     if single_host:
         env.update(dict.fromkeys(SOCKET_VARIABLES, "lo"))
     for variable in ALLOCATOR_VARIABLES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,16 @@ KNOWN_FAULTS = (
         r"(?:EADDRINUSE|[Aa]ddress already in use)",
         "The port that the sidecar needs is taken.",
         "Choose another port, or end the program that holds it.",
+    ),
+    (
+        r"(?:Too many open files|EMFILE)",
+        "The limit of open files is too low for the ranks.",
+        "Raise it: ulimit -n 1024.",
+    ),
+    (
+        r"(?:No space left on device)",
+        "The disk is full.",
+        "Free space, or name another directory in PARALLELDIT_RUNTIME_DIR.",
     ),
     (
         r"(?:CUDA out of memory|DefaultCPUAllocator|MemoryError|Cannot allocate memory)",
@@ -62,6 +73,14 @@ class SidecarInstance:
         return self.agent is not None and self.agent.alive
 
     @property
+    def is_whole(self) -> bool:
+        """Whether torchrun and all ranks of this host live: one that has just lost a rank still has its torchrun."""
+        settings, ranks = self.settings, self.ranks
+        if not self.is_alive or settings is None or len(ranks) < len(settings.local_ranks):
+            return False
+        return all(rank.alive for rank in ranks.values())
+
+    @property
     def ranks(self) -> dict[int, records.Process]:
         """The rank processes of this host that have begun, dead or alive."""
         settings = self.settings
@@ -70,6 +89,12 @@ class SidecarInstance:
             for rank in (settings.local_ranks if settings else ())
         }
         return {rank: process for rank, process in found.items() if process}
+
+    @property
+    def stopped(self) -> dict[str, int]:
+        """Its processes that a signal or a debugger has stopped: {what it is: pid}."""
+        named = {**({"torchrun": self.agent} if self.agent else {}), **{f"rank {n}": p for n, p in self.ranks.items()}}
+        return {name: process.pid for name, process in named.items() if process.is_stopped}
 
     def own(self, owner: records.Process | None) -> None:
         """The sidecar ends some time after `owner` does; without an owner it lives until it is stopped or idle."""
@@ -117,6 +142,9 @@ class SidecarInstance:
             found = re.search(pattern, text)
             if found:
                 return known.format(*found.groups()), remedy
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            return f"{message} Its memory is limited to {limit / 1e9:.1f} GB (ulimit -v).", "Raise that limit."
         return message, hint
 
     def tail(self, rank: int | None = None) -> str:

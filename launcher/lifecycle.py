@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 from pathlib import Path
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.protocol import messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
-from .client import Client, SidecarError
+from .client import Client, NotBegun, SidecarError
 from .instance import SidecarInstance
 from .runtime_dir import Slot
 from .spawn import Say, launch, read_token
 from .spec import SidecarSpec, check, settings_of
 
 SHUTDOWN_S = 15.0
+DYING_S = 1.0
 
 _clients: dict[SidecarSpec, Client] = {}
 _clients_lock = threading.Lock()
@@ -29,9 +32,15 @@ def ensure_sidecar(spec: SidecarSpec, on_progress: Say = lambda text: None, *, o
     with _clients_lock:
         client = _clients.get(spec)
         if client is None or not client.alive:
-            client = _connect_remote(spec) if spec.remote else _connect(start(spec, on_progress, owned=owned), spec)
+            client = _connect_remote(spec) if spec.remote else _connect(spec, on_progress, owned=owned)
             _clients[spec] = client
         return client
+
+
+def spec_of(client: Client) -> SidecarSpec | None:
+    """What `ensure_sidecar` gave `client` for. None for other clients."""
+    with _clients_lock:
+        return next((spec for spec, each in _clients.items() if each is client), None)
 
 
 def start(spec: SidecarSpec, on_progress: Say = lambda text: None, *, owned: bool = True) -> SidecarInstance:
@@ -41,7 +50,7 @@ def start(spec: SidecarSpec, on_progress: Say = lambda text: None, *, owned: boo
     owner = records.this_process() if owned else None
     with slot.lock(spec.start_timeout, on_progress):
         life = current(slot)
-        if life is not None and life.is_alive and _is_adopted(life, settings, owner):
+        if life is not None and _is_adopted(life, settings, owner):
             return life
         if life is not None:
             _replace(life, settings, on_progress)
@@ -54,19 +63,24 @@ def inherit(slot: Slot) -> bool:
     """
     life = current(slot)
     owner = life.owner if life else None
-    if life is None or owner is None or owner.alive or not (life.is_alive and life.is_ready) or life.end is not None:
+    if life is None or owner is None or owner.alive or not (life.is_whole and life.is_ready) or life.end is not None:
         return False
     life.own(records.this_process())
     return True
 
 
-def stop(slot: Slot, on_progress: Say = lambda text: None) -> bool:
-    """End the sidecar of `slot`; False when there was none. Nothing of it is left when this returns."""
+def stop(slot: Slot, on_progress: Say = lambda text: None, *, force: bool = False) -> bool:
+    """End the sidecar of `slot`; False when there was none. Nothing of it is left when this returns.
+
+    Raises `UserError` while a request of another client is under way, unless `force`.
+    """
     with slot.lock(SHUTDOWN_S, on_progress):
         life = current(slot)
         was_alive = life is not None and life.is_alive
         if life is not None:
-            _end(life, on_progress)
+            if force:
+                _leave_own(life)
+            _end(life, on_progress, force=force)
         return was_alive
 
 
@@ -98,7 +112,7 @@ def visit(spec: SidecarSpec) -> Client | None:
     if spec.remote:
         return _connect_remote(spec)
     life = current(spec.slot)
-    if life is None or not life.is_alive or not life.is_ready:
+    if life is None or not life.is_whole or not life.is_ready:
         return None
     client = connect(life)
     client.life = None
@@ -110,7 +124,13 @@ def visit(spec: SidecarSpec) -> Client | None:
 
 def _is_adopted(life: SidecarInstance, settings: records.Settings, owner: records.Process | None) -> bool:
     """Whether the running sidecar is the one that is wanted, and now has the new owner."""
-    if life.settings is None or life.settings.key != settings.key or not life.is_ready or life.end is not None:
+    if (
+        not life.is_whole
+        or life.settings is None
+        or life.settings.key != settings.key
+        or not life.is_ready
+        or life.end is not None
+    ):
         return False
     if owner is None or life.owner is not None:
         life.own(owner)
@@ -118,27 +138,53 @@ def _is_adopted(life: SidecarInstance, settings: records.Settings, owner: record
 
 
 def _replace(life: SidecarInstance, settings: records.Settings, on_progress: Say) -> None:
-    """End a sidecar that is not the wanted one, unless another living process uses it."""
-    owner = life.owner
-    if life.is_alive and owner and owner.alive and owner.pid != os.getpid() and life.settings:
-        raise UserError(
-            f"A sidecar of {life.settings.ranks} ranks on {life.settings.device} belongs to process {owner.pid}; "
-            f"this one asks for {settings.ranks} ranks on {settings.device}.",
-            "Ask for the same, stop it with `python cli stop`, or set PARALLELDIT_RUNTIME_DIR to another directory.",
-        )
+    """End a sidecar that is not the wanted one, unless another living process owns it, or it is at work for one."""
+    owner, found = life.owner, life.settings
+    if life.is_alive and owner and owner.alive and owner.pid != os.getpid() and found:
+        raise _taken(f"belongs to process {owner.pid}", found, settings)
     if life.is_alive:
         on_progress("ending the sidecar that is running: another one is wanted")
-    _end(life, on_progress)
+    try:
+        _end(life, on_progress)
+    except UserError as error:
+        raise (_taken("is at work for another client", found, settings) if found else error) from error
 
 
-def _end(life: SidecarInstance, on_progress: Say) -> None:
-    if life.is_alive and life.is_ready and life.settings and life.settings.node_rank == 0:
+def _taken(why: str, found: records.Settings, wanted: records.Settings) -> UserError:
+    alike = (found.ranks, found.device) == (wanted.ranks, wanted.device)
+    asked = "other settings" if alike else f"{wanted.ranks} ranks on {wanted.device}"
+    return UserError(
+        f"A sidecar of {found.ranks} ranks on {found.device} {why}; this one asks for {asked}.",
+        "Ask for the same, wait, stop it with `python cli stop` (`--force` while it works), or set "
+        "PARALLELDIT_RUNTIME_DIR to another directory.",
+    )
+
+
+def _leave_own(life: SidecarInstance) -> None:
+    """This process cancels what it has under way itself, rather than to hear that it was stopped."""
+    with _clients_lock:
+        own = [each for each in _clients.values() if each.life is not None and each.life.path == life.path]
+    for client in own:
+        client.leave(SHUTDOWN_S)
+
+
+def _me() -> str:
+    """This process, for those whose sidecar it ends."""
+    program = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])[:100]
+    return f"process {os.getpid()} ({program})"
+
+
+def _end(life: SidecarInstance, on_progress: Say, *, force: bool = False) -> None:
+    """Raises `UserError` while a request of another client is under way, unless `force`."""
+    if life.is_whole and life.is_ready and life.settings and life.settings.node_rank == 0:
         try:
             client = connect(life)
             client.life = None
-            client.request(messages.Shutdown(id=0), timeout=SHUTDOWN_S)
-        except (OSError, ProtocolError, SidecarError, UserError) as error:
+            client.request(messages.Shutdown(id=0, by=_me(), force=force), timeout=SHUTDOWN_S)
+        except (OSError, ProtocolError, SidecarError) as error:
             on_progress(f"the sidecar does not leave by itself ({error}): killing it")
+            stopped = records.End(clean=True, message=f"The sidecar was stopped by {_me()}.")
+            records.write_first(life.path / records.EndFile, stopped)
             life.kill()
     life.kill(patience=SHUTDOWN_S if life.end else 0.0)
 
@@ -146,7 +192,17 @@ def _end(life: SidecarInstance, on_progress: Say) -> None:
 # -- connect -----------------------------------------------------------------------------------------------------
 
 
-def _connect(life: SidecarInstance, spec: SidecarSpec) -> Client:
+def _connect(spec: SidecarSpec, on_progress: Say, *, owned: bool) -> Client:
+    """To the sidecar that runs or is started; once more where a process of it dies before it takes the connection."""
+    try:
+        return _connect_once(spec, on_progress, owned=owned)
+    except NotBegun as error:
+        on_progress(f"{error.message} Another one is started.")
+        return _connect_once(spec, on_progress, owned=owned)
+
+
+def _connect_once(spec: SidecarSpec, on_progress: Say, *, owned: bool) -> Client:
+    life = start(spec, on_progress, owned=owned)
     if spec.node_rank:
         raise UserError(
             "Only host 0 of a sidecar of several hosts takes requests.", "Connect on the host of node rank 0."
@@ -154,7 +210,19 @@ def _connect(life: SidecarInstance, spec: SidecarSpec) -> Client:
     try:
         return connect(life)
     except (OSError, ProtocolError) as error:
-        raise SidecarError(f"The sidecar takes no connection: {error}", f"The logs are in {life.path}.") from error
+        if not _has_lost_a_rank(life):
+            raise SidecarError(f"The sidecar takes no connection: {error}", f"The logs are in {life.path}.") from error
+        message, hint = life.why()
+        life.kill()
+        raise NotBegun(message, hint) from error
+
+
+def _has_lost_a_rank(life: SidecarInstance) -> bool:
+    """Whether a rank is dead, or dies within a moment: it hangs up before its process is gone."""
+    deadline = time.monotonic() + DYING_S
+    while life.is_whole and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not life.is_whole
 
 
 def _connect_remote(spec: SidecarSpec) -> Client:

@@ -11,34 +11,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.machine.clock import RunningClock
 from ..parallel_backend.protocol import records
 from . import devices
-from .client import SidecarError
+from .client import NotBegun, SidecarError
+from .host_checks import check_host
 from .instance import SidecarInstance
-from .runtime_dir import Slot
+from .runtime_dir import ROOT_VARIABLE, Slot, explained, passed_over
 from .spec import SidecarSpec
 
 Say = Callable[[str], None]
 
 PROGRESS_S = 5.0
+STOPPED_S = 5.0
+"""How long a process may be stopped while the sidecar starts."""
 
 
 def launch(
     slot: Slot, spec: SidecarSpec, settings: records.Settings, owner: records.Process | None, on_progress: Say
 ) -> SidecarInstance:
+    for why in passed_over() if spec.directory is None else ():
+        on_progress(f"{why} The sidecar's directory is {slot.directory} instead; {ROOT_VARIABLE} may name another.")
+    with explained(slot.directory):
+        return _launch(slot, spec, settings, owner, on_progress)
+
+
+def _launch(
+    slot: Slot, spec: SidecarSpec, settings: records.Settings, owner: records.Process | None, on_progress: Say
+) -> SidecarInstance:
     life = SidecarInstance(slot.new_life())
+    check_host(settings, life.path)
     records.write(life.path / records.SettingsFile, settings)
     life.own(owner)
     if settings.address != "unix":
         _write_token(life.path / records.TokenFile, spec.token_file)
     on_progress(f"starting {len(settings.local_ranks)} of {settings.ranks} ranks on {settings.device}")
     agent = _spawn(life, spec, settings)
-    records.write(
-        life.path / records.AgentFile, records.Process(pid=agent.pid, started=records.started(agent.pid) or 0)
-    )
     try:
+        records.write(
+            life.path / records.AgentFile, records.Process(pid=agent.pid, started=records.started(agent.pid) or 0)
+        )
         _wait_ready(life, agent, settings, spec.start_timeout, on_progress)
     except BaseException:
+        # Nobody asks why it ended. The kernel ends the ranks with it.
+        agent.kill()
         life.kill()
         agent.wait()
         raise
@@ -80,23 +96,35 @@ def _spawn(life: SidecarInstance, spec: SidecarSpec, settings: records.Settings)
 def _wait_ready(
     life: SidecarInstance, agent: subprocess.Popen[bytes], settings: records.Settings, timeout: float, on_progress: Say
 ) -> None:
-    began, local = time.monotonic(), len(settings.local_ranks)
-    said_at, said = began, 0
+    clock, local = RunningClock(), len(settings.local_ranks)
+    began = clock.now()
+    said_at, said, running_at = began, 0, began
     while not life.is_ready:
-        now, up = time.monotonic(), len(life.ranks)
+        now, up, stopped = clock.now(), len(life.ranks), life.stopped
         if agent.poll() is not None or life.end is not None:
             message, hint = life.why_not_started()
-            raise SidecarError(f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip())
+            is_killed = life.end.is_killed if life.end else (agent.poll() or 0) < 0
+            raise (NotBegun if is_killed else SidecarError)(
+                f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip()
+            )
+        running_at = running_at if stopped else now
+        if now - running_at > STOPPED_S:
+            name, pid = next(iter(stopped.items()))
+            raise NotBegun(
+                f"The sidecar did not start: its {name} (process {pid}) is stopped, by a signal or a debugger.",
+                f"The logs are in {life.path}.",
+            )
         if now - began > timeout:
             raise SidecarError(
-                f"The sidecar did not start within {timeout:g} s: {up} of the {local} ranks of this host are up.",
-                f"The logs are in {life.path}.",
+                f"The sidecar did not start within {timeout:g} s: {up} of the {local} ranks of this host are up"
+                + ("." if up < local else ", but they have not all met."),
+                f"Use fewer ranks, or a longer --start-timeout. The logs are in {life.path}.",
             )
         if up > said or now - said_at > PROGRESS_S:
             said_at, said = now, up
             on_progress(f"{up} of {local} ranks are up after {now - began:.0f} s")
         time.sleep(0.05)
-    on_progress(f"the sidecar is ready after {time.monotonic() - began:.1f} s")
+    on_progress(f"the sidecar is ready after {clock.now() - began:.1f} s")
 
 
 def _write_token(path: Path, chosen: Path | None) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..parallel_backend.errors import UserError
+from ..parallel_backend.machine import resources
 from ..parallel_backend.protocol import addresses, frames, records
 from . import devices
+from .host_checks import check_cores
 from .runtime_dir import Slot
 
 COMPUTE_TIMEOUT_S = {"cpu": 1800.0, "cuda": 600.0}
@@ -88,6 +90,7 @@ def settings_of(spec: SidecarSpec) -> records.Settings:
     check(spec)
     gpus = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
     device, ranks = devices.choose(spec.device, spec.ranks, spec.nnodes, gpus)
+    check_cores(device, ranks // spec.nnodes, resources.cores())
     shape = {
         "device": device,
         "address": spec.address,

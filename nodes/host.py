@@ -65,6 +65,10 @@ class Host:
     def show(self, text: str) -> None:
         """Shows a text on the node that runs, where nodes can be seen."""
 
+    def prompt(self) -> object:
+        """Which workflow it is whose nodes run now; None where that is not known."""
+        return None
+
     def cancelled(self) -> bool:
         return False
 

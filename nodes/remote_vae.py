@@ -91,4 +91,6 @@ class ParallelVAE:
         else:
             client = session.client_for(self.layout.ranks if self.layout else None)
         request = kind(id=0, vae=self.ref, **tiling._asdict(), on_out_of_memory=on_out_of_memory)
-        return session.ask(client, request, tensors, on_vae_sidecar=self.works_aside)
+        return session.with_living(
+            client, lambda client: session.ask(client, request, tensors, on_vae_sidecar=self.works_aside)
+        )

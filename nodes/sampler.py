@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from ..launcher.client import Client
 from ..parallel_backend.protocol.messages import MAX_STEPS, Adapters, Sample
 from ..parallel_backend.sampling.names import (
     CFG_PP_SAMPLERS,
@@ -205,7 +206,6 @@ class ParallelDiTSampler:
         )
         layout = choice.resolve(facts, guided=guided)
         tensors |= {f"control.{index}": control.picture(first) for index, control in enumerate(placed)}
-        weight_delivery.deliver(client, changes)
         message = Sample(
             id=0,
             model=handle.ref,
@@ -227,7 +227,12 @@ class ParallelDiTSampler:
             controls=tuple(control.message for control in placed),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )
-        reply = session.ask(client, message, tensors, model)
+
+        def ask(client: Client) -> session.Reply:
+            weight_delivery.deliver(client, changes)
+            return session.ask(client, message, tensors, model)
+
+        reply = session.with_living(client, ask)
         return (latent.from_reply(latent_image, specs, reply.tensors),)
 
 

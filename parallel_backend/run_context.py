@@ -18,7 +18,7 @@ Send = Callable[[messages.Message, Mapping[str, torch.Tensor]], None]
 class Run:
     """One request as the engine sees it: where it reports, and where it may be cancelled.
 
-    `request`: its id; `send` and `is_cancelled` are asked on rank 0 only.
+    `request`: its id; `send` is asked on rank 0 only. `is_cancelled`: rank 0 knows at once, the others soon after.
     """
 
     def __init__(
@@ -28,6 +28,11 @@ class Run:
         self._request = request
         self._send = send
         self._is_cancelled = is_cancelled
+
+    def begun(self) -> None:
+        """Tells the client that all ranks have its request; does nothing on ranks other than 0."""
+        if self._control.rank == 0:
+            self._send(messages.Begun(id=self._request), {})
 
     def progress(self, phase: messages.Phase, step: int, total: int, preview: torch.Tensor | None = None) -> None:
         """Sends the client an event; does nothing on ranks other than 0. `preview` [1, C, H, W] or [1, C, 1, H, W]."""
@@ -51,6 +56,11 @@ class Run:
     def check_cancelled(self) -> None:
         """A collective: every rank calls it at every step, and all raise `Cancelled` together or none."""
         if self._control.agree(self._is_cancelled()):
+            raise Cancelled("Cancelled.")
+
+    def leave_if_cancelled(self) -> None:
+        """Raises `Cancelled` on this rank alone, soon after the user has cancelled: in work that `all_or_none` does."""
+        if self._is_cancelled():
             raise Cancelled("Cancelled.")
 
     def start_check(self, numbers: Sequence[int]) -> Callable[[], list[int]]:

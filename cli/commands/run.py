@@ -48,15 +48,22 @@ def main(args: argparse.Namespace) -> int:
     report = Report()
 
     class TerminalHost(host.Host):
+        number = 0
+
+        def prompt(self) -> object:
+            return self.number
+
         def sending(self, message: Request, tensors: Mapping[str, Tensor], welcome: Welcome) -> None:
             report.sending(message, welcome)
 
-    host.use(
-        TerminalHost(models=args.models, spec=spec_of(args), owned=False, on_progress=report.progress, say=report.say)
+    here = TerminalHost(
+        models=args.models, spec=spec_of(args), owned=False, on_progress=report.progress, say=report.say
     )
+    host.use(here)
 
     def runs() -> Iterator[tuple[WorkflowRun, OnShown]]:
         for prompt in _prompts(args):
+            here.number += 1
             with report.run():
                 run = begin_workflow(api, classes=classes, set_values=values | prompt, cache=cache)
             yield run, partial(report.end, report.summary())

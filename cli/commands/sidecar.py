@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...launcher.instance import SidecarInstance
 from ...launcher.lifecycle import connect, current, start, stop, visit
-from ...launcher.runtime_dir import Slot
+from ...launcher.runtime_dir import Slot, slots
 from ...launcher.spec import SidecarSpec
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol import messages, records
@@ -43,6 +43,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             command.add_argument(
                 "--vae", action="store_true", help="the second sidecar, of a VAE with ranks of its own"
             )
+        if name == "stop":
+            command.add_argument(
+                "--force", action="store_true", help="even while it works for another client, whose run then fails"
+            )
         if name == "status":
             add_remote_option(command)
             command.add_argument("--token-file", type=Path, help="file with the token of --remote")
@@ -63,21 +67,19 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    slot = Slot(args.node_rank)
-    ended = {name: stop(each, _say) for name, each in (("", slot), (" of the VAE", slot.vae))}
-    if not any(ended.values()):
-        return _no_sidecar(slot)
-    for name, was_alive in ended.items():
-        if was_alive:
-            print(f"the sidecar{name} has ended")
-    return OK
+    found = slots(args.node_rank)
+    several = [(name, each) for slot in found for name, each in (("", slot), (" of the VAE", slot.vae))]
+    ended = [name for name, each in several if each.life is not None and stop(each, _say, force=args.force)]
+    for name in ended:
+        print(f"the sidecar{name} has ended")
+    return OK if ended else _no_sidecar(found[0])
 
 
 def _status(args: argparse.Namespace) -> int:
     if args.remote:
         return _status_elsewhere(remote_spec(args), args)
-    life = current(Slot(args.node_rank).vae)
-    if not args.vae and not args.json and life is not None and life.is_alive:
+    lives = [current(slot.vae) for slot in slots(args.node_rank)]
+    if not args.vae and not args.json and any(life is not None and life.is_alive for life in lives):
         print("a sidecar of the VAE runs, too: see status --vae", file=sys.stderr)
     return _status_of(_slot(args), args)
 
@@ -93,8 +95,10 @@ def _status_elsewhere(spec: SidecarSpec, args: argparse.Namespace) -> int:
 
 
 def _slot(args: argparse.Namespace) -> Slot:
-    slot = Slot(args.node_rank)
-    return slot.vae if args.vae else slot
+    """Of the usual places the one where a sidecar lives, or has lived; else the first."""
+    found = [slot.vae if args.vae else slot for slot in slots(args.node_rank)]
+    living = [slot for slot in found if (life := current(slot)) is not None and life.is_alive]
+    return next(iter([*living, *(slot for slot in found if slot.life), *found]))
 
 
 def _status_of(slot: Slot, args: argparse.Namespace) -> int:

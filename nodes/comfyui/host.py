@@ -73,6 +73,9 @@ class ComfyHost(Host):
     def wants_previews(self, model: Any) -> bool:
         return _previewer(model) is not None
 
+    def prompt(self) -> object:
+        return getattr(server.PromptServer.instance, "last_prompt_id", None)
+
     def cancelled(self) -> bool:
         return comfy.model_management.processing_interrupted()
 

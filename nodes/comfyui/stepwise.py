@@ -156,9 +156,6 @@ class StepwiseModel:
                 "ranks repeat the work of the others. Set cfg_degree to 0 to have the layout chosen for each."
             )
         changes = tuple(change.message for change in self.changes)
-        if not run.delivered.issuperset(changes):
-            weight_delivery.deliver(run.client, self.changes)
-            run.delivered.update(changes)
         message = Predict(
             id=0,
             model=run.handle.ref,
@@ -172,7 +169,7 @@ class StepwiseModel:
         tensors |= {"timestep": timestep, **residual_tensors}
         if next_timestep is not None and run.handle.spec.takes_next_time:
             tensors["next_timestep"] = next_timestep
-        answered = self._ask(run, message, tensors)
+        answered = self._first(run, message, tensors) if not run.sent else self._ask(run, message, tensors)
         return [answered[f"prediction{name}"].to(latents[0].device) for name in names]
 
     def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice, side: int, sigma: float | None) -> str:
@@ -200,8 +197,21 @@ class StepwiseModel:
         run.prompts.append(prompt)
         return prompt.key
 
+    def _first(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `_ask`. The sidecar of a run of which nothing has begun may be replaced."""
+
+        def ask(client: Client) -> dict[str, Tensor]:
+            run.client = client
+            run.delivered.clear()
+            return self._ask(run, message, tensors)
+
+        return session.with_living(run.client, ask)
+
     def _ask(self, run: _Run, message: Predict, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sends what the ranks do not hold: what is new in this run, then what they report as missing."""
+        if not run.delivered.issuperset(message.adapters.changes):
+            weight_delivery.deliver(run.client, self.changes)
+            run.delivered.update(message.adapters.changes)
         unknown = set(message.conditions) - run.sent
         while True:
             prompts = [prompt for prompt in run.prompts if prompt.key in unknown]

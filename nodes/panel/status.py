@@ -78,7 +78,7 @@ def stop() -> dict[str, Any]:
     if owner and owner.alive and owner != records.this_process():
         raise UserError(f"The sidecar belongs to process {owner.pid}.", "Stop it there, or with `python cli stop`.")
     with activity.during("stop"):
-        ended = [lifecycle.stop(slot) for slot in (spec.slot.vae, spec.slot)]
+        ended = [lifecycle.stop(slot, force=owner is not None) for slot in (spec.slot.vae, spec.slot)]
         if not any(ended):
             raise UserError("No sidecar is running.")
     return status()

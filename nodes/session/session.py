@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ...launcher import devices, lifecycle
-from ...launcher.client import Client, Event
+from ...launcher.client import Client, Event, NotBegun
 from ...launcher.spec import SidecarSpec
 from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
 from .. import host
 from .activity import activity
 
+T = TypeVar("T")
+
 UNLOAD_S = 60.0
 """The time limit for the ranks to unload their models, once the request before is done."""
+
+_count_of_prompt: tuple[object, int] = (None, 0)
+"""The workflow that asked for ranks last, and for how many."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,29 @@ def ranks_for(ranks: int) -> int:
 
 
 def client_for(ranks: int | None) -> Client:
-    """A client of a sidecar of `ranks` ranks, started if need be. None takes the one that runs, however many it has."""
+    """A client of a sidecar of `ranks` ranks, started if need be. None takes the one that runs, however many it has.
+
+    Raises `UserError` where a node of the same workflow has asked for another number.
+    """
     here = host.current()
     spec = running() if ranks is None else None
     if spec is None:
         spec = here.spec if here.spec.remote else replace(here.spec, ranks=ranks_for(ranks or 0))
+        _check_one_count(here.prompt(), spec.ranks)
     return _client(spec)
+
+
+def _check_one_count(prompt: object, ranks: int) -> None:
+    """A workflow that asked for two numbers of ranks would have the sidecar started anew for each, time and again."""
+    global _count_of_prompt
+    if prompt is not None and prompt == _count_of_prompt[0] and ranks != _count_of_prompt[1]:
+        raise UserError(
+            f"This node asks for {ranks} ranks, another one of this workflow has asked for {_count_of_prompt[1]}: the "
+            "sidecar would be started anew for each of them.",
+            "Give all Parallel Layouts the same ranks. A VAE may have ranks of its own: own_ranks of Parallel VAE "
+            "Loader.",
+        )
+    _count_of_prompt = prompt, ranks
 
 
 def vae_client(ranks: int, sampling_ranks: int) -> Client:
@@ -153,6 +175,21 @@ def ask(
         return reply
     except Cancelled as error:
         here.leave_cancelled(error)
+
+
+def with_living(client: Client, work: Callable[[Client], T]) -> T:
+    """What `work` gives with `client`. Where the sidecar is lost before its ranks have begun, once more with a new one.
+
+    A rank may have died since it was last asked, which shows when it is asked again.
+    """
+    try:
+        return work(client)
+    except NotBegun as error:
+        spec = lifecycle.spec_of(client)
+        if spec is None or spec.remote:
+            raise
+        host.current().say(f"{error.message} Nothing had begun: a new sidecar is asked.")
+        return work(_client(spec))
 
 
 def unload() -> str:

@@ -64,6 +64,12 @@ class Process(Message):
     def alive(self) -> bool:
         return self.started == started(self.pid)
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it lives, but a signal or a debugger has stopped it."""
+        fields = _stat(self.pid)
+        return self.alive and fields is not None and fields[0] in (b"T", b"t")
+
 
 class Ready(Message):
     """Written by each host's first rank when all ranks have met."""
@@ -73,12 +79,14 @@ class Ready(Message):
 
 
 class End(Message):
-    """Why the sidecar ended. The first to know writes it. `clean`: it was asked to, or had nothing left to do."""
+    """Why the sidecar ended. The first to know writes it. `clean`: it was asked to, or had nothing left to do;
+    `is_killed`: a signal ended one of its processes."""
 
     clean: bool
     message: str
     hint: str = ""
     rank: int | None = None
+    is_killed: bool = False
 
 
 def rank_file(rank: int) -> str:
@@ -96,11 +104,16 @@ def rank_log(rank: int) -> str:
 
 def started(pid: int) -> int | None:
     """Start time of a living process in clock ticks since boot; None when there is none or it is a zombie."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of a process from its state on, as in proc_pid_stat(5)."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def this_process() -> Process:

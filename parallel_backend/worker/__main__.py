@@ -99,7 +99,9 @@ class Rank:
         self.control, self.within = ControlGroup(), ControlGroup()
         """Between requests, and within one: this group a rank can leave before the others do."""
         self.board = connect_board(settings, life)
-        Pulse(connect_board(settings, life), rank, settings.hang_timeout + LAST_WORDS_S).start()
+        limits = settings.hang_timeout, settings.hang_timeout + LAST_WORDS_S
+        self.pulse = Pulse(connect_board(settings, life), rank, *limits)
+        self.pulse.start()
         self.engine = engine_factory(self.device)
         self.sequence = 0
         self.born = time.monotonic()
@@ -128,6 +130,7 @@ class Rank:
 
         work = self._next()
         self.sequence += 1
+        self.pulse.sequence = self.sequence
         if self.watch:
             self.watch.sequence = self.sequence
         data, tensors, outcome = self._attempt(work, self._run_of(work))
@@ -135,9 +138,10 @@ class Rank:
         verdict = judge(work.request.id, outcomes, can_regroup=self.can_regroup)
         is_last = isinstance(work.request, messages.Shutdown)
         if self.server:
-            if is_last:
+            if isinstance(work.request, messages.Shutdown):
                 # Before the reply: whoever reads that looks for this record next.
-                end = records.End(clean=True, message="The sidecar was stopped.")
+                by = f" by {work.request.by}" if work.request.by else ""
+                end = records.End(clean=True, message=f"The sidecar was stopped{by}.")
                 records.write_first(self.life / records.EndFile, end)
             if verdict.failure:
                 self.server.finish(work, verdict.failure)
@@ -147,6 +151,7 @@ class Rank:
             self._end(outcomes[verdict.rank], verdict.rank)
         if not verdict.in_step:
             self._regroup(work, has_left=outcomes[self.rank].gave_up)
+        self.pulse.sequence = None
         if self.watch:
             self.watch.sequence = None
             self.board.forget_failure(self.sequence)
@@ -172,7 +177,7 @@ class Rank:
     def _run_of(self, work: Job) -> Run:
         from ..run_context import Run
 
-        return Run(self.within, work.request.id, work.send, lambda: work.cancelled)
+        return Run(self.within, work.request.id, work.send, lambda: work.cancelled or self.pulse.is_cancelled)
 
     def _attempt(self, work: Job, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
         from ..failures import Outcome, describe

@@ -30,10 +30,10 @@ Rank = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Failed(Message):
-    """How `rank` left a request."""
+    """How `rank` left a request, or that it cannot: "stalled"."""
 
     rank: Rank
-    kind: Literal["user", "crash", "lost"]
+    kind: Literal["user", "crash", "lost", "stalled"]
     message: str
     hint: str
 
@@ -65,6 +65,14 @@ class Board(Protocol):
 
     def forget_failure(self, sequence: int) -> None: ...
 
+    def tell_cancel(self, sequence: int) -> None:
+        """That the client has cancelled request number `sequence`."""
+        ...
+
+    def cancelled(self) -> int:
+        """The last request that was cancelled; 0 before the first one."""
+        ...
+
     def tell_lost_log(self, lost: LostLog) -> None: ...
 
     def lost_log(self) -> LostLog | None: ...
@@ -76,13 +84,13 @@ class FileBoard:
 
     def __init__(self, life: Path, ranks: int) -> None:
         self._life = life
-        self._lost_log_at = ranks
+        self._lost_log_at, self._cancelled_at = ranks, ranks + 1
         self._file = os.open(life / records.BoardFile, os.O_RDWR | os.O_CLOEXEC)
 
     @classmethod
     def create(cls, life: Path, ranks: int) -> FileBoard:
         with open(os.open(life / records.BoardFile, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(bytes(SLOT_BYTES * (ranks + 1)))
+            file.write(bytes(SLOT_BYTES * (ranks + 2)))
         return cls(life, ranks)
 
     def beat(self, rank: int, count: int) -> None:
@@ -99,6 +107,12 @@ class FileBoard:
 
     def forget_failure(self, sequence: int) -> None:
         (self._life / records.failed_file(sequence)).unlink(missing_ok=True)
+
+    def tell_cancel(self, sequence: int) -> None:
+        self._write(self._cancelled_at, sequence)
+
+    def cancelled(self) -> int:
+        return self._read(self._cancelled_at)
 
     def tell_lost_log(self, lost: LostLog) -> None:
         self._write(self._lost_log_at, (lost.rank << 16 | lost.errno) + 1)
@@ -128,8 +142,7 @@ class StoreBoard:
         self._store.set(f"beat/{rank}", str(count))
 
     def beat_of(self, rank: int) -> int:
-        found = self._value(f"beat/{rank}")
-        return int(found) if found.isdigit() and len(found) < 20 else 0
+        return self._count(f"beat/{rank}")
 
     def tell_failure(self, sequence: int, failed: Failed) -> None:
         self._store.compare_set(f"failed/{sequence}", "", failed.model_dump_json())
@@ -139,6 +152,12 @@ class StoreBoard:
 
     def forget_failure(self, sequence: int) -> None:
         self._store.delete_key(f"failed/{sequence}")
+
+    def tell_cancel(self, sequence: int) -> None:
+        self._store.set("cancelled", str(sequence))
+
+    def cancelled(self) -> int:
+        return self._count("cancelled")
 
     def tell_lost_log(self, lost: LostLog) -> None:
         self._store.set("lost log", lost.model_dump_json())
@@ -158,6 +177,10 @@ class StoreBoard:
                 self._refused.add(key)
                 log.warning("the store holds %d bytes under %r that no rank has written", len(value), key)
             return None
+
+    def _count(self, key: str) -> int:
+        found = self._value(key)
+        return int(found) if found.isdigit() and len(found) < 20 else 0
 
     def _value(self, key: str) -> bytes:
         value = self._store.get(key) if self._store.check([key]) else b""

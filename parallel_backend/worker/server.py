@@ -41,6 +41,8 @@ class Job:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     connection: Connection | None = None
     cancelled: bool = False
+    stopped_by: str = ""
+    """Who had it cancelled by ending the sidecar, where it was not its own client."""
     progress: messages.Progress | None = None
 
     def send(self, message: messages.Message, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -48,6 +50,25 @@ class Job:
             self.progress = message
         if self.connection is not None:
             self.connection.send(message, tensors)
+
+    def cancel(self, stopped_by: str = "") -> None:
+        self.cancelled, self.stopped_by = True, stopped_by
+
+    def why_cancelled(self, words: str) -> messages.Failure:
+        """The reply to a request that was cancelled: in these words if its own client did it."""
+        if self.stopped_by:
+            return messages.Failure(
+                id=self.request.id,
+                code="crash",
+                message=f"The sidecar was stopped by {self.stopped_by}.",
+                hint="The next request starts it again.",
+            )
+        return messages.Failure(id=self.request.id, code="cancelled", message=words)
+
+    @property
+    def doing(self) -> str:
+        kind = self.request.type.replace("_", " ")
+        return f"{kind}, step {self.progress.step} of {self.progress.total}" if self.progress else kind
 
 
 class Connection:
@@ -151,6 +172,8 @@ class Server:
         with self._state:
             self.running = None
             self.last_work = time.monotonic()
+        if isinstance(reply, messages.Failure) and reply.code == "cancelled":
+            reply = work.why_cancelled(reply.message)
         work.send(reply, tensors)
 
     def submit(self, work: Job) -> None:
@@ -224,22 +247,40 @@ class Server:
             if isinstance(work.request, messages.Status) and running is not None:
                 work.send(messages.Result(id=work.request.id, data=self._status(running)))
                 return
-            if isinstance(work.request, messages.Shutdown):
-                self._drop(lambda _: True)
+            if isinstance(work.request, messages.Shutdown) and not self._may_end(work.request, work):
+                return
             self._queue.append(work)
             self._state.notify()
+
+    def _may_end(self, request: messages.Shutdown, work: Job) -> bool:
+        """Whether the sidecar may end now: then everything that is under way is cancelled; else the reply is sent."""
+        known = [*([self.running] if self.running else []), *self._queue]
+        foreign = [each for each in known if not each.cancelled and each.connection is not work.connection]
+        if foreign and not request.force:
+            work.send(
+                messages.Failure(
+                    id=request.id,
+                    code="user",
+                    message=f"The sidecar is at work for another client ({foreign[0].doing}).",
+                    hint="Wait until that is done, or end it all the same with `python cli stop --force`.",
+                )
+            )
+            return False
+        self._drop(lambda _: True, stopped_by=request.by or "another client")
+        return True
 
     def _cancel(self, connection: Connection, request: int) -> None:
         with self._state:
             self._drop(lambda work: work.connection is connection and work.request.id == request)
 
-    def _drop(self, chosen: Callable[[Job], bool]) -> None:
+    def _drop(self, chosen: Callable[[Job], bool], stopped_by: str = "") -> None:
         """Cancel the running work if chosen (it ends at its next step) and reply to the chosen waiting ones now."""
-        if self.running is not None and chosen(self.running):
-            self.running.cancelled = True
+        if self.running is not None and not self.running.cancelled and chosen(self.running):
+            self.running.cancel(stopped_by)
         for work in [work for work in self._queue if chosen(work)]:
             self._queue.remove(work)
-            work.send(messages.Failure(id=work.request.id, code="cancelled", message="Cancelled before it began."))
+            work.cancel(stopped_by)
+            work.send(work.why_cancelled("Cancelled before it began."))
 
     def _forget(self, connection: Connection) -> None:
         with self._state:

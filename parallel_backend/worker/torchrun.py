@@ -69,8 +69,14 @@ def cause_of_death(deaths: dict[int, tuple[int, int]]) -> records.End:
     if code >= 0:
         return records.End(clean=False, message=f"Rank {rank} (process {pid}) exited with code {code}.", rank=rank)
     name = signal.Signals(-code).name
-    hint = "The kernel does this when the machine is out of memory." if name == "SIGKILL" else ""
-    return records.End(clean=False, message=f"Rank {rank} (process {pid}) was killed by {name}.", hint=hint, rank=rank)
+    hint = "The kernel does this when the machine or its container is out of memory." if name == "SIGKILL" else ""
+    return records.End(
+        clean=False,
+        message=f"Rank {rank} (process {pid}) was killed by {name}.",
+        hint=hint,
+        rank=rank,
+        is_killed=True,
+    )
 
 
 def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:

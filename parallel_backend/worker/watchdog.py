@@ -35,6 +35,7 @@ class Watch(threading.Thread):
         self._alone_since = time.monotonic()
         self._failed_since: tuple[int, float] | None = None
         self._log_trouble_reported = False
+        self._cancel_told: int | None = None
         self.sequence: int | None = None
         """Number of the request under way; the main thread sets it."""
 
@@ -43,6 +44,7 @@ class Watch(threading.Thread):
         while True:
             try:
                 self._look_for_failure()
+                self._look_for_cancel()
                 if time.monotonic() >= next_heartbeat:
                     next_heartbeat = time.monotonic() + HEARTBEAT_S
                     self._heartbeat()
@@ -59,7 +61,7 @@ class Watch(threading.Thread):
     def _look_for_failure(self) -> None:
         """The other ranks have time to arrive at a user's error too, or to notice that a rank gave up their groups.
 
-        A crash on CUDA ends the sidecar in any case.
+        A crash on CUDA ends the sidecar in any case, and so does a rank that stands still.
         """
         sequence = self.sequence
         failed = None if sequence is None else self._board.failure(sequence)
@@ -67,11 +69,18 @@ class Watch(threading.Thread):
             return
         if self._failed_since is None or self._failed_since[0] != sequence:
             self._failed_since = sequence, time.monotonic()
-        outcome = Outcome(failed.kind, failed.message, failed.hint)
+        outcome = Outcome("crash" if failed.kind == "stalled" else failed.kind, failed.message, failed.hint)
         ends = outcome.is_broken and self._settings.device == "cuda"
-        patience = AGREEMENT_S if ends else self._settings.hang_timeout
+        patience = 0.0 if failed.kind == "stalled" else AGREEMENT_S if ends else self._settings.hang_timeout
         if time.monotonic() - self._failed_since[1] > patience and self.sequence == sequence:
             self.crash(outcome, failed.rank)
+
+    def _look_for_cancel(self) -> None:
+        """Tells the ranks that the client has cancelled what is under way: they may be far from asking each other."""
+        sequence, running = self.sequence, self._server.running
+        if sequence is not None and running is not None and running.cancelled and self._cancel_told != sequence:
+            self._cancel_told = sequence
+            self._board.tell_cancel(sequence)
 
     def _heartbeat(self) -> None:
         silence, rank = self._beats.quietest()

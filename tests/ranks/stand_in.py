@@ -31,6 +31,8 @@ class StandIn:
 
     def handle(self, request, tensors, run):
         self.handled += 1
+        run.gather(None)
+        run.begun()
         what, _, rank = request.prompt.partition(" ")
         if rank == "" or int(rank) == self.rank:
             getattr(self, what)(tensors, run)
@@ -46,6 +48,12 @@ class StandIn:
             run.progress("sample", step + 1, 200)
             run.check_cancelled()
             time.sleep(0.05)
+
+    def walk(self, tensors, run):
+        for step in range(20):
+            run.progress("sample", step + 1, 20)
+            run.check_cancelled()
+            time.sleep(0.02)
 
     def user_error(self, tensors, run):
         raise UserError("This prompt cannot be encoded.", "Use another.")

@@ -234,7 +234,7 @@ def test_the_commands_show_and_stop_a_sidecar(client, spec):
     assert launcher(spec.directory, "stop")[0] == 0
     assert alive(life) == []
     code, _, err = launcher(spec.directory, "status")
-    assert (code, "the last one ended: The sidecar was stopped." in err) == (3, True)
+    assert (code, "the last one ended: The sidecar was stopped by process" in err) == (3, True)
 
 
 # -- the end of owners -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -54,6 +55,7 @@ def loop_of(rank: int, asked: Sequence[Asked]) -> Rank:
         sequence=0,
         server=Requests(asked) if rank == 0 else None,
         watch=None,
+        pulse=SimpleNamespace(sequence=None, is_cancelled=False),
         board=StoreBoard(dist.HashStore()),
     )
     return loop

@@ -109,7 +109,7 @@ def test_a_part_never_imports(imports, part, ours, others):
 @pytest.mark.parametrize(
     ("part", "ours"),
     [
-        ("launcher/", ranks("errors.py", "protocol/")),
+        ("launcher/", ranks("errors.py", "protocol/", "machine/")),
         (
             "nodes/",
             (*DATA, *ranks("errors.py", "layout/", "protocol/", "files/", "sampling/names.py"), *VAE_DATA),

@@ -155,13 +155,20 @@ def test_the_environment_names_a_sidecar_elsewhere_to_nodes_and_commands(monkeyp
 # -- the runtime directory ---------------------------------------------------------------------------------------
 
 
-def test_a_runtime_directory_that_others_can_read_is_refused(tmp_path):
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o755)
-    (tmp_path / "link").symlink_to(tmp_path)
-    for name in ("open", "link"):
-        with pytest.raises(UserError, match="only its owner"):
-            runtime_dir.Slot(0, tmp_path / name).new_life()
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda place: (place.mkdir(), place.chmod(0o755)), "others may enter it: only its owner may, and its mode is"),
+        (lambda place: place.symlink_to(place.parent), "it is a file or a link"),
+        (lambda place: place.write_text(""), "it is a file"),
+        (os.mkfifo, "it is a file"),
+    ],
+)
+def test_a_runtime_directory_that_cannot_be_used_is_refused_with_its_cause(tmp_path, spoil, why):
+    spoil(tmp_path / "run")
+    with pytest.raises(UserError, match=f"{tmp_path}/run cannot hold the sidecar's files: {why}") as refused:
+        runtime_dir.Slot(0, tmp_path / "run").new_life()
+    assert "PARALLELDIT_RUNTIME_DIR" in refused.value.hint
 
 
 def test_a_new_life_is_private_and_the_last_few_are_kept(tmp_path):

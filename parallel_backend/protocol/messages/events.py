@@ -11,6 +11,13 @@ from .base import Challenge, Count, Index, Message, Welcome
 Phase = Literal["load", "encode text", "sample", "decode", "encode image"]
 
 
+class Begun(Message):
+    """All ranks have the request and agree on it. A sidecar that is lost before may be replaced, and asked again."""
+
+    type: Literal["begun"] = "begun"
+    id: Count
+
+
 class Progress(Message):
     type: Literal["progress"] = "progress"
     id: Count
@@ -65,6 +72,11 @@ class Failure(Message):
     rank: Index | None = None
 
 
-FROM_SIDECAR: TypeAdapter[Challenge | Welcome | Progress | Log | Memory | Heartbeat | Result | Failure] = TypeAdapter(
-    Annotated[Challenge | Welcome | Progress | Log | Memory | Heartbeat | Result | Failure, Field(discriminator="type")]
+FROM_SIDECAR: TypeAdapter[Challenge | Welcome | Begun | Progress | Log | Memory | Heartbeat | Result | Failure] = (
+    TypeAdapter(
+        Annotated[
+            Challenge | Welcome | Begun | Progress | Log | Memory | Heartbeat | Result | Failure,
+            Field(discriminator="type"),
+        ]
+    )
 )

@@ -223,7 +223,12 @@ class Status(Request):
 
 
 class Shutdown(Request):
+    """End the sidecar. It is refused while another client's request is under way, unless `force`; `by` says to those
+    whose requests it ends who it was."""
+
     type: Literal["shutdown"] = "shutdown"
+    by: str = Field(default="", max_length=200)
+    force: bool = False
 
 
 class Cancel(Message):
