@@ -13,7 +13,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo 
 # Tests wait for ranks, sidecars and time limits: three processes share two cores well. Each starts ranks of its own.
 TEST_PROCESSES ?= 3
 
-.PHONY: demo test matrix check format bench fuzz clean
+.PHONY: demo test matrix check format bench chaos fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/python cli run workflows/api/demo_txt2img.api.json
@@ -35,6 +35,9 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python tools/bench.py
+
+chaos: $(VENV)/ready
+	$(BIN)/python tools/chaos $(CHAOS)
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tools/fuzz_frames.py --frames 1000000 --state $(VENV)/fuzz.json

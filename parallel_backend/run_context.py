@@ -9,6 +9,7 @@ import torch
 
 from .distributed.control_group import ControlGroup
 from .errors import Cancelled
+from .files.states import FileState
 from .protocol import messages
 
 Send = Callable[[messages.Message, Mapping[str, torch.Tensor]], None]
@@ -19,15 +20,22 @@ class Run:
     """One request as the engine sees it: where it reports, and where it may be cancelled.
 
     `request`: its id; `send` is asked on rank 0 only. `is_cancelled`: rank 0 knows at once, the others soon after.
+    `holds` is told which files this rank has mapped.
     """
 
     def __init__(
-        self, control: ControlGroup, request: int, send: Send, is_cancelled: Callable[[], bool] = lambda: False
+        self,
+        control: ControlGroup,
+        request: int,
+        send: Send,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        holds: Callable[[Sequence[FileState]], None] = lambda files: None,
     ) -> None:
         self._control = control
         self._request = request
         self._send = send
         self._is_cancelled = is_cancelled
+        self.holds = holds
 
     def begun(self) -> None:
         """Tells the client that all ranks have its request; does nothing on ranks other than 0."""

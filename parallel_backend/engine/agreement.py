@@ -109,7 +109,7 @@ def of_component(ref: FileRef | messages.TextRef, states: FileStates) -> tuple[F
 def _content_key(files: tuple[FileState, ...]) -> str:
     """Of the names, sizes and some of the bytes of `files`; the modification time only tells when to look again."""
     digest = hashlib.sha256()
-    for path, size, _ in files:
+    for path, size, *_ in files:
         digest.update(f"{path.name} {size} ".encode())
         with open_regular(path) as file:
             for sample in range(SAMPLES):

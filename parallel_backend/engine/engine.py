@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from ..distributed.axis import Axis
 from ..distributed.groups import abandon_groups, new_group
 from ..distributed.ledger import Ledger
 from ..distributed.mesh import Mesh
+from ..errors import UserError
 from ..files.states import FileStates
 from ..layout.model_part import ModelPart
 from ..layout.stages import Stage
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from ..families.family import Family
     from ..run_context import Run
     from .model import Transformer
+
+T = TypeVar("T")
 
 Answer = tuple[dict[str, Any], dict[str, Tensor]]
 """The `data` and the tensors of a `Result`."""
@@ -134,7 +137,8 @@ class Engine:
         adapters = self._ip_adapters(prompts, transformer, family, stage, run)
         mesh.ledger.reset()
         started = time.monotonic()
-        latents = sample(request, tensors, family, mesh, run, nets, adapters)
+        work = partial(sample, request, tensors, family, mesh, run, nets, adapters)
+        latents = self._with_files_unchanged(work, run)
         seconds = time.monotonic() - started
         memory = self.models.memory()
         run.memory(memory["used"], memory["free"])
@@ -248,8 +252,20 @@ class Engine:
             say=lambda text: run.log("info", text),
         )
         tiling = Tiling(request.tile_size, request.overlap)
-        result = work(vae, batch, self.world, tiling, on_progress=progress, check=run.check_cancelled, memory=memory)
+        converted = partial(work, vae, batch, self.world, tiling, on_progress=progress, check=run.check_cancelled)
+        result = self._with_files_unchanged(partial(converted, memory=memory), run)
         return {}, {} if result is None else {name: result}
+
+    def _with_files_unchanged(self, work: Callable[[], T], run: Run) -> T:
+        """What `work` gives. Raises `UserError` if files of models were changed meanwhile, which may also be why the
+        work failed."""
+        try:
+            result = work()
+        except UserError:
+            self.models.check_unchanged()
+            raise
+        all_or_none(self.models.check_unchanged, run)
+        return result
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
         self.adapters.forget()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ..errors import Cancelled, UserError
 from ..files.checkpoint import is_weights, open_checkpoint
 from ..files.detect import PREFIXES as MODEL_PREFIXES
-from ..files.states import FileStates
+from ..files.states import FileState, FileStates
 from ..layout.model_part import WHOLE, ModelPart
 from ..machine import resources
 from ..protocol.messages import ControlNetRef, IPAdapterRef, ModelRef, TextRef, VaeRef
@@ -54,7 +54,7 @@ class Held:
 
     ref: Ref
     part: ModelPart
-    fingerprint: tuple[object, ...]
+    fingerprint: tuple[FileState, ...]
     model: Any
     bytes: int
 
@@ -158,6 +158,20 @@ class ModelStore:
             if isinstance(held.ref, ModelRef):
                 held.model.settle()
 
+    def check_unchanged(self) -> None:
+        """Raises `UserError` naming a file that was overwritten or cut while a model of the CPU had it mapped."""
+        files = self._mapped() if self.device.type == "cpu" else ()
+        for file in files:
+            if file.is_overwritten():
+                raise UserError(
+                    f"{file.path} was changed while the ranks had it in memory: what they made of it is worthless.",
+                    "Queue the prompt again: the file is read anew. To replace a model in use, write a new file and "
+                    "rename it.",
+                )
+
+    def _mapped(self) -> tuple[FileState, ...]:
+        return tuple(state for held in self._held.values() for state in held.fingerprint)
+
     def keep_common(self, run: Run) -> None:
         """A collective: forget what not all ranks hold, and the order in which they used the rest."""
         shared = [ref for ref in self._held if not isinstance(ref, TextRef)]
@@ -215,6 +229,7 @@ class ModelStore:
             if held is not None:
                 return held
             run.progress("load", 0, 1)
+            run.holds((*self._mapped(), *now))
             model, size = load()
             run.progress("load", 1, 1)
             return Held(ref, part, now, model, size)

@@ -15,11 +15,21 @@ MOST_ENTRIES = 10_000
 
 
 class FileState(NamedTuple):
-    """A file that is replaced has another state."""
+    """A file that is replaced or changed has another state."""
 
     path: Path
     size: int
     modified_ns: int
+    inode: int
+
+    def is_overwritten(self) -> bool:
+        """Whether this very file has other contents now: then so has what was mapped of it. One that was replaced or
+        removed stays as it was for those who have it."""
+        try:
+            now = self.path.stat()
+        except OSError:
+            return False
+        return now.st_ino == self.inode and (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns)
 
 
 class FileStates:
@@ -56,4 +66,4 @@ def _look(path: Path) -> tuple[FileState, ...]:
     except OSError:
         # What is wrong with it is told when it is opened.
         return ()
-    return tuple(FileState(file, status.st_size, status.st_mtime_ns) for file, status in statuses)
+    return tuple(FileState(file, status.st_size, status.st_mtime_ns, status.st_ino) for file, status in statuses)

@@ -89,6 +89,24 @@ class End(Message):
     is_killed: bool = False
 
 
+class MappedFile(Message):
+    """A file as it was when a rank mapped it into its memory."""
+
+    path: str
+    size: int
+    modified_ns: int
+    inode: int
+
+
+class MappedFiles(Message):
+    files: tuple[MappedFile, ...]
+
+
+def mapped_file(rank: int) -> str:
+    """What the rank holds, for those who ask why it was killed by SIGBUS."""
+    return f"mapped-{rank}.json"
+
+
 def rank_file(rank: int) -> str:
     return f"rank-{rank}.json"
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..distributed.control_group import Gathering
     from ..failures import Outcome
+    from ..files.states import FileState
     from ..run_context import Run
     from .server import Job, Server
     from .watchdog import Watch
@@ -177,7 +178,24 @@ class Rank:
     def _run_of(self, work: Job) -> Run:
         from ..run_context import Run
 
-        return Run(self.within, work.request.id, work.send, lambda: work.cancelled or self.pulse.is_cancelled)
+        return Run(
+            self.within,
+            work.request.id,
+            work.send,
+            lambda: work.cancelled or self.pulse.is_cancelled,
+            self._note_mapped,
+        )
+
+    def _note_mapped(self, files: Sequence[FileState]) -> None:
+        """For torchrun, which explains a SIGBUS by them."""
+        mapped = [
+            records.MappedFile(path=str(file.path), size=file.size, modified_ns=file.modified_ns, inode=file.inode)
+            for file in files
+        ]
+        try:
+            records.write(self.life / records.mapped_file(self.rank), records.MappedFiles(files=tuple(mapped)))
+        except OSError as error:
+            log.warning("it is not noted which files are mapped: %s", error)
 
     def _attempt(self, work: Job, run: Run) -> tuple[dict[str, object], dict[str, torch.Tensor], Outcome]:
         from ..failures import Outcome, describe

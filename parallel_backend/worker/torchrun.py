@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from ..files.states import FileState
 from ..protocol import records
 from .board import FileBoard, LostLog
 from .log_pipes import BoundedLog, LogPump, pipe_path
@@ -39,7 +40,7 @@ def main(life: Path, arguments: list[str]) -> int:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         deaths = {rank: (failure.exitcode, failure.pid) for rank, failure in error.failures.items()}
-        records.write_first(life / records.EndFile, cause_of_death(deaths))
+        records.write_first(life / records.EndFile, with_changed_file(cause_of_death(deaths), life))
         return 1
     except SignalException as error:
         records.write_first(life / records.EndFile, records.End(clean=True, message=f"Ended by {error.sigval.name}."))
@@ -77,6 +78,20 @@ def cause_of_death(deaths: dict[int, tuple[int, int]]) -> records.End:
         rank=rank,
         is_killed=True,
     )
+
+
+def with_changed_file(end: records.End, life: Path) -> records.End:
+    """A rank that reads beyond the end of a file that it has mapped is killed by SIGBUS: says which file that is."""
+    mapped = None if end.rank is None else records.read(life / records.mapped_file(end.rank), records.MappedFiles)
+    if mapped is None or "SIGBUS" not in end.message:
+        return end
+    states = [FileState(Path(file.path), file.size, file.modified_ns, file.inode) for file in mapped.files]
+    changed = [state.path for state in states if state.is_overwritten()]
+    if not changed:
+        return end.model_copy(update={"hint": "A file that it had mapped cannot be read any more."})
+    message = f"{end.message.removesuffix('.')}: {changed[0]} was changed while the ranks had it in memory."
+    hint = "The next prompt reads it anew. To replace a model in use, write a new file and rename it."
+    return end.model_copy(update={"message": message, "hint": hint})
 
 
 def _logs(life: Path, settings: records.Settings) -> dict[Path, BoundedLog]:

@@ -312,12 +312,28 @@ def test_an_id_in_use_and_a_full_queue_are_refused(rank):
     )
 
 
-def test_shutdown_cancels_what_runs_and_what_waits(rank):
+def test_shutdown_ends_work_of_others_only_by_force_and_tells_them_who_it_was(rank):
     holder, other = hold(rank), rank.connect()
     holder.send(prompt(2))
     wait_for(lambda: rank.server._queue)
+    other.send(messages.Shutdown(id=3, by="process 7 (cli stop)"))
+    refused = receive(other)
+    assert (refused.code, refused.message) == ("user", "The sidecar is at work for another client (encode text).")
+    other.send(messages.Shutdown(id=4, by="process 7 (cli stop)", force=True))
+    stopped = [receive(holder), receive(holder)]
+    assert {each.id for each in stopped} == {1, 2}
+    assert {(each.code, each.message) for each in stopped} == {
+        ("crash", "The sidecar was stopped by process 7 (cli stop).")
+    }
+    assert receive(other) == messages.Result(id=4)
+
+
+def test_what_its_own_client_has_cancelled_or_left_keeps_no_sidecar_from_ending(rank):
+    holder, other = hold(rank), rank.connect()
+    holder.send(messages.Cancel(id=1))
+    wait_for(lambda: not rank.server.running or rank.server.running.cancelled)
     other.send(messages.Shutdown(id=3))
-    assert {receive(holder).code, receive(holder).code} == {"cancelled"}
+    assert receive(holder).code == "cancelled"
     assert receive(other) == messages.Result(id=3)
 
 

@@ -33,6 +33,12 @@ class Run:
     def progress(self, phase: str, step: int, total: int) -> None:
         pass
 
+    def leave_if_cancelled(self) -> None:
+        pass
+
+    def holds(self, files: object) -> None:
+        pass
+
     def log(self, level: str, text: str) -> None:
         self.said.append(text)
 
