@@ -19,7 +19,7 @@ from ..errors import UserError
 from .regular import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_TENSORS = 100_000
+MAX_TENSORS = 30_000
 REDOWNLOAD = "Download or copy it again."
 CONVERT = "Use the safetensors version of this model."
 
