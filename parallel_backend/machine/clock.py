@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-MOST_S = 5.0
+MOST_S = 2.0
 """The longest time between two questions that a process on a loaded machine may have been waiting to run."""
 
 

@@ -103,7 +103,7 @@ def test_a_sidecar_at_work_is_not_ended_by_others_unless_they_force_it(spec):
 
 def test_what_was_suspended_as_a_whole_for_longer_than_the_limit_goes_on(tmp_path):
     """As `docker pause` does, or a laptop that sleeps."""
-    spec = spec_in(tmp_path / "run")
+    spec = spec_in(tmp_path / "run", hang_timeout=2 * HANG_S)
     code = f"""
 import sys; sys.path.insert(0, {str(PACK / "tests")!r})
 import conftest
@@ -120,7 +120,7 @@ print(client.request(request)[0].data["sum"])
     time.sleep(1)
     life = current(spec.slot)
     pids = [user.pid, *(process.pid for process in alive(life))]
-    for number, seconds in ((signal.SIGSTOP, HANG_S + 4), (signal.SIGCONT, 0)):
+    for number, seconds in ((signal.SIGSTOP, 2 * HANG_S + 3), (signal.SIGCONT, 0)):
         for pid in pids:
             os.kill(pid, number)
         time.sleep(seconds)
