@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.files.lora_kinds import UNREAD_KINDS, refusal, unread_patch
 from ...parallel_backend.protocol.messages import WeightChange
 from ..handles import SentChange
 
@@ -34,6 +35,9 @@ _digests = WeakTensorKeyDictionary()
 def changes_of(patches: Mapping[str, Sequence[Any]]) -> list[SentChange]:
     """The patches of a ModelPatcher. Raises `UserError` naming those that cannot travel."""
     changes = [_change(key, patch) for key, of_key in patches.items() for patch in of_key]
+    kinds = {unread_patch(each.partition(" ")[0]) for each in changes if isinstance(each, str)} - {None}
+    if kinds:
+        raise refusal("A LoRA of the graph", next(kind for kind in UNREAD_KINDS if kind in kinds))
     strange = sorted({each for each in changes if isinstance(each, str)})
     if strange:
         raise UserError(
@@ -53,6 +57,8 @@ def _change(key: str, patch: Any) -> SentChange | str:
         return f"a function of weights ({key})"
     if offset is not None and offset[0] != 0:
         return f"a change of columns ({key})"
+    if name == "lora" and value.weights[-1] is not None:
+        return f"reshape ({key})"
     parts = _parts(name, value)
     if parts is None:
         return f"{name} ({key})"

@@ -107,6 +107,22 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class LoraName:
+    """What trainers call modules, beside the names of the two layouts.
+
+    Modules of the `layout`, whose names in it match `pattern`, are `called` so too (a replacement for `re`), behind the
+    prefixes of the layout `like`: its own, where that is "". `parts`: of how many of the parameters that a module holds
+    it is the name, the first ones; 0 is all.
+    """
+
+    layout: str
+    pattern: str
+    called: str
+    like: str = ""
+    parts: int = 0
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """Attention heads that are cut alike. `count`, `width`: what the config calls their number and their channels.
 
@@ -206,6 +222,8 @@ class FamilySpec:
     """Whether tokens of reference pictures may follow the picture's."""
     takes_next_time: bool = False
     """Whether the model is given the time of the noise level to which the sampler will step."""
+    lora_names: tuple[LoraName, ...] = ()
+    """What trainers call its modules."""
     can: Capabilities = field(default_factory=Capabilities)
     """The parallel methods that its view serves."""
     published: Mapping[str, Config] = field(default_factory=dict)

@@ -44,7 +44,7 @@ KINDS = (
         (r"^(control_model\.|controlnet_blocks\.|controlnet_down_blocks\.|zero_convs\.|input_hint_block\.)",),
         "Choose it in Parallel ControlNet Loader (models/controlnet).",
     ),
-    _model("Flux.2", _START + r"double_stream_modulation_img\.lin(ear)?\.weight$"),
+    _model("Flux.2 (Black Forest Labs)", _START + r"double_stream_modulation_img\.lin(ear)?\.weight$"),
     _model("Chroma", _START + r"distilled_guidance_layer\."),
     _model("HunyuanVideo", _START + r"txt_in\.individual_token_refiner\."),
     _model("Qwen-Image 2.1", _START + r"txt_in\.text_norm\.weight$"),
@@ -63,7 +63,6 @@ KINDS = (
     _model("Mochi", _START + r"t5_yproj\.weight$"),
     _model("Kandinsky 5", _START + r"visual_transformer_blocks\.0\."),
     _model("SeedVR 2", _START + r"blocks\.\d+\.mlp\.all\.proj_in_gate\.weight$"),
-    _model("Wan", _START + r"head\.modulation$"),
     _model("Stable Diffusion XL", _START + r"(input|down)_blocks\.", _START + r"(label_emb|add_embedding)\."),
     _model("Stable Diffusion 1 or 2", _START + r"(input_blocks\.0\.0|down_blocks\.0\.attentions\.0)\."),
     Kind(

@@ -4,7 +4,8 @@ COMFYUI_PATH=... python detection_host.py FOLDER
 
 For each FOLDER/NAME.json (`family`, `config` and the `shapes` of its weights in the original layout) writes
 NAME.host.json: what the detection says of the shapes (`detected`) and the pack of the config (`said`), the class of
-ComfyUI's that each leads to, and the shapes of the network that it builds of `said`.
+ComfyUI's that each leads to, the shapes of the network that it builds of `said`, and what it calls its weights in
+`loras`.
 """
 
 from __future__ import annotations
@@ -25,23 +26,26 @@ def main(folder: Path) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import comfy.lora
     import comfy.model_detection
     from paralleldit.nodes.comfyui.remote_model import Operations, unet_config
     from paralleldit.parallel_backend.families.registry import FAMILIES
 
     for asked in sorted(folder.glob("*.json")):
-        model = json.loads(asked.read_text())
-        weights = {key: torch.empty(shape, device="meta") for key, shape in model["shapes"].items()}
+        given = json.loads(asked.read_text())
+        weights = {key: torch.empty(shape, device="meta") for key, shape in given["shapes"].items()}
         detected = comfy.model_detection.detect_unet_config(weights, "")
-        said = unet_config(FAMILIES[model["family"]], model["config"])
+        said = unet_config(FAMILIES[given["family"]], given["config"])
         rows = [comfy.model_detection.model_config_from_unet_config(each) for each in (detected, said)]
         rows[1].set_inference_dtype(torch.float32, None)
         rows[1].custom_operations = Operations
-        network = rows[1].get_model({}, device=torch.device("meta")).diffusion_model
+        model = rows[1].get_model({}, device=torch.device("meta"))
+        network = model.diffusion_model
         answer = {
             "detected": detected,
             "said": said,
             "classes": [type(row).__name__ for row in rows],
+            "loras": comfy.lora.model_lora_keys_unet(model, {}),
             "shapes": {key: tuple(value.shape) for key, value in network.state_dict().items()},
         }
         asked.with_suffix(".host.json").write_text(json.dumps(answer, default=str))

@@ -9,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paralleldit.parallel_backend.adapters.lora.module_names import WEIGHT, Names, Place
 from paralleldit.parallel_backend.files.key_map import ruled_map
 from paralleldit.tests.comfyui import detection_host as host
 from paralleldit.tests.unit.test_family_configs import PUBLISHED, original_shapes, shapes_of
@@ -57,6 +59,30 @@ def test_rules_read_all_weights_of_the_hosts_network(name, folder):
     of_files = {key: tuple(shape) for key, shape in shapes.items() if key not in spec.not_weights}
     # It raises for keys that are missing, left over or of another shape.
     assert ruled_map(spec.rules, of_files, shapes_of(name)).keys() == shapes_of(name).keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loras_may_name_weights_as_the_hosts_loader_takes_them(name, folder):
+    spec, _ = PUBLISHED[name]
+    names = Names(spec, shapes_of(name))
+    said = json.loads((folder / f"{name}.host.json").read_text())["loras"]
+    others = {}
+    for called, target in said.items():
+        key, rows, *functions = [target, None] if isinstance(target, str) else target
+        places = names.original.get(key.removeprefix("diffusion_model."), ())
+        if rows:
+            places = [part for place in places if (part := place.of(*rows[1:]))]
+        if functions:  # it swaps the halves, as the rule of that weight does
+            places = [replace(place, rows=place.rows.roll(len(place.rows) // 2)) for place in places]
+        ours = names.places(called, WEIGHT) if called in names else ()
+        # ComfyUI has names for weights that not all models of the family have.
+        if places and [_rows(place) for place in ours] != [_rows(place) for place in places]:
+            others[called] = target
+    assert not others
+
+
+def _rows(place: Place) -> tuple[str, list[int]]:
+    return place.parameter, place.rows.tolist()
 
 
 def _ordered(config: dict[str, Any]) -> dict[str, Any]:

@@ -87,12 +87,12 @@ def test_patches_become_changes_with_their_strength_and_their_rows():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (patch("boft", torch.ones(2)), "boft"),
+        (patch("boft", torch.ones(2)), "OFT or BOFT"),
         (patch("lora", *low_rank(1.0), function=torch.neg), "function"),
         (patch("lora", *low_rank(1.0), offset=(1, 0, 2)), "columns"),
-        ((1.0, ("set", (torch.ones(2),)), 1.0, None, None), "set"),
+        ((1.0, ("set", (torch.ones(2),)), 1.0, None, None), "control LoRA"),
         ((1.0, (torch.ones(6, 2),), 0.5, None, None), "merged model"),
-        (patch("lora", *low_rank(1.0)[:5], torch.ones(2)), "lora"),
+        (patch("lora", *low_rank(1.0)[:5], torch.ones(2)), "control LoRA"),
     ],
 )
 def test_a_patch_that_cannot_travel_is_refused_by_name(value, words):

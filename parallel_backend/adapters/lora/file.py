@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files.checkpoint import Checkpoint
+from ...files.lora_kinds import refusal, unread_kind
+from ...files.recognise import refuse_others
 from .change import Change, changes_of
 from .module_names import BIAS, WEIGHT, Names
 
@@ -29,6 +31,8 @@ ENDINGS = {
     ".lora.down.weight": "down",
     "_lora.up.weight": "up",
     "_lora.down.weight": "down",
+    ".up.weight": "up",
+    ".down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_B": "up",
@@ -71,17 +75,20 @@ class LoraFile:
     changes: tuple[Change, ...]
     strange: tuple[str, ...]
     for_text: tuple[str, ...]
+    total: int
+    """Of the file's keys."""
 
 
 def read_lora(checkpoint: Checkpoint, names: Names) -> LoraFile:
     """The changes in a file. Raises `UserError` for one that has none for this model, or broken ones."""
+    if kind := unread_kind(checkpoint.tensors):
+        raise refusal(checkpoint.source.name, kind)
     modules: dict[str, dict[str, Tensor]] = {}
     strange, for_text = [], []
     for key in sorted(checkpoint.tensors):
-        ending = next((each for each in BY_LENGTH if key.endswith(each)), None)
-        module = key.removesuffix(ending) if ending else key
-        if ending and module in names:
-            modules.setdefault(module, {})[ENDINGS[ending]] = checkpoint.tensor(key)
+        endings = (each for each in BY_LENGTH if key.endswith(each) and key.removesuffix(each) in names)
+        if ending := next(endings, None):
+            modules.setdefault(key.removesuffix(ending), {})[ENDINGS[ending]] = checkpoint.tensor(key)
         else:
             (for_text if FOR_TEXT.match(key) else strange).append(key)
     try:
@@ -101,13 +108,19 @@ def read_lora(checkpoint: Checkpoint, names: Names) -> LoraFile:
                 changes += changes_of(names.places(module, BIAS), {"diff": scale * bias.float()})
         except UserError as error:
             raise UserError(f"{checkpoint.source.name}, {module}: {error.message}", error.hint) from error
+    if not changes and for_text and not strange:
+        raise UserError(
+            f"{checkpoint.source.name} is for text encoders alone: all of its {len(for_text)} tensors are of them.",
+            "Load it with ComfyUI's own Load LoRA, its CLIP connected; the model needs no Parallel LoRA of it.",
+        )
     if not changes:
+        refuse_others(checkpoint, "a LoRA")
         raise UserError(
             f"{checkpoint.source.name} changes nothing in this model: none of its {len(checkpoint.tensors)} tensors "
             f"({', '.join((strange or for_text)[:3])} …) is of a module that the model has.",
             "Choose a LoRA that was trained for this kind of model.",
         )
-    return LoraFile(tuple(changes), tuple(strange), tuple(for_text))
+    return LoraFile(tuple(changes), tuple(strange), tuple(for_text), len(checkpoint.tensors))
 
 
 def _trained_scale(metadata: Mapping[str, str]) -> Any:

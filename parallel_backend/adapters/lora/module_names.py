@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,14 @@ class Place:
         return Place(self.parameter, self.rows - start, self.is_whole)
 
 
+class _Module(NamedTuple):
+    """What a name stands for: `stem` in a table of places, the first `parts` of them or all."""
+
+    table: Mapping[str, Sequence[Place]]
+    stem: str
+    parts: int | None = None
+
+
 class Names:
     """The names of a model of a family; `shapes`: its parameters, whole, as diffusers names them."""
 
@@ -69,12 +78,17 @@ class Names:
             **original,
         }
         """Places by the names of the original model's parameters, which are ComfyUI's too."""
-        self._modules: dict[str, tuple[Mapping[str, Sequence[Place]], str]] = {}
+        self._modules: dict[str, _Module] = {}
         for layout, table in (("original", self.original), ("diffusers", own)):
-            # What is no weight and no bias (a table, a norm's scale) goes by its whole name.
-            for stem in (name.removesuffix(WEIGHT) for name in table if not name.endswith(BIAS)):
+            # What is no weight (a bias, a table, a norm's scale) goes by its whole name.
+            for stem in (name.removesuffix(WEIGHT) for name in table):
                 for alias in _aliases(layout, stem):
-                    self._modules.setdefault(alias, (table, stem))
+                    self._modules.setdefault(alias, _Module(table, stem))
+            for row in (row for row in spec.lora_names if row.layout == layout):
+                for stem in (name.removesuffix(WEIGHT) for name in table if name.endswith(WEIGHT)):
+                    called, is_one = re.subn(row.pattern, row.called, stem)
+                    for alias in _aliases(row.like or layout, called) if is_one else ():
+                        self._modules.setdefault(alias, _Module(table, stem, row.parts or None))
 
     def __contains__(self, module: str) -> bool:
         """Whether a file may call a module of this model so."""
@@ -82,9 +96,9 @@ class Names:
 
     def places(self, module: str, leaf: str) -> Sequence[Place]:
         """The places of the `leaf` (".weight" or ".bias") of a module, as a file names it; empty if it has none."""
-        table, stem = self._modules[module]
+        table, stem, parts = self._modules[module]
         found = table.get(stem + leaf)
-        return table.get(stem, ()) if found is None and leaf == WEIGHT else found or ()
+        return (table.get(stem, ()) if found is None and leaf == WEIGHT else found or ())[:parts]
 
 
 def _aliases(layout: str, stem: str) -> Iterable[str]:

@@ -121,6 +121,6 @@ def _tell(ref: LoraRef, file: LoraFile, family: str, run: Run) -> None:
     name, total = Path(ref.path).name, len(file.strange)
     if file.strange:
         some = ", ".join(file.strange[:NAMED]) + (" …" if total > NAMED else "")
-        run.log("warning", f"{name}: {total} of its keys are of nothing in this {family} model: {some}.")
+        run.log("warning", f"{name}: {total} of its {file.total} keys are of nothing in this {family} model: {some}.")
     if file.for_text:
         run.log("info", f"{name}: its {len(file.for_text)} keys of text encoders are left out.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...layout.stages import BlockList
-from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
+from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, LoraName, Rule, Shapes, count_blocks
 
 NORM = {"scale": "weight", "weight": "weight"}
 """Black Forest Labs' files say `scale`, what ComfyUI has saved since 2026 says `weight`."""
@@ -193,6 +193,28 @@ SCHNELL = {
     "axes_dims_rope": (16, 56, 56),
 }
 
+LORA_NAMES = (
+    # LyCORIS, after Flux.2's names.
+    LoraName("diffusers", r"\.(ff|ff_context)\.net\.0\.proj$", r".\1.linear_in"),
+    LoraName("diffusers", r"\.(ff|ff_context)\.net\.2$", r".\1.linear_out"),
+    LoraName("diffusers", r"^(single_transformer_blocks\.\d+)\.proj_out$", r"\1.attn.to_out"),
+    LoraName(
+        "original",
+        r"^single_blocks\.(\d+)\.linear1$",
+        r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj",
+        like="diffusers",
+    ),
+    LoraName("original", r"\.linear1$", ".linear1_qkv", parts=3),
+    # XLabs and USO: attention processors.
+    *(
+        LoraName("original", rf"^(double_blocks\.\d+)\.{stream}_attn\.{module}$", rf"\1.processor.{name}_lora{number}")
+        for number, stream in enumerate(("img", "txt"), 1)
+        for module, name in (("qkv", "qkv"), ("proj", "proj"))
+    ),
+    LoraName("original", r"^(single_blocks\.\d+)\.linear1$", r"\1.processor.qkv_lora", parts=3),
+    LoraName("original", r"^(single_blocks\.\d+)\.linear2$", r"\1.processor.proj_lora"),
+)
+
 FLUX = FamilySpec(
     name="flux",
     title="Flux.1",
@@ -216,5 +238,6 @@ FLUX = FamilySpec(
     host_params="comfy.ldm.flux.model:FluxParams",
     residuals=residuals,
     takes_references=True,
+    lora_names=LORA_NAMES,
     published={"flux-dev": {**SCHNELL, "guidance_embeds": True}, "flux-schnell": SCHNELL},
 )
