@@ -62,6 +62,10 @@ class Host:
     def wants_previews(self, model: Any) -> bool:
         return False
 
+    def kept(self, tensor: Tensor) -> Tensor:
+        """A latent or a picture in the type in which this host hands them from node to node."""
+        return tensor
+
     def show(self, text: str) -> None:
         """Shows a text on the node that runs, where nodes can be seen."""
 

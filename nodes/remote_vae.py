@@ -11,6 +11,7 @@ from ..parallel_backend.protocol.messages import Decode, EncodeImage, OnOutOfMem
 from ..parallel_backend.vae.files.header import VaeHeader
 from ..parallel_backend.vae.kinds import check_side
 from ..parallel_backend.vae.tiles import NO_TILES, Tiling
+from . import host
 from .layout_choice import LayoutChoice
 from .session import session
 
@@ -35,7 +36,8 @@ class ParallelVAE:
     def decode(self, samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error") -> Tensor:
         """Latent `[B, C, h, w]` to pictures `[B, H, W, 3]` in 0..1, `[B, C, t, h, w]` to videos `[B, T, H, W, 3]`."""
         check_side("decode", self.header.sides, self.header.source)
-        return self._ask(Decode, tiling, on_out_of_memory, {"latent": samples}).tensors["image"]
+        image = self._ask(Decode, tiling, on_out_of_memory, {"latent": samples}).tensors["image"]
+        return host.current().kept(image)
 
     def encode(
         self, pixel_samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error"
@@ -48,7 +50,8 @@ class ParallelVAE:
         image = pixel_samples[..., :3]
         if self.header.frames and image.ndim == 4:
             image = image[None]
-        return self._ask(EncodeImage, tiling, on_out_of_memory, {"image": image}).tensors["latent"]
+        latent = self._ask(EncodeImage, tiling, on_out_of_memory, {"image": image}).tensors["latent"]
+        return host.current().kept(latent)
 
     def decode_tiled(self, samples: Tensor, tile_x: int, tile_y: int, overlap: int, **in_time: Any) -> Tensor:
         """Has the signature that ComfyUI's tiled node calls, in latent pixels. Frames are never cut into tiles."""

@@ -217,7 +217,7 @@ class ParallelDiTSampler:
             schedule=schedule,
             sampling_shift=shift,
             seed=seed,
-            batch_index=latent.batch_index(latent_image),
+            batch_index=latent.batch_index(latent_image, len(first)),
             add_noise=add_noise == "enable",
             start_step=min(start_at_step, MAX_STEPS),
             end_step=min(end_at_step, MAX_STEPS),
@@ -233,7 +233,8 @@ class ParallelDiTSampler:
             return session.ask(client, message, tensors, model)
 
         reply = session.with_living(client, ask)
-        return (latent.from_reply(latent_image, specs, reply.tensors),)
+        sampled = {name: here.kept(tensor) for name, tensor in reply.tensors.items()}
+        return (latent.from_reply(latent_image, specs, sampled),)
 
 
 def _check_inputs(sampler_name: str, scheduler: str, start_at_step: int, end_at_step: int) -> None:

@@ -46,6 +46,11 @@ class ComfyHost(Host):
         logger.info(text)
         self.show(text)
 
+    def kept(self, tensor: Tensor) -> Tensor:
+        # ComfyUI before 2026 has no --fp16-intermediates.
+        dtype_of = getattr(comfy.model_management, "intermediate_dtype", None)
+        return tensor if dtype_of is None else tensor.to(dtype_of())
+
     def show(self, text: str) -> None:
         prompt_server = server.PromptServer.instance
         if prompt_server.last_node_id is not None:

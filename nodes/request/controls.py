@@ -49,9 +49,14 @@ class PendingControl:
     image: Tensor
     vae: Any
 
-    def picture(self, height: int, width: int) -> Tensor:
-        """What is sent of the picture, for a latent of `height` and `width`: its latent of that size, or its pixels."""
-        picture = resized(self.image, CELL * height, CELL * width)
+    def picture(self, height: int, width: int, batch: int) -> Tensor:
+        """What is sent of the pictures, for `batch` latents of `height` and `width`: latents of that size, or pixels.
+
+        One picture is for all latents; others are taken one each, from the first again where there are fewer.
+        """
+        count = len(self.image)
+        image = self.image if count == 1 else self.image[[number % count for number in range(batch)]]
+        picture = resized(image, CELL * height, CELL * width)
         if self.vae is None:
             return picture.movedim(-1, 1).float().contiguous()
         return self.vae.encode(picture)[:, :, :height, :width].float()
@@ -71,7 +76,7 @@ class PlacedControl:
     def picture(self, like: Tensor) -> Tensor:
         """What is sent of the picture for a run over the latent `like` `[B, C, ..., h, w]`."""
         height, width = self.size or like.shape[-2:]
-        return self.control.picture(height, width)
+        return self.control.picture(height, width, len(like))
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:

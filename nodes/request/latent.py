@@ -28,7 +28,7 @@ def to_message(
     parts, masks = _parts(latent_image["samples"]), _parts(latent_image.get("noise_mask"))
     names = names_of(len(parts), specs, family)
     latents = {
-        spec.name: _fitted(part, spec, family, latent_image if len(specs) == 1 else {})
+        spec.name: _batched(_fitted(part, spec, family, latent_image if len(specs) == 1 else {}), latent_image)
         for spec, part in zip(specs, parts, strict=True)
     }
     tensors = {f"latent{name}": latent for name, latent in zip(names, latents.values(), strict=True)}
@@ -63,9 +63,26 @@ def from_reply(
     return {**{key: value for key, value in latent_image.items() if key not in RATIOS}, "samples": samples}
 
 
-def batch_index(latent_image: Mapping[str, Any]) -> tuple[int, ...] | None:
+def batch_index(latent_image: Mapping[str, Any], batch: int) -> tuple[int, ...] | None:
+    """The number of the draw of noise of each of `batch` latents; a single number counts for all, as in ComfyUI.
+
+    Raises `UserError` where they are others than the latents.
+    """
     indices = latent_image.get("batch_index")
-    return None if indices is None else tuple(int(index) for index in indices)
+    if indices is None:
+        return None
+    if len(indices) not in (1, batch):
+        raise UserError(
+            f"The latent's batch_index has {len(indices)} numbers for a batch of {batch}.",
+            "Use Latent From Batch and Repeat Latent Batch, which keep both in step.",
+        )
+    return tuple(int(index) for index in (indices if len(indices) == batch else list(indices) * batch))
+
+
+def _batched(latent: Tensor, latent_image: Mapping[str, Any]) -> Tensor:
+    """As many latents as the LATENT names draws of noise: a single one is repeated, as in ComfyUI."""
+    count = len(latent_image.get("batch_index") or (0,))
+    return latent.repeat(count, *[1] * (latent.ndim - 1)) if len(latent) == 1 else latent
 
 
 def _parts(samples: Any) -> list[Tensor]:

@@ -40,7 +40,7 @@ def check_request(
     """
     model = _header(request.model.path, tuple(files))
     spec = model.spec
-    shapes = {name.removeprefix("latent."): tensor.shape for name, tensor in tensors.items() if _is_latent(name)}
+    shapes = {name.removeprefix("latent."): tensor.shape for name, tensor in tensors.items() if is_latent(name)}
     if len(spec.latents) == 1 and "latent" in shapes:
         shapes[spec.latent.name] = shapes["latent"]
     facts = RunFacts(
@@ -70,13 +70,13 @@ def check_request(
 
 def batch_of(request: Sample | Predict, tensors: Mapping[str, Tensor]) -> int:
     """How many pictures a request is for, whatever else is wrong with it. Raises `UserError` without any latent."""
-    name = next((name for name in tensors if _is_latent(name)), "latent")
+    name = next((name for name in tensors if is_latent(name)), "latent")
     latent = needed(name, tensors)
     rows = latent.shape[0] if latent.ndim else 0
     return rows // len(request.conditions) if isinstance(request, Predict) else rows
 
 
-def _is_latent(name: str) -> bool:
+def is_latent(name: str) -> bool:
     return name == "latent" or name.startswith("latent.")
 
 

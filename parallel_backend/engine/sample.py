@@ -30,7 +30,7 @@ from ..strategies.pipefusion.pipefusion import PipeFusion
 from ..strategies.select import strategy_of
 from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
-from .checks import fail_together, latents_of, noise_of, sigmas_of, warn_of_warmup
+from .checks import fail_together, is_latent, latents_of, noise_of, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
 
 if TYPE_CHECKING:
@@ -180,7 +180,9 @@ def _job(
 ) -> SamplingJob:
     """The run of the pictures `own`; noise is that of the whole batch, drawn latent by latent."""
     shapes = [latents[spec.name].shape for spec in family.latents]
-    draws = initial_noises(shapes, torch.float32, request.seed, request.batch_index)
+    # ComfyUI draws in fp32, and keeps the noise in the type of the latent that comes.
+    came = next(tensor.dtype for name, tensor in tensors.items() if is_latent(name))
+    draws = [draw.float() for draw in initial_noises(shapes, came, request.seed, request.batch_index)]
     noise = packing.pack({spec.name: draw for spec, draw in zip(family.latents, draws, strict=True)})
     # An empty latent is zero in the model's space too: there is nothing in it to be scaled.
     inner = {

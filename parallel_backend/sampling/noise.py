@@ -34,14 +34,14 @@ def initial_noise(
 def initial_noises(
     shapes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int, batch_index: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """Unit noise `[B, C, ...]` for each of several latents, drawn on the CPU one after the other.
+    """Unit noise `[B, C, ...]` for each of several latents, drawn on the CPU one after the other in fp32, of `dtype`.
 
     With `batch_index`, row i is the draw number `batch_index[i]` of the seed, so that a member of a batch can be made
     again alone. Raises UserError when `batch_index` does not fit the batch.
     """
     generator = _generator(seed)
     if batch_index is None:
-        return [torch.randn(*shape, dtype=dtype, generator=generator) for shape in shapes]
+        return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
     if any(len(batch_index) != shape[0] for shape in shapes) or min(batch_index, default=-1) < 0:
         raise UserError(
             f"The latent's batch_index {list(batch_index)} does not fit its batch of {shapes[0][0]}.",
@@ -56,7 +56,7 @@ def _noise_by_index(
     wanted = set(batch_index)
     draws: dict[int, Tensor] = {}
     for number in range(max(wanted) + 1):
-        draw = torch.randn(1, *shape[1:], dtype=dtype, generator=generator)
+        draw = torch.randn(1, *shape[1:], generator=generator).to(dtype)
         if number in wanted:
             draws[number] = draw
     return torch.cat([draws[number] for number in batch_index])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from paralleldit.nodes import host
 from paralleldit.nodes.layout_choice import LayoutChoice
-from paralleldit.nodes.request.controls import resized
+from paralleldit.nodes.request.controls import PendingControl, resized
 from paralleldit.nodes.request.weight_patches import changes_of
 from paralleldit.nodes.session.weight_delivery import deliver
 from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
@@ -360,3 +360,16 @@ def test_a_picture_that_cannot_be_shown_is_refused_before_the_run(client, adapte
     other = replace(load(), family="sd3")
     with pytest.raises(UserError, match="an IP-Adapter for flux models"):
         node("IPAdapter").show(other, "look.safetensors", seen(), 1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch", "taken"),
+    [(1, 3, [0]), (3, 3, [0, 1, 2]), (5, 2, [0, 1]), (2, 5, [0, 1, 0, 1, 0])],
+    ids=["one for all", "one each", "more", "fewer"],
+)
+def test_control_pictures_of_other_batches_are_taken_as_in_comfyui(pictures, batch, taken):
+    image = torch.arange(pictures).view(-1, 1, 1, 1).expand(-1, 64, 64, 3) / 10
+    control = PendingControl(messages.ControlUse(net=messages.ControlNetRef(path="x")), image, Vae())
+    control.picture(8, 8, batch)
+    (encoded,) = control.vae.pictures
+    assert (encoded[:, 0, 0, 0] * 10).round().int().tolist() == taken

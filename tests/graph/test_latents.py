@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from paralleldit.nodes import host
 from paralleldit.nodes.request import latent
 from paralleldit.nodes.request.conditioning import to_message
 from paralleldit.nodes.request.regions import placed_sides, refuse_places
@@ -99,7 +100,7 @@ def test_nested_latents_are_taken_apart_and_put_together_again(masks):
     back = latent.from_reply(given, BOTH, {name: tensor + 1 for name, tensor in tensors.items()})
     assert [torch.equal(one, other + 1) for one, other in zip(back["samples"].unbind(), (CLIP, SOUND), strict=True)]
     assert (type(back["samples"]), back["batch_index"]) == (Nested, [1, 0])
-    assert latent.batch_index(given) == (1, 0)
+    assert latent.batch_index(given, 2) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -169,3 +170,28 @@ def test_places_in_video_and_sound_are_refused(entry):
     refuse_places({"positive": conditioning(), "negative": conditioning(area=None)}, "some")
     with pytest.raises(UserError, match="negative conditioning has one"):
         refuse_places({"positive": conditioning(), "negative": conditioning(**entry)}, "some")
+
+
+@pytest.mark.parametrize(
+    ("rows", "numbers", "batch", "expected"),
+    [(3, [4, 0, 2], 3, (4, 0, 2)), (3, [5], 3, (5, 5, 5)), (1, [1, 0], 2, (1, 0)), (1, [7], 1, (7,))],
+    ids=["one each", "one for all", "one latent for several", "one"],
+)
+def test_draws_of_noise_count_as_in_comfyui(rows, numbers, batch, expected):
+    given = {"samples": torch.ones(rows, 16, 4, 4), "batch_index": numbers}
+    latents, _ = latent.to_message(given, PICTURE, "flux")
+    assert len(latents[PICTURE[0].name]) == batch
+    assert latent.batch_index(given, batch) == expected
+
+
+def test_draws_of_noise_for_other_latents_are_refused():
+    with pytest.raises(UserError, match="2 numbers for a batch of 3"):
+        latent.batch_index({"batch_index": [0, 1]}, 3)
+
+
+def test_latents_come_back_in_the_type_that_the_host_keeps(client, monkeypatch):
+    monkeypatch.setattr(host.current(), "kept", lambda tensor: tensor.half())
+    back = sample(latent_image={"samples": torch.zeros(1, 16, 4, 4, dtype=torch.float16)})
+    assert back["samples"].dtype == torch.float16
+    (tensors,) = (tensors for message, tensors in client.sent if isinstance(message, messages.Sample))
+    assert tensors["latent"].dtype == torch.float16, "by it the ranks round the noise, as ComfyUI does"

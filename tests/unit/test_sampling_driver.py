@@ -212,6 +212,12 @@ def test_batch_index_that_does_not_fit_is_refused(batch_index: list[int]) -> Non
         initial_noise(SHAPE, torch.float32, SEED, batch_index)
 
 
+def test_noise_of_half_precision_latents_is_that_of_fp32_ones_rounded() -> None:
+    for numbers in (None, [0, 2, 1]):
+        half, whole = (initial_noise(SHAPE, dtype, SEED, numbers) for dtype in (torch.float16, torch.float32))
+        assert torch.equal(half, whole.half())
+
+
 def test_initial_noise_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
     initial_noise(SHAPE, torch.float32, SEED)
