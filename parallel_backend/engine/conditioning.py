@@ -107,9 +107,10 @@ def _weight_of(
             f"The mask of a {side} prompt has the shape {list(region.shape)}; the latent's cells are {cells}.",
             "Use one version of this node pack on all sides.",
         )
+    region = region.float()
     if not torch.isfinite(region).all():
         raise UserError(f"The mask of a {side} prompt holds NaN or infinite values.", "Look at the node that made it.")
-    weight = entry.strength * region.float().unsqueeze(1)
+    weight = entry.strength * region.unsqueeze(1)
     return weight if area is None else area.of(weight)
 
 

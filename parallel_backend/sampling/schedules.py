@@ -16,6 +16,9 @@ from .model_sampling import ModelSampling
 from .names import SCHEDULER_NAMES, check_part, unknown
 from .samplers import find_sampler
 
+MAX_LEVELS = 1_000_000
+"""Of a schedule, so that none takes longer than a moment."""
+
 Scheduler = Callable[[ModelSampling, int], Tensor]
 
 
@@ -154,6 +157,11 @@ def sigmas_for(
     if denoise <= 0.0:
         return torch.empty(0)
     whole_run = denoise > 0.9999
+    if steps / denoise > MAX_LEVELS:
+        raise UserError(
+            f"denoise={denoise:g} makes {steps} steps the end of {steps / denoise:g}; at most {MAX_LEVELS} are made.",
+            f"Use a denoise of at least {steps / MAX_LEVELS:g}.",
+        )
     total = (steps if whole_run else int(steps / denoise)) + discard
     sigmas = SCHEDULERS[scheduler](model_sampling, total)
     if discard:

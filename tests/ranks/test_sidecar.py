@@ -337,8 +337,10 @@ def test_two_hosts_serve_tcp_clients_that_know_the_token(tmp_path):
     assert len(set(pids_of(ensure_sidecar(remote)))) == 2
     with pytest.raises(UserError, match="Wrong token"):
         ensure_sidecar(replace(remote, token_file=tmp_path / "guess"))
-    code, out, _ = launcher(run, "status")
-    assert (code, "rank 1 on" in out) == (0, True)
+    elsewhere = ["--remote", address, "--token-file", str(tmp_path / "token")]
+    for arguments in ([], elsewhere, [*elsewhere, "--json"]):
+        code, out, _ = launcher(run, "status", *arguments)
+        assert (code, '"rank": 1' in out if "--json" in arguments else "rank 1 on" in out) == (0, True)
 
     wait_for(lambda: not any(alive(life) for life in lives), 12)
     assert lives[0].end.message == "No request for 4 s."

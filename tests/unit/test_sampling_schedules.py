@@ -103,6 +103,12 @@ def test_a_part_that_ends_before_it_starts_is_refused_with_both_steps(start: int
     assert f"at most {end}" in error.value.hint
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_schedule_that_would_never_end_is_refused(scheduler: str) -> None:
+    with pytest.raises(UserError, match="at most 1000000 are made"):
+        sigmas_for(FluxFlow(), scheduler, 10_000, denoise=1e-320)
+
+
 def test_nothing_to_denoise_gives_no_levels() -> None:
     assert len(sigmas_for(FluxFlow(), "simple", 4, denoise=0.0)) == 0
 
