@@ -32,8 +32,8 @@ if _server is not None:
     from .nodes.panel import origin, routes
     from .nodes.session import session
 
-    _args = sys.modules["comfy.cli_args"].args
-    routes.register(_server.routes, _server.send_sync, origin.own_names(_args.listen, _args.enable_cors_header))
+    _names = origin.own_names(sys.modules["comfy.cli_args"].args.listen)
+    routes.register(_server.routes, _server.send_sync, _names)
     example_pictures.provide(Path(sys.modules["folder_paths"].get_input_directory()))
     session.inherit()
 

@@ -18,13 +18,10 @@ ALLOWED_VARIABLE = "PARALLELDIT_ALLOWED_HOSTS"
 OWN_SITES = ("same-origin", "none")
 
 
-def own_names(listen: str, cors_origin: str | None) -> frozenset[str]:
-    """Names of this server: of the machine, of what ComfyUI listens at (`--listen`) and lets in
-    (`--enable-cors-header`), and those that the user allows."""
+def own_names(listen: str) -> frozenset[str]:
+    """Names of this server: the machine's, those at which ComfyUI listens (`--listen`), those that the user allows."""
     machine = socket.gethostname()
     named = [machine, f"{machine}.local", *listen.split(","), *os.environ.get(ALLOWED_VARIABLE, "").split(",")]
-    if cors_origin:
-        named.append(_split(cors_origin).hostname or "")
     return frozenset(_plain(name) for name in named if name.strip())
 
 
