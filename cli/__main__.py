@@ -2,12 +2,14 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 PACK = Path(__file__).resolve().parent.parent
 PACKAGE = "paralleldit"
+INTERRUPTED = 130
 
 
 def _load_pack() -> None:
@@ -22,4 +24,9 @@ if __name__ == "__main__":
     # Python put this folder first on the path: its modules would shadow top-level ones of the same names.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK / "cli"]
     _load_pack()
-    sys.exit(importlib.import_module(f"{PACKAGE}.cli.commands.main").main())
+    code = importlib.import_module(f"{PACKAGE}.cli.commands.main").main()
+    if code == INTERRUPTED:
+        # At once: neither for a picture that is being finished, nor for torch's modules to be taken apart.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
     return FAILED
 
 

@@ -96,9 +96,10 @@ class WorkflowRun:
 def finish_meanwhile(runs: Iterator[tuple[WorkflowRun, OnShown]]) -> None:
     """Finishes each run, in turn and in another thread, while `runs` begins the next one; then reports its pictures.
 
-    At most one run is unfinished while another begins.
+    At most one run is unfinished while another begins. An error of one does not wait for the other.
     """
-    with ThreadPoolExecutor(1, "finisher") as finisher:
+    finisher = ThreadPoolExecutor(1, "finisher")
+    try:
         unfinished = None
         for run, on_shown in runs:
             if unfinished:
@@ -106,6 +107,8 @@ def finish_meanwhile(runs: Iterator[tuple[WorkflowRun, OnShown]]) -> None:
             unfinished = finisher.submit(_finish, run, on_shown)
         if unfinished:
             unfinished.result()
+    finally:
+        finisher.shutdown(wait=False)
 
 
 def _finish(run: WorkflowRun, on_shown: OnShown) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from paralleldit.launcher import lifecycle
+from paralleldit.launcher.client import NotBegun
 from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.nodes.layout_choice import LayoutChoice
+from paralleldit.nodes.session import session
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.fitting import RunFacts
 from paralleldit.parallel_backend.layout.layout import Layout
@@ -426,3 +428,42 @@ def test_a_cached_model_is_used_again_in_a_new_sidecar(client):
     assert len(requests) == 3
     assert requests[0] == requests[2]
     assert {spec.ranks for spec in client.specs} == {2}
+
+
+def test_a_sidecar_that_was_lost_before_it_began_is_replaced_and_asked_again(client, monkeypatch):
+    monkeypatch.setattr(lifecycle, "spec_of", lambda lost: client.specs[-1])
+    model = load(LayoutChoice(ranks=2))
+    client.fault = NotBegun("Rank 1 died.")
+    sample(model)
+    lost, again = (message for message, _ in client.sent)
+    assert lost == again
+    assert [spec.ranks for spec in client.specs] == [2, 2]
+    client.sent.clear()
+    monkeypatch.setattr(lifecycle, "spec_of", lambda lost: None)
+    client.fault = NotBegun("The sidecar of somebody else is gone.")
+    with pytest.raises(NotBegun):
+        sample(model)
+    assert len(client.sent) == 1
+
+
+class Numbered(host.Host):
+    number = 1
+
+    def prompt(self) -> object:
+        return self.number
+
+
+def test_two_numbers_of_ranks_in_one_workflow_are_refused(client, models):
+    here = Numbered(models=models, spec=host.current().spec)
+    host.use(here)
+    session.client_for(2)
+    session.client_for(2)
+    with pytest.raises(UserError, match="asks for 1 ranks, another one of this workflow has asked for 2"):
+        session.client_for(1)
+    here.number = 2
+    session.client_for(1)
+    with pytest.raises(UserError, match="own_ranks of Parallel VAE Loader"):
+        session.client_for(2)
+    host.use(host.Host(models=models, spec=here.spec))
+    for ranks in (1, 2, 1):
+        session.client_for(ranks)

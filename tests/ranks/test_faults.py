@@ -14,7 +14,7 @@ from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.lifecycle import current, ensure_sidecar
 from paralleldit.nodes import host
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.tests.ranks.test_sidecar import HANG_S, PACK, alive, ask, launcher, pids_of, spec_in
+from paralleldit.tests.ranks.test_sidecar import HANG_S, PACK, alive, ask, launcher, pids_of, spec_in, wait_for
 from paralleldit.tools.chaos.faults import Fault, Prompter, inject
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
@@ -154,3 +154,16 @@ def test_a_process_that_is_stopped_while_the_sidecar_starts_is_named_in_seconds(
     thread.join()
     assert time.monotonic() - began < 15
     assert alive(current(spec.slot)) == []
+
+
+def test_ctrl_c_while_the_sidecar_starts_ends_all_of_it_at_once(tmp_path):
+    starting = launcher(tmp_path / "run", "start", "--device", "cpu", "--worker", "tests.ranks.stand_in", wait=False)
+    slot = spec_in(tmp_path / "run").slot
+    wait_for(lambda: current(slot) is not None and alive(current(slot)), 20)
+    time.sleep(0.5)
+    began = time.monotonic()
+    starting.send_signal(signal.SIGINT)
+    _, err = starting.communicate(timeout=20)
+    assert time.monotonic() - began < 4
+    assert (starting.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    assert alive(current(slot)) == []

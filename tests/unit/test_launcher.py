@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from paralleldit.cli.commands import options
-from paralleldit.launcher import devices, instance, lifecycle, runtime_dir, spec
+from paralleldit.launcher import devices, host_checks, instance, lifecycle, runtime_dir, spec
 from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.parallel_backend.errors import Cancelled, UserError
@@ -55,6 +55,24 @@ def test_device_and_ranks(kind, ranks, nnodes, gpus, chosen):
 def test_ranks_that_do_not_fit_are_refused_with_both_numbers(kind, ranks, nnodes, gpus, text):
     with pytest.raises(UserError, match=text):
         devices.choose(kind, ranks, nnodes, gpus)
+
+
+@pytest.mark.parametrize(("ranks", "cores", "most"), [(64, 2, 8), (9, 1, 8), (64, 8, 32)])
+def test_more_cpu_ranks_than_the_cores_can_bear_are_refused_with_the_number_that_fits(ranks, cores, most):
+    with pytest.raises(UserError, match=f"{ranks} ranks on this host are too many for {cores} core") as refused:
+        host_checks.check_cores("cpu", ranks, cores)
+    assert f"at most {most} ranks" in refused.value.hint
+    host_checks.check_cores("cpu", most, cores)
+    host_checks.check_cores("cuda", ranks, cores)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "free", "remedy"), [(8, 1.5e9, "Use 3 ranks"), (2, 5e8, "Use 1 rank,"), (1, 1e8, "Free memory.")]
+)
+def test_more_ranks_than_the_memory_holds_are_refused_with_the_number_that_fits(ranks, free, remedy):
+    with pytest.raises(UserError, match=f"{ranks} ranks need about .* GB .* but {free / 1e9:.1f} GB") as refused:
+        host_checks._check_memory(ranks, int(free))
+    assert remedy in refused.value.hint
 
 
 @pytest.mark.parametrize(
