@@ -39,8 +39,7 @@ def ensure_sidecar(spec: SidecarSpec, on_progress: Say = lambda text: None, *, o
 
 def spec_of(client: Client) -> SidecarSpec | None:
     """What `ensure_sidecar` gave `client` for. None for other clients."""
-    with _clients_lock:
-        return next((spec for spec, each in _clients.items() if each is client), None)
+    return next((spec for spec, each in list(_clients.items()) if each is client), None)
 
 
 def start(spec: SidecarSpec, on_progress: Say = lambda text: None, *, owned: bool = True) -> SidecarInstance:
@@ -162,10 +161,10 @@ def _taken(why: str, found: records.Settings, wanted: records.Settings) -> UserE
 
 def _leave_own(life: SidecarInstance) -> None:
     """This process cancels what it has under way itself, rather than to hear that it was stopped."""
-    with _clients_lock:
-        own = [each for each in _clients.values() if each.life is not None and each.life.path == life.path]
-    for client in own:
-        client.leave(SHUTDOWN_S)
+    # Without the lock: whoever starts a sidecar holds it, and waits for us.
+    for client in list(_clients.values()):
+        if client.life is not None and client.life.path == life.path:
+            client.leave(SHUTDOWN_S)
 
 
 def _me() -> str:

@@ -102,18 +102,12 @@ def _wait_ready(
     while not life.is_ready:
         now, up, stopped = clock.now(), len(life.ranks), life.stopped
         if agent.poll() is not None or life.end is not None:
-            message, hint = life.why_not_started()
-            is_killed = life.end.is_killed if life.end else (agent.poll() or 0) < 0
-            raise (NotBegun if is_killed else SidecarError)(
-                f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip()
-            )
+            raise _ended(life, agent)
         running_at = running_at if stopped else now
         if now - running_at > STOPPED_S:
             name, pid = next(iter(stopped.items()))
-            raise NotBegun(
-                f"The sidecar did not start: its {name} (process {pid}) is stopped, by a signal or a debugger.",
-                f"The logs are in {life.path}.",
-            )
+            why = f"its {name} (process {pid}) is stopped, by a signal or a debugger."
+            raise NotBegun(f"The sidecar did not start: {why}", f"The logs are in {life.path}.")
         if now - began > timeout:
             raise SidecarError(
                 f"The sidecar did not start within {timeout:g} s: {up} of the {local} ranks of this host are up"
@@ -125,6 +119,14 @@ def _wait_ready(
             on_progress(f"{up} of {local} ranks are up after {now - began:.0f} s")
         time.sleep(0.05)
     on_progress(f"the sidecar is ready after {clock.now() - began:.1f} s")
+
+
+def _ended(life: SidecarInstance, agent: subprocess.Popen[bytes]) -> SidecarError:
+    """Why the sidecar ended before it was ready. Where a signal ended it, another one may start."""
+    message, hint = life.why_not_started()
+    is_killed = life.end.is_killed if life.end else (agent.poll() or 0) < 0
+    kind = NotBegun if is_killed else SidecarError
+    return kind(f"The sidecar did not start: {message}", f"{hint} The logs are in {life.path}.".strip())
 
 
 def _write_token(path: Path, chosen: Path | None) -> None:
