@@ -90,7 +90,8 @@ class ModelStore:
         def load() -> tuple[ControlNet, int]:
             from ..adapters.controlnet.nets import open_controlnet
 
-            net = open_controlnet(Path(ref.path), self.device if stage.is_first else torch.device("meta"), dtype)
+            device = self.device if stage.is_first else torch.device("meta")
+            net = open_controlnet(Path(ref.path), device, dtype, run.leave_if_cancelled)
             return net, net.bytes if stage.is_first else 0
 
         return self._get(ref.model_copy(update={"dtype": str(dtype)}), load, run, ModelPart(stage), keep_in_use=True)

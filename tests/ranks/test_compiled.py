@@ -54,6 +54,9 @@ class ToldRun:
     def log(self, level, text):
         self.told.append(text)
 
+    def leave_if_cancelled(self):
+        """Nobody cancels."""
+
 
 def compiled_in_turn(world, layout, dtype, backend, path, lora_sets):
     """With each set of LoRAs after the other: what plain blocks predict and what compiled ones do, and how many graphs

@@ -289,6 +289,9 @@ class QuietRun:
     def check_cancelled(self):
         pass
 
+    def leave_if_cancelled(self):
+        pass
+
 
 def sampled(world, degrees, model, sampler, batch_index, masked, spoilt=""):
     heads, height, width, text, batch = SHAPES[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -259,9 +259,11 @@ CONTROLNETS: dict[str, type[ControlNet]] = {
 """ControlNets by their kind."""
 
 
-def open_controlnet(path: Path, device: torch.device, dtype: torch.dtype) -> ControlNet:
+def open_controlnet(
+    path: Path, device: torch.device, dtype: torch.dtype, check_cancelled: Callable[[], None] = lambda: None
+) -> ControlNet:
     """The ControlNet in a file. Raises `UserError` when there is none that is known."""
-    info, module = load_controlnet(path, device, dtype)
+    info, module = load_controlnet(path, device, dtype, check_cancelled)
     return CONTROLNETS[info.kind](info, module, dtype, device)
 
 

@@ -70,10 +70,12 @@ class AdapterStore:
         transformer.family.forget_preludes()
         changes: list[Change] = []
         for ref in wanted.files:
+            run.leave_if_cancelled()
             file = read_lora(open_checkpoint(ref.path), transformer.names)
             _tell(ref, file, transformer.names.family, run)
             changes += _at_strength(file.changes, ref, transformer.names.blocks)
         for change in wanted.changes:
+            run.leave_if_cancelled()
             changes += self._sent(change, transformer.names)
         transformer.adapted.put(changes, key)
 
