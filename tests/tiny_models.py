@@ -311,9 +311,9 @@ def tensors_of(side: str, condition: Condition) -> dict[str, Tensor]:
     return {f"{side}.0.{name}": value for name, value in condition.tensors.items()}
 
 
-def on_device(condition: Condition, device: torch.device) -> Condition:
+def on_device(condition: Condition, device: torch.device, dtype: torch.dtype | None = None) -> Condition:
     """The condition with its tensors on `device`."""
-    return replace(condition, tensors={name: value.to(device) for name, value in condition.tensors.items()})
+    return replace(condition, tensors={name: value.to(device, dtype) for name, value in condition.tensors.items()})
 
 
 def entry_of(condition: Condition) -> Conditioning:

@@ -1,0 +1,210 @@
+"""What a block of each family costs a GPU, beside plain diffusers: kernels, bytes, collectives.
+
+`-s` prints the tables of docs/MEASURED.md.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from paralleldit.parallel_backend.adapters.lora.layers import SidePath
+from paralleldit.parallel_backend.attention.stale_kv import StaleAttention
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.mesh import Mesh
+from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
+from paralleldit.parallel_backend.weights.formats import BY_NAME
+from paralleldit.parallel_backend.weights.stored_linear import store_linears
+from paralleldit.tests.kernel_counts import KERNEL, Cost, cost_of, pretended_ranks
+from paralleldit.tests.tiny_models import TINY_MODELS, on_device
+from torch import nn
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+ONE_RANK = Layout()
+HEADS, TEXT, SIDE = 8, 64, 64
+
+
+def sites_of(model):
+    """How many attention sites of all tokens there are in what `of_blocks` counts."""
+    return 3 if model == "sd3.5 medium" else 2
+
+
+def of_blocks(calls) -> Cost:
+    """What another depth adds: of Flux a double and a single block, of the others two blocks.
+
+    `calls(depth)` makes what is called.
+    """
+    return cost_of(calls(2)) - cost_of(calls(1))
+
+
+def given(model, device, batch=1):
+    """A latent, its time and a condition."""
+    tiny = TINY_MODELS[model]
+    draw = lambda *shape: torch.zeros(shape, device=device)  # noqa: E731
+    text = 5 if "hunyuandit" in model else TEXT
+    side = 16 if "sd3" in model else SIDE  # its tiny models have positions for no more
+    with torch.device(device):
+        return tiny.latent(draw, batch, side, side), torch.zeros(batch), tiny.condition(draw, batch, text)
+
+
+def network_of(model, depth, device):
+    with torch.device(device):
+        return TINY_MODELS[model].make(HEADS, depth).to(torch.bfloat16)
+
+
+kept_network_of = lru_cache(network_of)
+"""The same, as the engine has installed its sites in it."""
+
+
+@contextmanager
+def bf16_by_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def diffusers_calls(model, batch=1):
+    tiny = TINY_MODELS[model]
+
+    def made(depth):
+        network = network_of(model, depth, META)
+        latent, _, condition = given(model, META, batch)
+
+        def call():
+            with torch.device(META), bf16_by_default():
+                tiny.denoise(network, latent.bfloat16(), on_device(condition, META, torch.bfloat16))
+
+        return call
+
+    return made
+
+
+def own_calls(model, layout=ONE_RANK, device=META, change=None, batch=1):
+    """The engine's evaluation by rank 0 of `layout`, of the network as it is after `change(network)`."""
+    tiny = TINY_MODELS[model]
+
+    def made(depth):
+        network = change(network_of(model, depth, device)) if change else kept_network_of(model, depth, device)
+        family = tiny.family(network, torch.bfloat16, device)
+        mesh = Mesh(layout, group_of=lambda ranks: dist.new_group(list(ranks)))
+        attention = AttentionCore(mesh.ulysses, mesh.ring, KERNEL)
+        if layout.distrifusion_degree > 1:
+            attention = StaleAttention(attention, mesh.distrifusion, in_turn=False)
+            attention.begin(0, 1, synchronous=False)
+        strategy = SequenceParallel(family, mesh.sequence, attention)
+        latent, timestep, condition = given(model, device, batch)
+        return lambda: strategy.predict(latent, timestep, condition)
+
+    return made
+
+
+@lru_cache
+def one_rank(model) -> Cost:
+    with pretended_ranks(1):
+        return of_blocks(own_calls(model))
+
+
+MORE_BYTES = {"wan 2.1": 1.02}
+"""Where a block of ours moves more than one of diffusers, for now: rotary is turned in fp32, there in bf16."""
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_blocks_cost_no_more_than_those_of_diffusers(model):
+    own, stock = one_rank(model), of_blocks(diffusers_calls(model))
+    print(f"\n| {model} | {stock.kernels} / {own.kernels} | {stock.bytes / 1e6:.1f} / {own.bytes / 1e6:.1f} |")
+    assert own.kernels <= stock.kernels
+    assert own.bytes <= stock.bytes * MORE_BYTES.get(model, 1)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a layout may add at each site of all tokens. `goal`: how few kernels it should be, where it is more."""
+
+    layout: Layout
+    collectives: int
+    kernels: int
+    goal: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.layout)
+
+
+ADDED = (
+    Added(Layout(ulysses_degree=2), collectives=4, kernels=7),
+    Added(Layout(ulysses_degree=4), collectives=4, kernels=13, goal=8),
+    Added(Layout(ulysses_degree=8), collectives=4, kernels=25, goal=8),
+    Added(Layout(ring_degree=2), collectives=1, kernels=11),
+    Added(Layout(ring_degree=4), collectives=3, kernels=27),
+    Added(Layout(ulysses_degree=2, ring_degree=2), collectives=5, kernels=18),
+    Added(Layout(distrifusion_degree=2), collectives=1, kernels=4),
+    Added(Layout(distrifusion_degree=4), collectives=1, kernels=6),
+)
+EVERY_FAMILYS = (Layout(ulysses_degree=2), Layout(ulysses_degree=8))
+"""Layouts that are tried with all models; the others with a Flux and a Wan."""
+
+
+@pytest.mark.parametrize(
+    ("model", "added"),
+    [
+        (model, added)
+        for added in ADDED
+        for model in TINY_MODELS
+        if added.layout in EVERY_FAMILYS or model in ("flux dev", "wan 2.1")
+    ],
+    ids=str,
+)
+def test_ranks_add_few_kernels_and_collectives(model, added):
+    with pretended_ranks(added.layout.ranks):
+        # Hops of a ring go to another rank, for which the pretended ranks want tensors of the CPU.
+        more = of_blocks(own_calls(model, added.layout, CPU if added.layout.ring_degree > 1 else META)) - one_rank(
+            model
+        )
+    print(f"\n| {added} | {model} | {more.kernels / sites_of(model):g} | {more.collectives / sites_of(model):g} |")
+    assert more.kernels <= added.kernels * sites_of(model)
+    assert more.collectives <= added.collectives * sites_of(model)
+
+
+def linears(network):
+    """The linear layers of the blocks."""
+    return [layer for name, layer in network.named_modules() if "blocks." in name and isinstance(layer, nn.Linear)]
+
+
+def with_lora(network):
+    store_linears(network)
+    for layer in linears(network):
+        rows, columns = layer.weight.shape
+        layer.adapter = SidePath(layer.weight.new_empty(16, columns), layer.weight.new_empty(rows, 16), None)
+    return network
+
+
+def with_fp8(network, scaled):
+    store_linears(network)
+    for layer in linears(network):
+        companions = {"weight_scale": layer.weight.new_empty((), dtype=torch.float32)} if scaled else {}
+        layer.store(layer.weight.data.to(torch.float8_e4m3fn), BY_NAME["fp8_e4m3fn"], companions)
+    return network
+
+
+CHANGES = {
+    "LoRA": (with_lora, 2, 2),
+    "fp8": (lambda network: with_fp8(network, scaled=False), 1, 1),
+    "scaled fp8": (lambda network: with_fp8(network, scaled=True), 3, 1),
+}
+"""A change of every linear layer, how many kernels it may add to each, and the goal."""
+
+
+@pytest.mark.parametrize("model", ["flux dev", "sd3 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_lora_and_stored_formats_add_few_kernels_to_a_layer(model, change):
+    make, allowed, _ = CHANGES[change]
+    with pretended_ranks(1):
+        more = of_blocks(own_calls(model, change=make)) - one_rank(model)
+    fewer, all_of_them = (len(linears(kept_network_of(model, depth, META))) for depth in (1, 2))
+    print(f"\n| {change} | {model} | {more.kernels / (all_of_them - fewer):.2f} |")
+    assert more.kernels <= allowed * (all_of_them - fewer)
