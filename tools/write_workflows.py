@@ -1,21 +1,34 @@
-"""Write workflows/NAME.json, which ComfyUI's editor opens, from workflows/api/NAME.api.json, which its queue takes.
+"""Write what ComfyUI's editor opens: workflows/NAME.json, of workflows/api/NAME.api.json, which its queue takes, and
+of NAME.md, the note beside the nodes; and the blueprints subgraphs/NAME.json, of subgraphs/api/NAME.api.json.
 
     python tools/write_workflows.py
 
-The API file is the one to edit. Nodes stand in columns by how far they are from the start, one below the other.
+The files in api are the ones to edit. Where the files of models are downloaded from is in tools/model_downloads.json.
+Nodes stand in columns by how far they are from the start, one below the other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+import uuid
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[1]
+DOWNLOADS = json.loads((PACK / "tools" / "model_downloads.json").read_text())
+"""By the name of a file: its address, and its folder in ComfyUI's models."""
 WIDTH, GAP, TITLE, ROW, TEXT, PICTURE = 320, 40, 40, 26, 140, 300
 """Sizes on the canvas: a node's width, the space between nodes, its title, a row of a node, a text box, a picture."""
+NOTE, NOTE_LETTERS, NOTE_ROW = 400, 48, 24
+"""A note: its width, how many letters a row of it has, and how high that is."""
+CORE = {"cnr_id": "comfy-core", "ver": "0.3.64"}
+"""Of which pack a node is, so that ComfyUI can say where to get it. Ours has no name in the registry yet: to write one
+down would send people to whoever takes it first."""
+INPUTS, OUTPUTS = -10, -20
+"""The places of a subgraph from and to which its own inputs and outputs lead."""
 CONTROL = "control_after_generate"
 SHOWS_PICTURE = ("LoadImage", "SaveImage", "SaveAnimatedWEBP", "PreviewImage")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
@@ -34,30 +47,142 @@ HOST = {
 """ComfyUI's own nodes: the types of their outputs, and of their inputs that are no widgets."""
 
 
-def editor_workflow(api: dict[str, Any], classes: dict[str, type], titles: dict[str, str]) -> dict[str, Any]:
-    """A workflow in the editor's format, of one in the API format. `classes`, `titles`: the pack's nodes by id."""
-    links: list[list[Any]] = []
-    nodes = {key: _node(key, entry, classes, titles) for key, entry in api.items()}
-    for key, entry in api.items():
-        for slot in nodes[key]["inputs"]:
-            source, output = entry["inputs"][slot["name"]]
-            given = nodes[source]["outputs"][output]
-            slot["link"] = len(links) + 1
-            given["links"].append(slot["link"])
-            links.append([slot["link"], int(source), output, int(key), nodes[key]["inputs"].index(slot), given["type"]])
-            slot["type"] = given["type"] if slot["type"] == "*" else slot["type"]
-    _place(api, nodes)
+def editor_workflow(api: dict[str, Any], note: str, classes: dict[str, type], titles: dict[str, str]) -> dict[str, Any]:
+    """A workflow in the editor's format, of one in the API format and of the text of a note in Markdown, which begins
+    with a heading. `classes`, `titles`: the pack's nodes by id."""
+    nodes, links = _graph(api, classes, titles)
+    beside = _note(max(map(int, api)) + 1, note, _downloads(api))
     return {
         "revision": 0,
-        "last_node_id": max(map(int, api)),
+        "last_node_id": beside["id"],
         "last_link_id": len(links),
-        "nodes": list(nodes.values()),
+        "nodes": [*nodes.values(), beside],
         "links": links,
         "groups": [],
         "config": {},
         "extra": {},
         "version": 0.4,
     }
+
+
+def blueprint(name: str, plan: dict[str, Any], classes: dict[str, type], titles: dict[str, str]) -> dict[str, Any]:
+    """A subgraph that the editor offers as one node. `plan`: its `nodes` in the API format, in which ["-10", N] is its
+    own input of that number, the names of these `inputs`, its `outputs` (name: [node, number]), and the `widgets` of
+    inner nodes that it shows, as [node, input]."""
+    nodes, links = _graph(plan["nodes"], classes, titles)
+    own = _id(name)
+    inputs, outputs = [], []
+    for number, each in enumerate(plan["inputs"]):
+        led = [link for link in links if link[1:3] == [INPUTS, number]]
+        inputs.append({"id": _id(name, "input", each), "name": each, "type": led[0][5], "linkIds": [led[0][0]]})
+    for number, (each, (source, output)) in enumerate(plan["outputs"].items()):
+        given = nodes[source]["outputs"][output]
+        links.append([len(links) + 1, int(source), output, OUTPUTS, number, given["type"]])
+        given["links"].append(len(links))
+        outputs.append({"id": _id(name, "output", each), "name": each, "type": given["type"], "linkIds": [len(links)]})
+    right = max(node["pos"][0] for node in nodes.values()) + WIDTH + GAP
+    subgraph = {
+        "id": own,
+        "version": 1,
+        "state": {
+            "lastGroupId": 0,
+            "lastNodeId": max(map(int, nodes)),
+            "lastLinkId": len(links),
+            "lastRerouteId": 0,
+        },
+        "revision": 0,
+        "config": {},
+        "name": name,
+        "inputNode": {"id": INPUTS, "bounding": [-160, 0, 120, TITLE + ROW * len(inputs)]},
+        "outputNode": {"id": OUTPUTS, "bounding": [right, 0, 120, TITLE + ROW * len(outputs)]},
+        "inputs": inputs,
+        "outputs": outputs,
+        "widgets": [],
+        "nodes": list(nodes.values()),
+        "groups": [],
+        "links": [
+            dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
+            for link in links
+        ],
+        "extra": {},
+        "description": plan["description"],
+    }
+    rows = max(len(inputs), len(outputs)) + len(plan["widgets"])
+    outside = {
+        "id": 1,
+        "type": own,
+        "pos": [0, 0],
+        "size": [WIDTH, TITLE + ROW * rows],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [{"name": each["name"], "type": each["type"], "link": None} for each in inputs],
+        "outputs": [{"name": each["name"], "type": each["type"], "links": []} for each in outputs],
+        "title": name,
+        "properties": {"proxyWidgets": plan["widgets"]},
+        "widgets_values": [],
+    }
+    return {
+        "revision": 0,
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [outside],
+        "links": [],
+        "definitions": {"subgraphs": [subgraph]},
+        "extra": {"BlueprintDescription": plan["description"], "BlueprintSearchAliases": plan["search_aliases"]},
+        "version": 0.4,
+    }
+
+
+def _graph(
+    api: dict[str, Any], classes: dict[str, type], titles: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], list[list[Any]]]:
+    """The nodes by id, in their places, and the links [id, source, output, target, slot, type] between them."""
+    links: list[list[Any]] = []
+    nodes = {key: _node(key, entry, classes, titles) for key, entry in api.items()}
+    for key, entry in api.items():
+        for place, slot in enumerate(nodes[key]["inputs"]):
+            source, output = entry["inputs"][slot["name"]]
+            slot["link"] = len(links) + 1
+            if source in nodes:
+                given = nodes[source]["outputs"][output]
+                given["links"].append(slot["link"])
+                slot["type"] = given["type"] if slot["type"] == "*" else slot["type"]
+            links.append([slot["link"], int(source), output, int(key), place, slot["type"]])
+    _place(api, nodes)
+    return nodes, links
+
+
+def _downloads(api: dict[str, Any]) -> list[dict[str, str]]:
+    """The files that the workflow's nodes name and that must be downloaded."""
+    named = [value for entry in api.values() for value in entry["inputs"].values() if isinstance(value, str)]
+    return [{"name": name, **DOWNLOADS[name]} for name in dict.fromkeys(named) if name in DOWNLOADS]
+
+
+def _note(number: int, text: str, downloads: list[dict[str, str]]) -> dict[str, Any]:
+    """The node that says what the workflow does and what it needs, left of the others."""
+    title, _, text = text.partition("\n")
+    listed = [f"- [{each['name']}]({each['url']}) into `models/{each['directory']}`" for each in downloads]
+    text = "\n".join([text.strip(), *(["", "**Download**", *listed] if listed else [])])
+    rows = sum(max(1, math.ceil(len(line.partition("](")[0]) / NOTE_LETTERS)) for line in text.splitlines())
+    return {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [-(NOTE + GAP), 0],
+        "size": [NOTE, 2 * TITLE + NOTE_ROW * rows],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": title.lstrip("# "),
+        "properties": {"Node name for S&R": "MarkdownNote"},
+        "widgets_values": [text],
+    }
+
+
+def _id(*names: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, "/".join(names)))
 
 
 def _node(key: str, entry: dict[str, Any], classes: dict[str, type], titles: dict[str, str]) -> dict[str, Any]:
@@ -80,8 +205,11 @@ def _node(key: str, entry: dict[str, Any], classes: dict[str, type], titles: dic
     widgets: list[Any] = []
     for each, value in values.items():
         widgets += [value, "fixed"] if options.get(each, {}).get(CONTROL) else [value]
-    boxes = sum(bool(options.get(each, {}).get("multiline")) or name == "CLIPTextEncode" for each in values)
-    rows = max(len(kinds), len(outputs)) + len(widgets)
+    shown = [each for each in values if not options.get(each, {}).get("advanced")]
+    boxes = sum(bool(options.get(each, {}).get("multiline")) or name == "CLIPTextEncode" for each in shown)
+    hidden = len(values) - len(shown)
+    rows = max(len(kinds), len(outputs)) + len(widgets) - hidden + bool(hidden)
+    models = [{"name": value, **DOWNLOADS[value]} for value in values.values() if value in DOWNLOADS]
     height = TITLE + ROW * rows + TEXT * boxes + PICTURE * (name in SHOWS_PICTURE)
     node = {
         "id": int(key),
@@ -99,7 +227,11 @@ def _node(key: str, entry: dict[str, Any], classes: dict[str, type], titles: dic
         "outputs": [
             {"name": each, "type": kind, "links": [], "slot_index": slot} for slot, (each, kind) in enumerate(outputs)
         ],
-        "properties": {"Node name for S&R": name},
+        "properties": {
+            **({} if name in classes else CORE),
+            "Node name for S&R": name,
+            **({"models": models} if models else {}),
+        },
         "widgets_values": widgets,
     }
     return {**node, "title": title} if title not in ("", titles.get(name, name)) else node
@@ -119,7 +251,7 @@ def _place(api: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:
 
     def depth(key: str) -> int:
         if key not in depths:
-            sources = [value[0] for value in api[key]["inputs"].values() if _linked(value)]
+            sources = [value[0] for value in api[key]["inputs"].values() if _linked(value) and value[0] in api]
             depths[key] = 1 + max(map(depth, sources)) if sources else 0
         return depths[key]
 
@@ -138,11 +270,19 @@ def main() -> None:
     sys.modules["paralleldit"] = package
     from paralleldit.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
+    known = NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
     for path in sorted((PACK / "workflows" / "api").glob("*.api.json")):
-        target = PACK / "workflows" / path.name.replace(".api.json", ".json")
-        editor = editor_workflow(json.loads(path.read_text()), NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS)
-        target.write_text(json.dumps(editor, indent=2) + "\n")
-        print(target.relative_to(PACK))
+        note = path.with_name(path.name.replace(".api.json", ".md")).read_text()
+        _write("workflows", path, editor_workflow(json.loads(path.read_text()), note, *known))
+    for path in sorted((PACK / "subgraphs" / "api").glob("*.api.json")):
+        name = path.name.removesuffix(".api.json")
+        _write("subgraphs", path, blueprint(name, json.loads(path.read_text()), *known))
+
+
+def _write(folder: str, source: Path, editor: dict[str, Any]) -> None:
+    target = PACK / folder / source.name.replace(".api.json", ".json")
+    target.write_text(json.dumps(editor, indent=2) + "\n")
+    print(target.relative_to(PACK))
 
 
 if __name__ == "__main__":

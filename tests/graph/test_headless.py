@@ -384,6 +384,7 @@ def widget_names(node_class: type) -> list[str]:
 @pytest.mark.parametrize("name", SAVED)
 def test_the_editor_workflow_and_its_api_twin_agree(client, tmp_path, name):
     ui, api = saved(name)
+    ui["nodes"] = [node for node in ui["nodes"] if node["type"] != "MarkdownNote"]
     known = classes(tmp_path)
     links = {link[0]: link for link in ui["links"]}
     assert {str(node["id"]): node["type"] for node in ui["nodes"]} == {
