@@ -4,7 +4,8 @@ of NAME.md, the note beside the nodes; and the blueprints subgraphs/NAME.json, o
     python tools/write_workflows.py
 
 The files in api are the ones to edit. Where the files of models are downloaded from is in tools/model_downloads.json.
-Nodes stand in columns by how far they are from the start, one below the other.
+Nodes stand in columns by how far they are from the start, one below the other, the end of the chain in one column: so
+the editor shows the whole at a scale at which texts can be read.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 PACK = Path(__file__).resolve().parents[1]
 DOWNLOADS = json.loads((PACK / "tools" / "model_downloads.json").read_text())
 """By the name of a file: its address, and its folder in ComfyUI's models."""
-WIDTH, GAP, TITLE, ROW, TEXT, PICTURE = 320, 40, 40, 26, 140, 300
+WIDTH, GAP, TITLE, ROW, TEXT, PICTURE = 300, 30, 40, 26, 140, 300
 """Sizes on the canvas: a node's width, the space between nodes, its title, a row of a node, a text box, a picture."""
-NOTE, NOTE_LETTERS, NOTE_ROW = 400, 48, 24
+NOTE, NOTE_LETTERS, NOTE_ROW = 360, 42, 24
 """A note: its width, how many letters a row of it has, and how high that is."""
 CORE = {"cnr_id": "comfy-core", "ver": "0.3.64"}
 """Of which pack a node is, so that ComfyUI can say where to get it. Ours has no name in the registry yet: to write one
@@ -129,7 +130,7 @@ def blueprint(name: str, plan: dict[str, Any], classes: dict[str, type], titles:
         "nodes": [outside],
         "links": [],
         "definitions": {"subgraphs": [subgraph]},
-        "extra": {"BlueprintDescription": plan["description"], "BlueprintSearchAliases": plan["search_aliases"]},
+        "extra": {"BlueprintDescription": plan["description"]},
         "version": 0.4,
     }
 
@@ -205,10 +206,8 @@ def _node(key: str, entry: dict[str, Any], classes: dict[str, type], titles: dic
     widgets: list[Any] = []
     for each, value in values.items():
         widgets += [value, "fixed"] if options.get(each, {}).get(CONTROL) else [value]
-    shown = [each for each in values if not options.get(each, {}).get("advanced")]
-    boxes = sum(bool(options.get(each, {}).get("multiline")) or name == "CLIPTextEncode" for each in shown)
-    hidden = len(values) - len(shown)
-    rows = max(len(kinds), len(outputs)) + len(widgets) - hidden + bool(hidden)
+    boxes = sum(bool(options.get(each, {}).get("multiline")) or name == "CLIPTextEncode" for each in values)
+    rows = max(len(kinds), len(outputs)) + len(widgets)
     models = [{"name": value, **DOWNLOADS[value]} for value in values.values() if value in DOWNLOADS]
     height = TITLE + ROW * rows + TEXT * boxes + PICTURE * (name in SHOWS_PICTURE)
     node = {
@@ -255,9 +254,10 @@ def _place(api: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:
             depths[key] = 1 + max(map(depth, sources)) if sources else 0
         return depths[key]
 
+    last = max(max(map(depth, api)) - 1, 0)
     bottoms: dict[int, int] = {}
     for order, key in enumerate(sorted(api, key=lambda key: (depth(key), int(key)))):
-        column = depth(key)
+        column = min(depth(key), last)
         node = nodes[key]
         node["pos"] = [column * (WIDTH + GAP), bottoms.get(column, 0)]
         node["order"] = order

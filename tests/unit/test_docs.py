@@ -21,7 +21,7 @@ LONGEST = 250
 """Lines of the README. What goes deeper has its page in docs."""
 
 CODE = ("cli", "launcher", "nodes", "parallel_backend")
-FOLDERS = "cli|demo_model|docs|launcher|locales|nodes|parallel_backend|tests|tools|web|workflows"
+FOLDERS = "cli|demo_model|docs|launcher|locales|nodes|parallel_backend|subgraphs|tests|tools|web|workflows"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_LINES = re.compile(r"^```[\s\S]*?^```$|^ {4}.*$", re.MULTILINE)
 CODE_SPAN = re.compile(r"`([^`]+)`")

@@ -58,6 +58,7 @@ print(json.dumps({
 )
 FAKE_HOST = {
     "comfy/__init__.py": "",
+    "comfy/cli_args.py": "class args:\n    listen = '127.0.0.1'\n    enable_cors_header = None\n",
     "utils/__init__.py": "",
     "execution.py": "",
     "folder_paths.py": "import os\n"
