@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.spec import LatentSpec
+from ...parallel_backend.protocol.messages import MAX_DRAWS
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 """Keys of an empty LATENT in ComfyUI since 2026: pixels and frames to a cell, if the node that made it assumed some."""
@@ -75,6 +76,12 @@ def batch_index(latent_image: Mapping[str, Any], batch: int) -> tuple[int, ...] 
         raise UserError(
             f"The latent's batch_index has {len(indices)} numbers for a batch of {batch}.",
             "Use Latent From Batch and Repeat Latent Batch, which keep both in step.",
+        )
+    if not all(0 <= index < MAX_DRAWS for index in indices):
+        raise UserError(
+            f"The latent's batch_index names the draws of noise {min(indices)} to {max(indices)}; they are from 0 to "
+            f"{MAX_DRAWS - 1}.",
+            "Look at the node that made it.",
         )
     return tuple(int(index) for index in (indices if len(indices) == batch else list(indices) * batch))
 

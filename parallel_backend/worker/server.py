@@ -18,7 +18,7 @@ import torch
 from ..protocol import addresses, frames, handshake, messages
 from ..protocol.errors import ProtocolError
 from ..protocol.tensors import unpack
-from .strangers import Strangers
+from .pending import PendingConnections
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Server:
         self._state = threading.Condition()
         self._queue: deque[Job] = deque()
         self._connections: set[Connection] = set()
-        self._strangers = Strangers()
+        self._pending = PendingConnections()
         self._is_closed = False
         self.running: Job | None = None
         self.last_work = time.monotonic()
@@ -194,7 +194,7 @@ class Server:
                     log.warning("a client could not connect: %s", error)
                     time.sleep(ACCEPT_AGAIN_S)
                 continue
-            self._strangers.enter(sock, address[0] if address else "")
+            self._pending.enter(sock, address[0] if address else "")
             threading.Thread(target=self._serve, args=(sock,), name="client reader", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -203,12 +203,12 @@ class Server:
             stream = frames.FrameSocket(sock, max_body=self._max_body, stall_timeout=self._stall_timeout)
             full = lambda: self.clients >= MAX_CONNECTIONS  # noqa: E731
             handshake.admit(stream, self._token, self._welcome, self._patience, full)
-            self._strangers.leave(sock)
+            self._pending.leave(sock)
             self._read(Connection(stream))
         except (ProtocolError, OSError) as error:
             log.info("client refused: %s", error)
         finally:
-            self._strangers.leave(sock)
+            self._pending.leave(sock)
             sock.close()
 
     def _read(self, connection: Connection) -> None:

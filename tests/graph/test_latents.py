@@ -187,6 +187,9 @@ def test_draws_of_noise_count_as_in_comfyui(rows, numbers, batch, expected):
 def test_draws_of_noise_for_other_latents_are_refused():
     with pytest.raises(UserError, match="2 numbers for a batch of 3"):
         latent.batch_index({"batch_index": [0, 1]}, 3)
+    for numbers in ([0, -1], [1 << 16, 0], [10**400, 0]):
+        with pytest.raises(UserError, match="from 0 to 65535"):
+            latent.batch_index({"batch_index": numbers}, 2)
 
 
 def test_latents_come_back_in_the_type_that_the_host_keeps(client, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from paralleldit.parallel_backend.protocol import handshake, messages
 from paralleldit.parallel_backend.protocol.errors import ProtocolError
 from paralleldit.parallel_backend.protocol.frames import MAGIC, PREFIX, FrameSocket
-from paralleldit.parallel_backend.worker import server, strangers
+from paralleldit.parallel_backend.worker import pending, server
 from paralleldit.tests.served_socket import TOKEN, WELCOME, Rank, answers, receive, send_raw, wait_for
 
 NONCE = "5" * 64
@@ -184,22 +184,22 @@ def test_greet_waits_no_longer_than_its_patience():
 @pytest.mark.parametrize("address", ["unix", "tcp://127.0.0.1:0"])
 def test_silent_connections_keep_nobody_out(tmp_path, address):
     rank = Rank(tmp_path, address)
-    silent = [rank.connect(greet=False) for _ in range(2 * strangers.MAX_STRANGERS)]
+    silent = [rank.connect(greet=False) for _ in range(2 * pending.MAX_PENDING)]
     for stream in silent:
         with contextlib.suppress(OSError):
             stream._sock.sendall(FRAME[:3])
     began = time.monotonic()
     assert answers(rank)
     assert time.monotonic() - began < 3
-    limit = strangers.MAX_STRANGERS if address == "unix" else strangers.MAX_PER_ADDRESS
-    wait_for(lambda: len(rank.server._strangers._addresses) <= limit)
+    limit = pending.MAX_PENDING if address == "unix" else pending.MAX_PER_ADDRESS
+    wait_for(lambda: len(rank.server._pending._addresses) <= limit)
     for stream in silent:
         stream.close()
     rank.server.close()
 
 
 def test_an_address_that_holds_all_its_places_takes_none_of_another():
-    crowd = strangers.Strangers(total=6, per_address=3)
+    crowd = pending.PendingConnections(total=6, per_address=3)
     pairs = [socket.socketpair() for _ in range(6)]
     for number, (sock, _) in enumerate(pairs):
         crowd.enter(sock, "10.0.0.1" if number else "10.0.0.2")

@@ -24,6 +24,7 @@ from .references import (
 )
 from .requests import (
     FROM_CLIENT,
+    MAX_DRAWS,
     MAX_STEPS,
     AnyRequest,
     Cancel,

@@ -34,8 +34,9 @@ Size = tuple[Pixels, Pixels]
 MAX_STEPS = 10_000
 
 Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
-BatchIndex = Annotated[int, Field(ge=0, lt=1 << 16)]
-"""The noise of all earlier pictures is drawn for it, too."""
+MAX_DRAWS = 1 << 16
+"""For one of them the noise of all earlier pictures is drawn, too."""
+BatchIndex = Annotated[int, Field(ge=0, lt=MAX_DRAWS)]
 
 
 class Schedule(Message):

@@ -6,15 +6,15 @@ import contextlib
 import socket
 import threading
 
-MAX_STRANGERS = 64
+MAX_PENDING = 64
 MAX_PER_ADDRESS = 16
 
 
-class Strangers:
+class PendingConnections:
     """They are bounded, of one address and of all. Beyond that the oldest goes: an honest handshake takes milliseconds,
     so that one who holds places and says nothing displaces nobody but himself."""
 
-    def __init__(self, total: int = MAX_STRANGERS, per_address: int = MAX_PER_ADDRESS) -> None:
+    def __init__(self, total: int = MAX_PENDING, per_address: int = MAX_PER_ADDRESS) -> None:
         self._total = total
         self._per_address = per_address
         self._lock = threading.Lock()

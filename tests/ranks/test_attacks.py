@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("strangers")
+    directory = tmp_path_factory.mktemp("attacks")
     spec = SidecarSpec(ranks=2, device="cpu", worker="tests.ranks.stand_in", directory=directory, hang_timeout=3.0)
     yield spec
     lifecycle.stop(spec.slot)
