@@ -9,7 +9,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.controlnet import read_controlnet
 from ..parallel_backend.protocol.messages import ControlNetRef, ControlUse
 from . import model_files
-from .request.controls import CONTROL, PREPARED, PendingControl, PendingControls, pending_controls
+from .request.controls import CONTROL, PREPARED, PendingControl, PendingControls, with_control
 from .widgets import SPAN, check_span, verdict
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ParallelDiTControlNetApply:
         "control net",
     )
     DESCRIPTION = (
-        "Adds a ControlNet and its picture to both prompts, for Parallel Sampler. Several may follow each other."
+        "Adds a ControlNet and its picture to both prompts, for a model of Parallel Loader. Several may follow."
     )
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("positive", "negative")
@@ -147,11 +147,13 @@ class ParallelDiTControlNetApply:
             raise UserError(f"{info.name} takes the latent of its picture.", "Connect the model's VAE.")
         prepare = PREPARED.get(info.picture_type, lambda picture: picture)
         control = PendingControl(message, prepare(image[..., :3]), None if info.takes_pixels else vae)
-        return _with(positive, control), _with(negative, control)
+        # ComfyUI's samplers evaluate prompts together that share this very object.
+        shared: dict[int, PendingControls] = {}
 
+        def added(conditioning: Sequence[Any]) -> list[Any]:
+            return [
+                [tokens, {**entry, CONTROL: shared.setdefault(id(entry.get(CONTROL)), with_control(entry, control))}]
+                for tokens, entry in conditioning
+            ]
 
-def _with(conditioning: Sequence[Any], control: PendingControl) -> list[Any]:
-    return [
-        [tokens, {**entry, CONTROL: PendingControls((*pending_controls("", entry), control))}]
-        for tokens, entry in conditioning
-    ]
+        return added(positive), added(negative)

@@ -81,6 +81,7 @@ def install(monkeypatch: Any) -> Flag:
         "comfy": {},
         "comfy.k_diffusion": {},
         "comfy.k_diffusion.sampling": {"default_noise_sampler": lambda x, seed: lambda *_: torch.zeros(1)},
+        "comfy.lora": {},
         "comfy.model_detection": {},
         "comfy.model_management": {
             "processing_interrupted": lambda: flag.is_set,

@@ -48,8 +48,8 @@ class ComfyHost(Host):
 
     def kept(self, tensor: Tensor) -> Tensor:
         # ComfyUI before 2026 has no --fp16-intermediates.
-        dtype_of = getattr(comfy.model_management, "intermediate_dtype", None)
-        return tensor if dtype_of is None else tensor.to(dtype_of())
+        dtype_of = getattr(comfy.model_management, "intermediate_dtype", lambda: tensor.dtype)
+        return tensor.to(comfy.model_management.intermediate_device(), dtype_of())
 
     def show(self, text: str) -> None:
         prompt_server = server.PromptServer.instance

@@ -25,6 +25,7 @@ from ...parallel_backend.families.spec import FamilySpec
 from ..handles import ATTACHMENT, POSITIVE, ModelHandle, handle_of
 from ..request.network_inputs import one_time
 from ..request.weight_patches import changes_of
+from .copied_weights import keep_readable
 from .latent_format import format_of_vae
 from .model_checks import check_options, check_stepwise
 from .stepwise import StepwiseModel
@@ -105,6 +106,7 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     model = config.get_model({}, device=META)
     if handle.latents[0] != handle.spec.latent:
         model.latent_format = format_of_vae(model.latent_format, handle.latents[0])
+    keep_readable(model, handle)
     model.stepwise = StepwiseModel()
     _ask_ranks(model)
     model.memory_required = _no_memory

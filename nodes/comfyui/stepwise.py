@@ -12,11 +12,20 @@ from torch import Tensor
 from ...launcher.client import Client
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout
-from ...parallel_backend.protocol.messages import Adapters, EndRun, ImagePromptUse, Predict, Prompt, WeightChange
+from ...parallel_backend.protocol.messages import (
+    Adapters,
+    ControlUse,
+    EndRun,
+    ImagePromptUse,
+    Predict,
+    RunPrompt,
+    WeightChange,
+)
 from .. import host
 from ..handles import OWN_LOADER, ModelHandle, SentChange
 from ..layout_choice import LayoutChoice
 from ..request import image_prompts
+from ..request.controls import PendingControl, active_controls
 from ..request.latent import names_of
 from ..request.network_inputs import entry_of_inputs, is_repeated, refuse_inputs, residuals_of
 from ..session import session, weight_delivery
@@ -31,10 +40,10 @@ class _Prompt:
     """One condition of a run: `tensors` of one row, or of one for each picture."""
 
     key: str
-    entry: Prompt
+    entry: RunPrompt
     tensors: dict[str, Tensor]
 
-    def equals(self, entry: Prompt, tensors: Mapping[str, Tensor]) -> bool:
+    def equals(self, entry: RunPrompt, tensors: Mapping[str, Tensor]) -> bool:
         return (
             entry == self.entry
             and tensors.keys() == self.tensors.keys()
@@ -47,8 +56,10 @@ class _Run:
     key: str
     handle: ModelHandle
     client: Client
-    spans: Sequence[tuple[float, float]]
-    """For each of the handle's pictures, the noise levels from which and down to which it counts."""
+    percent_to_sigma: Callable[[float], float]
+    """The noise level at a part of the run."""
+    control_pictures: dict[tuple[PendingControl, int, int, int], Tensor] = field(default_factory=dict)
+    """By the control, the rows and columns of cells that it covers, and the batch."""
     prompts: list[_Prompt] = field(default_factory=list)
     sent: set[str] = field(default_factory=set)
     delivered: set[WeightChange] = field(default_factory=set)
@@ -56,19 +67,25 @@ class _Run:
     """By the batch, and whether several conditions are asked for at once."""
     warned: bool = False
 
+    def is_active(self, use: ImagePromptUse | ControlUse, sigma: float | None) -> bool:
+        """Whether it works at the noise level `sigma`. Raises `UserError` where that would have to be known."""
+        if (use.start, use.end) == (0.0, 1.0):
+            return True
+        if sigma is None:
+            raise UserError(
+                f"The IP-Adapter works from {use.start:g} to {use.end:g} of the run, but the sampler does not say at "
+                "which noise level it is.",
+                "Set start_percent to 0 and end_percent to 1, or use Parallel Sampler.",
+            )
+        start, end = (float(self.percent_to_sigma(percent)) for percent in (use.start, use.end))
+        return end <= sigma <= start
 
-def _is_active(picture: ImagePromptUse, span: tuple[float, float], sigma: float | None) -> bool:
-    """Whether a picture works at the noise level `sigma`. Raises `UserError` where it would have to be known."""
-    if (picture.start, picture.end) == (0.0, 1.0):
-        return True
-    if sigma is None:
-        raise UserError(
-            f"The IP-Adapter works from {picture.start:g} to {picture.end:g} of the run, but the sampler does not say "
-            "at which noise level it is.",
-            "Set start_percent to 0 and end_percent to 1, or use Parallel Sampler.",
-        )
-    start, end = span
-    return end <= sigma <= start
+    def picture_of(self, control: PendingControl, height: int, width: int, batch: int) -> Tensor:
+        """The control's picture for so many rows and columns of cells, encoded once a run."""
+        key = control, height, width, batch
+        if key not in self.control_pictures:
+            self.control_pictures[key] = control.picture(height, width, batch)
+        return self.control_pictures[key]
 
 
 def _layout_for(handle: ModelHandle, client: Client, *, batch: int | None, guided: bool) -> Layout:
@@ -101,9 +118,7 @@ class StepwiseModel:
         # What no guidance and no batch would change is refused before anything is sent.
         _layout_for(handle, client, batch=None, guided=False)
         self.changes = changes
-        messages = [picture.message for picture in handle.pictures]
-        spans = [(float(percent_to_sigma(each.start)), float(percent_to_sigma(each.end))) for each in messages]
-        self._run = _Run(uuid.uuid4().hex, handle, client, spans)
+        self._run = _Run(uuid.uuid4().hex, handle, client, percent_to_sigma)
         host.current().beginning(client.welcome)
 
     def end(self) -> None:
@@ -144,7 +159,8 @@ class StepwiseModel:
         conditions = len(sides)
         batch = latents[0].shape[0] // conditions
         rows = [slice(start, start + batch) for start in range(0, batch * conditions, batch)]
-        keys = tuple(self._key(run, inputs, own, side, sigma) for own, side in zip(rows, sides, strict=True))
+        controls = self._controls(run, inputs.get("control"), latents[0][:batch])
+        keys = tuple(self._key(run, inputs, own, side, sigma, controls) for own, side in zip(rows, sides, strict=True))
         layout = run.layouts.get((batch, conditions > 1))
         if layout is None:
             layout = _layout_for(run.handle, run.client, batch=batch, guided=conditions > 1)
@@ -172,12 +188,29 @@ class StepwiseModel:
         answered = self._first(run, message, tensors) if not run.sent else self._ask(run, message, tensors)
         return [answered[f"prediction{name}"].to(latents[0].device) for name in names]
 
-    def _key(self, run: _Run, inputs: Mapping[str, Any], rows: slice, side: int, sigma: float | None) -> str:
+    def _controls(self, run: _Run, control: Any, latent: Tensor) -> list[tuple[ControlUse, Tensor]]:
+        """The ControlNets that the ranks are to evaluate now over a condition's `latent`, and their pictures."""
+        return [
+            (each.message, run.picture_of(each, latent.shape[-2], latent.shape[-1], len(latent)))
+            for asked in active_controls(control)
+            for each in asked.controls
+            if each.message.strength and run.is_active(each.message, asked.sigma)
+        ]
+
+    def _key(
+        self,
+        run: _Run,
+        inputs: Mapping[str, Any],
+        rows: slice,
+        side: int,
+        sigma: float | None,
+        controls: Sequence[tuple[ControlUse, Tensor]],
+    ) -> str:
         """The key of the condition of these rows; the ranks hear of it when they need it."""
         pictures = [
             picture
-            for picture, span in zip(run.handle.pictures, run.spans, strict=True)
-            if picture.message.weight and _is_active(picture.message, span, sigma)
+            for picture in run.handle.pictures
+            if picture.message.weight and run.is_active(picture.message, sigma)
         ]
         tensors = {
             each.name: inputs[each.network][rows]
@@ -187,8 +220,12 @@ class StepwiseModel:
         references = enumerate(inputs.get("ref_latents") or ())
         tensors |= {f"reference.{number}": reference[rows] for number, reference in references}
         tensors |= image_prompts.embeddings(pictures, side)
-        prompts = tuple(picture.message for picture in pictures)
-        entry = entry_of_inputs(inputs, rows).model_copy(update={"image_prompts": prompts})
+        tensors |= {f"control.{number}": picture for number, (_, picture) in enumerate(controls)}
+        shown = {
+            "image_prompts": tuple(picture.message for picture in pictures),
+            "controls": tuple(use for use, _ in controls),
+        }
+        entry = entry_of_inputs(inputs, rows).model_copy(update=shown)
         for prompt in run.prompts:
             if prompt.equals(entry, tensors):
                 return prompt.key

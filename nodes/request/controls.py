@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol.messages import Conditioning, ControlUse
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTROL = "control"
-"""The key of a prompt's ControlNet in ComfyUI: its samplers find one of ours there, and refuse it."""
+"""The key of a prompt's ControlNet in ComfyUI."""
 CELL = 8
 """Pixels of a picture for a cell of its latent, in both directions."""
 
@@ -26,19 +26,73 @@ PREPARED: dict[int | None, Callable[[Tensor], Tensor]] = {
 """What Stability's ControlNets for 3.5 Large make of a picture in 0..1, by the number of its kind in the file."""
 
 
-class PendingControls(tuple["PendingControl", ...]):
-    """The ControlNets of a prompt, for Parallel Sampler. ComfyUI's own samplers would ask them for residuals."""
+class PendingControls:
+    """The ControlNets of a prompt, `controls` after those of ComfyUI's own `previous_controlnet`, if there is one.
 
-    def get_models(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UserError(
-            "This prompt has a ControlNet of Parallel ControlNet Apply, which only the ranks can evaluate.",
-            "Use Parallel Sampler, or ComfyUI's own Load ControlNet Model and Apply ControlNet.",
-        )
+    Parallel Sampler sends them with the run. ComfyUI's own samplers ask them for residuals at each step, as they ask
+    its own: these name themselves instead, and the model of the ranks is asked for the prediction with them.
+    """
 
-    pre_run = get_control = set_previous_controlnet = inference_memory_requirements = get_models
+    def __init__(self, controls: Sequence[PendingControl] = (), previous_controlnet: Any = None) -> None:
+        self.controls = tuple(controls)
+        self.previous_controlnet = previous_controlnet
+        self.multigpu_clones: dict[Any, Any] = {}
+
+    def pre_run(self, model: Any, percent_to_sigma: Any) -> None:
+        """Raises `UserError` for a model that is not in the ranks."""
+        if not hasattr(model, "stepwise"):
+            raise UserError(
+                "This prompt has a ControlNet of Parallel ControlNet Apply, which only the ranks can evaluate, but the "
+                "model is in ComfyUI's memory.",
+                "Load the model with Parallel Loader, or use ComfyUI's own Load ControlNet Model and Apply ControlNet.",
+            )
+        if self.previous_controlnet is not None:
+            self.previous_controlnet.pre_run(model, percent_to_sigma)
+
+    def get_control(self, x_noisy: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        """ComfyUI's lists of residuals. In "middle", where transformers get none, is what the ranks are to evaluate."""
+        own = {"middle": [ActiveControls(self.controls, float(t[0]))]}
+        before = self._previous("get_control", None, x_noisy, t, *args, **kwargs) or {}
+        return {name: [*before.get(name, ()), *own.get(name, ())] for name in ("input", "middle", "output")}
+
+    def get_models(self) -> list[Any]:
+        return self._previous("get_models", [])
+
+    def get_models_only_self(self) -> list[Any]:
+        return []
+
+    def get_extra_hooks(self) -> list[Any]:
+        return self._previous("get_extra_hooks", [])
+
+    def inference_memory_requirements(self, dtype: Any) -> int:
+        return self._previous("inference_memory_requirements", 0, dtype)
+
+    def get_instance_for_device(self, device: Any) -> PendingControls:
+        return self
+
+    def cleanup(self) -> None:
+        self._previous("cleanup", None)
+
+    def _previous(self, name: str, otherwise: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.previous_controlnet is None:
+            return otherwise
+        return getattr(self.previous_controlnet, name)(*args, **kwargs)
 
 
 @dataclass(frozen=True)
+class ActiveControls:
+    """The ControlNets of a prompt at the noise level `sigma` of one of ComfyUI's own samplers."""
+
+    controls: tuple[PendingControl, ...]
+    sigma: float
+
+
+def active_controls(control: Mapping[str, Sequence[Any]] | None) -> list[ActiveControls]:
+    """What the ranks are to evaluate, of the lists that ComfyUI's samplers hand to the network."""
+    return [each for each in (control or {}).get("middle", ()) if isinstance(each, ActiveControls)]
+
+
+@dataclass(frozen=True, eq=False)
 class PendingControl:
     """A ControlNet and its picture `[B, H, W, 3]` in 0..1, encoded by `vae` when the latent's size is known.
 
@@ -90,17 +144,26 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(middle, size=(height, width), mode="nearest-exact").movedim(1, -1)
 
 
-def pending_controls(side: str, entry: Mapping[str, Any]) -> PendingControls:
+def pending_controls(side: str, entry: Mapping[str, Any]) -> tuple[PendingControl, ...]:
     """The ControlNets of a prompt's entry. Raises `UserError` for those of ComfyUI's own nodes."""
     control = entry.get(CONTROL)
     if control is None:
-        return PendingControls()
-    if not isinstance(control, PendingControls):
+        return ()
+    if not isinstance(control, PendingControls) or control.previous_controlnet is not None:
         raise UserError(
             f"The {side} prompt has a ControlNet of ComfyUI's own, which Parallel Sampler cannot send to the ranks.",
             "Use Parallel ControlNet Loader and Parallel ControlNet Apply, or sample with KSampler.",
         )
-    return control
+    return control.controls
+
+
+def with_control(entry: Mapping[str, Any], control: PendingControl) -> PendingControls:
+    """Those of a prompt's entry, and `control` after them."""
+    before = entry.get(CONTROL)
+    if before is None or isinstance(before, PendingControls):
+        before = before or PendingControls()
+        return PendingControls((*before.controls, control), before.previous_controlnet)
+    return PendingControls((control,), before)
 
 
 def to_message(

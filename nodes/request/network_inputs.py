@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.registry import FAMILIES
-from ...parallel_backend.protocol.messages import Prompt, ResidualList
+from ...parallel_backend.protocol.messages import ResidualList, RunPrompt
 from ..handles import OWN_LOADER
 from .conditioning import REFERENCE_PLACES
 
@@ -57,7 +57,7 @@ def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[in
 
     Raises `UserError` for a model that takes none.
     """
-    if not control:
+    if not any((control or {}).get(name) for name in ("input", "output")):
         return {}, {}
     if FAMILIES[family].residuals is None:
         raise UserError(
@@ -77,7 +77,7 @@ def residuals_of(control: Any, family: str) -> tuple[dict[ResidualList, tuple[in
     return {name: own for name, own in lists.items() if own}, kept
 
 
-def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Prompt:
+def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> RunPrompt:
     """The networks' inputs that are not tensors of a prompt: distilled guidance, the picture's size, references."""
     guidance, size, target_size = _shared(inputs.get("guidance"), rows), None, None
     if inputs.get("c_size") is not None:
@@ -96,7 +96,7 @@ def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> Prompt:
                 f"The model is told of a crop at {left}, {top}, which cannot be sent to the ranks.",
                 "Remove the node that sets it.",
             )
-    return Prompt(
+    return RunPrompt(
         guidance=guidance,
         size=size,
         target_size=target_size,

@@ -78,8 +78,7 @@ def files_of(request: messages.AnyRequest) -> Iterator[FileRef]:
             yield value
         elif isinstance(value, messages.Adapters):
             yield from value.files
-    for control in getattr(request, "controls", ()):
-        yield control.net
+    yield from (control.net for control in messages.controls_of(request))
     for entry in messages.entries_of(request):
         yield from (prompt.adapter for prompt in entry.image_prompts)
 

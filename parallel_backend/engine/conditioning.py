@@ -193,10 +193,11 @@ def control_of(
     picture: Tensor | None,
     net: ControlNet,
     family: Family,
-    model_sampling: ModelSampling,
+    model_sampling: ModelSampling | None,
     size: tuple[int, int, int],
 ) -> ActiveControl:
-    """A ControlNet that is evaluated over a latent, or an area of it, of `size` (batch, height, width).
+    """A ControlNet that is evaluated over a latent, or an area of it, of `size` (batch, height, width), and limited to
+    parts of a run if `model_sampling` is given.
 
     Raises `UserError` for what does not fit together.
     """
@@ -213,14 +214,10 @@ def control_of(
             f"The {what} for {net.info.name} {found}; this run takes {[batch, *wanted]}.",
             "Look at the node that made it, and at its VAE.",
         )
-    return ActiveControl(
-        net,
-        net.see(picture),
-        control.strength,
-        control.mode,
-        start=clock_at(control.start, model_sampling),
-        end=clock_at(control.end, model_sampling),
-    )
+    start, end = math.inf, -math.inf
+    if model_sampling:
+        start, end = (clock_at(percent, model_sampling) for percent in (control.start, control.end))
+    return ActiveControl(net, net.see(picture), control.strength, control.mode, start, end)
 
 
 def pictures_of(prompt: Prompt, prefix: str, tensors: Mapping[str, Tensor], family: Family) -> list[Tensor]:

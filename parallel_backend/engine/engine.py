@@ -29,6 +29,7 @@ from .model_store import ModelStore
 from .run_conditions import RunConditions
 
 if TYPE_CHECKING:
+    from ..adapters.controlnet.nets import ControlNet
     from ..adapters.ip_adapter import IPAdapter
     from ..families.family import Family
     from ..run_context import Run
@@ -42,12 +43,14 @@ Answer = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Ready:
-    """What steps of a run's `place` (as `_place` says) compute with. `adapters`: IP-Adapters by path."""
+    """What steps of a run's `place` (as `_place` says) compute with. `adapters`: IP-Adapters by path; `nets`:
+    ControlNets."""
 
     place: tuple[object, ...]
     mesh: Mesh
     transformer: Transformer
     adapters: Mapping[str, IPAdapter]
+    nets: Mapping[str, ControlNet]
 
 
 class Engine:
@@ -130,8 +133,7 @@ class Engine:
         mesh, transformer = self._load_for(request, tensors, run)
         family = self._begin(request, mesh, transformer, run)
         stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
-        refs = [control.net for control in request.controls]
-        nets = {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
+        nets = self._controlnets(request.controls, family, stage, run)
         prompts = [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
         stage = replace(stage, sizes=request.layout.stage_blocks)
         adapters = self._ip_adapters(prompts, transformer, family, stage, run)
@@ -157,12 +159,13 @@ class Engine:
             mesh, transformer = self._load_for(request, tensors, run)
             prompts = self._image_prompts(request)
             adapters = self._ip_adapters(prompts, transformer, transformer.family, Stage(), run)
-            self._ready = Ready(_place(request, tensors), mesh, transformer, adapters)
+            nets = self._controlnets(self._controls(request), transformer.family, Stage(), run)
+            self._ready = Ready(_place(request, tensors), mesh, transformer, adapters, nets)
             run.check_cancelled()
         ready = self._ready
         family = self._begin(request, ready.mesh, ready.transformer, run)
         ready.mesh.ledger.reset()
-        return {}, predict(request, tensors, self._run_conditions, family, ready.mesh, run, ready.adapters)
+        return {}, predict(request, tensors, self._run_conditions, family, ready.mesh, run, ready.adapters, ready.nets)
 
     def _goes_on(self, request: messages.AnyRequest, tensors: dict[str, Tensor]) -> bool:
         """Whether all ranks have made ready what `request` needs, so that they need neither agree nor load again.
@@ -172,13 +175,20 @@ class Engine:
         if not isinstance(request, messages.Predict) or self._ready is None:
             return False
         adapters = {prompt.adapter.path for prompt in self._image_prompts(request)}
-        return self._ready.place == _place(request, tensors) and adapters <= self._ready.adapters.keys()
+        nets = {control.net.path for control in self._controls(request)}
+        has_all = adapters <= self._ready.adapters.keys() and nets <= self._ready.nets.keys()
+        return has_all and self._ready.place == _place(request, tensors)
 
     def _image_prompts(self, request: messages.Predict) -> list[messages.ImagePromptUse]:
         """Of the conditions that were told before, and of those that are told now."""
         prompts = [each.prompts for key in request.conditions if (each := self._run_conditions.get(key))]
         prompts += [entry.image_prompts for entry in messages.entries_of(request)]
         return [prompt for own in prompts for prompt in own]
+
+    def _controls(self, request: messages.Predict) -> list[messages.ControlUse]:
+        """As `_image_prompts`, the ControlNets."""
+        known = [each.controls for key in request.conditions if (each := self._run_conditions.get(key))]
+        return [*messages.controls_of(request), *(control for own in known for control in own)]
 
     def _load_for(
         self, request: messages.Sample | messages.Predict, tensors: dict[str, Tensor], run: Run
@@ -213,6 +223,13 @@ class Engine:
         """By their paths, those that show `prompts`."""
         refs = dict.fromkeys(prompt.adapter for prompt in prompts)
         return {ref.path: self.models.ip_adapter(ref, family, transformer.cuts, stage, run) for ref in refs}
+
+    def _controlnets(
+        self, controls: Sequence[messages.ControlUse], family: Family, stage: Stage, run: Run
+    ) -> dict[str, ControlNet]:
+        """By their paths, those of `controls`."""
+        refs = dict.fromkeys(control.net for control in controls)
+        return {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
 
     def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
         self._run_conditions.end(request.run)

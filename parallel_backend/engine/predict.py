@@ -19,10 +19,11 @@ from ..layout.split import split_sizes
 from ..protocol.messages import Predict
 from ..strategies.select import strategy_of
 from .checks import check_rows, latents_of, needed
-from .conditioning import image_prompts_of, pictures_of, prompt_of
+from .conditioning import control_of, image_prompts_of, pictures_of, prompt_of
 from .run_conditions import RunCondition, RunConditions
 
 if TYPE_CHECKING:
+    from ..adapters.controlnet.nets import ControlNet
     from ..adapters.ip_adapter import IPAdapter
     from ..run_context import Run
 
@@ -35,10 +36,11 @@ def predict(
     mesh: Mesh,
     run: Run,
     adapters: Mapping[str, IPAdapter],
+    nets: Mapping[str, ControlNet],
 ) -> dict[str, Tensor]:
     """The prediction for every row of each latent, fp32 on the CPU, the same on every rank. Exact.
 
-    `adapters`: the conditions' IP-Adapters by path.
+    `adapters`: the conditions' IP-Adapters by path; `nets`: their ControlNets.
 
     Raises `UserError` for a request that does not fit the model or the layout, before any work starts, and for a
     prediction that is not finite; `Cancelled` between two conditions.
@@ -55,14 +57,25 @@ def predict(
     for key, entry in request.run_conditions.items():
         condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
         run_conditions[key] = RunCondition(
-            condition, entry.image_prompts, pictures_of(entry, f"{key}.0.", tensors, family)
+            condition,
+            entry.image_prompts,
+            pictures_of(entry, f"{key}.0.", tensors, family),
+            entry.controls,
+            [tensors.get(f"{key}.0.control.{number}") for number in range(len(entry.controls))],
         )
     conditions = []
     for each in (run_conditions[key] for key in request.conditions):
         asked = list(zip(each.prompts, each.pictures, strict=True))
         prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
+        controls = tuple(
+            control_of(control, picture, nets[control.net.path], family, None, (batch, shape[-2], shape[-1]))
+            for control, picture in zip(each.controls, each.control_pictures, strict=True)
+        )
         # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
-        conditions.append(replace(each.condition, image_prompts=prompts) if prompts else each.condition)
+        is_plain = not prompts and not controls
+        conditions.append(
+            each.condition if is_plain else replace(each.condition, image_prompts=prompts, controls=controls)
+        )
     given = None
     if request.residuals:
         given = given_residuals(request.residuals, tensors, with_tokens(family, "A ControlNet"), shape)
@@ -81,7 +94,7 @@ def predict(
         rows = slice(index * batch + own.start, index * batch + own.stop)
         condition = conditions[index].part(own, batch)
         if given:
-            condition = replace(condition, controls=(given.rows(rows),))
+            condition = replace(condition, controls=(*condition.controls, given.rows(rows)))
         next_own = None if following is None else following[rows]
         output = strategy.predict(latent[rows], timestep[rows], condition, next_own).float()
         gathered = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)

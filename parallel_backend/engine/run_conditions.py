@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..protocol.messages import ImagePromptUse, ModelRef
+from ..protocol.messages import ControlUse, ImagePromptUse, ModelRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunCondition:
-    """A condition without its picture prompts; these, and their pictures: adapters may have to be loaded again."""
+    """A condition without its picture prompts and controls; these, and their pictures: what evaluates them may have to
+    be loaded again."""
 
     condition: Condition
     prompts: Sequence[ImagePromptUse]
     pictures: Sequence[Tensor]
+    controls: Sequence[ControlUse]
+    control_pictures: Sequence[Tensor | None]
 
 
 class RunConditions(dict[str, RunCondition]):

@@ -214,6 +214,8 @@ class FamilySpec:
     """What ComfyUI's detection says of a model with such a config; None where ComfyUI has no class for it."""
     host_params: str | None = None
     """Module and dataclass of ComfyUI that are given `host_config`, where older versions have fewer fields in it."""
+    host_reads: tuple[str, ...] = ()
+    """Modules of ComfyUI's network, by their original names, whose weights its ControlNets copy."""
     residuals: Callable[[Config], Mapping[str, Sequence[int]]] | None = None
     """The blocks behind which ComfyUI adds the residuals of its lists "input" and "output"; None: it adds none."""
     all_residuals: bool = False

@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 
 def controlnet(name: str, native: Any, file: Path) -> Any:
-    """ComfyUI's CONTROL_NET for the MODEL `native`, of random weights, which go to `file`."""
+    """ComfyUI's CONTROL_NET `name`, one of `NETS`, for the MODEL `native`, of random weights, which go to `file`."""
     config = {key: value for key, value in native.model.model_config.unet_config.items() if key != "dtype"}
-    return {"flux": flux, "sd3": sd3, "hunyuandit": hunyuandit}[name](config, file)
+    return NETS[name](config, file)
 
 
 def flux(config: dict[str, Any], file: Path) -> Any:
@@ -92,6 +92,50 @@ def hunyuandit(config: dict[str, Any], file: Path) -> Any:
         load_device=CPU,
         extra_conds=extra,
     )
+
+
+def stability(config: dict[str, Any], file: Path, is_double: bool) -> Any:
+    """As Stability's for 3.5, by their published names. `is_double`: with pooled text that the model has embedded.
+
+    What ComfyUI copies out of the model is not in their files.
+    """
+    import comfy.controlnet
+    import comfy.ops
+    from comfy.cldm import dit_embedder
+    from comfy.utils import MMDIT_MAP_BASIC
+
+    kind = dit_embedder.ControlNetEmbedder
+    network = kind(
+        img_size=None,
+        patch_size=2,
+        in_chans=16,
+        num_layers=1,
+        main_model_double=config["depth"],
+        double_y_emb=is_double,
+        attention_head_dim=64,
+        num_attention_heads=config["depth"],
+        adm_in_channels=config["adm_in_channels"],
+        dtype=torch.float32,
+        device="cpu",
+        operations=comfy.ops.manual_cast,
+    )
+    copied = "orig_y_embedder." if is_double else "x_embedder."
+    names = {each[0]: each[1] for each in MMDIT_MAP_BASIC}
+    weights = of_random_weights(network).state_dict()
+    save_file({names.get(key, key): each for key, each in weights.items() if not key.startswith(copied)}, file)
+    # ComfyUI knows pooled text of the full width alone.
+    narrow = lambda **settings: kind(**settings | {"adm_in_channels": config["adm_in_channels"]})  # noqa: E731
+    with mock.patch.object(dit_embedder, "ControlNetEmbedder", narrow):
+        return comfy.controlnet.load_controlnet(str(file))
+
+
+NETS = {
+    "flux": flux,
+    "sd3": sd3,
+    "hunyuandit": hunyuandit,
+    "sd3, Stability's": lambda config, file: stability(config, file, False),
+    "sd3, Stability's with embedded text": lambda config, file: stability(config, file, True),
+}
 
 
 def of_random_weights(network: Any) -> Any:

@@ -45,8 +45,10 @@ def scaled_folder(model: str) -> str:
     return f"{model} of another scale"
 
 
-CONTROLLED = ("flux", "sd3", "hunyuandit")
-"""Models with a ControlNet."""
+CONTROLLED = ("flux", "sd3", "hunyuandit", "sd3, Stability's", "sd3, Stability's with embedded text")
+"""ControlNets, each named for its model first."""
+FOR_COMFYUI = "sd3, Stability's with embedded text"
+"""The ranks know none of this kind."""
 RANKS = (1, 2, 4)
 STEPS = 2
 CHANGED = 1e-2
@@ -70,10 +72,13 @@ class Case:
     """What is set of the negative one's."""
     node: str = "KSampler"
     """What samples in ComfyUI, one of `WAYS`. Those of custom samplers have no like among our nodes."""
+    half: bool = False
+    """With latents of fp16, as ComfyUI's nodes make since 2026 with `--fp16-intermediates`."""
     scaled: bool = False
     """From a diffusers folder whose VAE scales latents as `vae_scale` says, and not as the family's usual one does."""
-    controlled: bool = False
-    """With two ControlNets, the second for a part of the run: of ComfyUI's own, and of ours for Parallel Sampler."""
+    controls: str = ""
+    """With two of these ControlNets, the second for a part of the run: of ComfyUI's own with its own model. With ours,
+    of ComfyUI's own, of ours, and of one of each in either order; of ours for Parallel Sampler."""
 
 
 def sweep(samplers: tuple[str, ...], schedulers: tuple[str, ...]) -> dict[str, Case]:
@@ -126,7 +131,10 @@ CASES = {
         for name, sampler in (("flux", "euler"), ("sd3", "dpmpp_2m_sde"), ("pixart", "euler_ancestral"))
         for what in PARTS
     },
-    **{f"{name}, two ControlNets": Case(name, batch=2, sampler={"cfg": 4.0}, controlled=True) for name in CONTROLLED},
+    **{
+        f"{name}, two ControlNets": Case(name.split(", ")[0], batch=2, sampler={"cfg": 4.0}, controls=name)
+        for name in CONTROLLED
+    },
     **{
         f"flux, references ({places})": Case(
             "flux", (2,), 2, entries=({"reference_latents": REFERENCES, "reference_latents_method": places},)
@@ -139,6 +147,10 @@ CASES = {
         )
         for name in MODELS
         for denoise in (1.0, 0.6)
+    },
+    **{
+        f"{name}, fp16 latents": Case(name, batch=2, masked=True, sampler={"denoise": 0.6, "cfg": 4.0}, half=True)
+        for name in MODELS
     },
     "flux, area of the negative prompt": Case("flux", sampler={"cfg": 4.0}, negative={"area": (5, 8, 0, 0)}),
     "flux, area of the negative prompt, cfg 1": Case("flux", entries=({}, {}), negative={"area": (5, 8, 0, 0)}),
@@ -162,6 +174,8 @@ def inputs(case: Case) -> tuple[list[Any], list[Any], dict[str, Any]]:
     if case.masked:
         latent["samples"] = draw(case.batch, channels, rows, columns)
         latent["noise_mask"] = (draw(1, 8 * rows, 8 * columns) > 0).float()
+    if case.half:
+        latent["samples"] = latent["samples"].half()
     return positive, negative, latent
 
 
@@ -204,7 +218,7 @@ def main(folder: Path, ranks: list[int]) -> None:
     here.spec = SidecarSpec(device="cpu", directory=folder / "runtime")
     host.use(here)
     native = {name: native_model(folder / f"{name}.json") for name in MODELS}
-    control = {name: with_controls(folder / name, name, native[name]) for name in CONTROLLED}
+    control = {name: with_controls(folder / name, name, native[name.split(", ")[0]]) for name in CONTROLLED}
     loader = NODE_CLASS_MAPPINGS["ParallelDiTLoader"]()
     for name in MODELS:
         check_with_newer_management(loader, folder / f"{name}.safetensors", native[name])
@@ -219,7 +233,7 @@ def main(folder: Path, ranks: list[int]) -> None:
             model = loader.load(str(file), "auto", choice)[0]
             truth = of_other_scale(native[case.model]) if case.scaled else native[case.model]
             errors[f"{name} [{count}]"] = compare(
-                case, truth, model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"], control.get(case.model)
+                case, truth, model, NODE_CLASS_MAPPINGS["ParallelDiTSampler"], control.get(case.controls)
             )
     lifecycle.stop(here.spec.slot)
     (folder / "errors.json").write_text(json.dumps(errors))
@@ -247,7 +261,7 @@ def check_with_newer_management(loader: Any, file: Path, native: Any) -> None:
 
 
 def with_controls(folder: Path, name: str, native: Any) -> Callable[..., tuple[Any, Any]]:
-    """Puts ControlNets for `native` on the prompts, by ComfyUI's own nodes or by `ours`.
+    """Puts two ControlNets for `native` on the prompts, each by ComfyUI's own nodes or, where `ours` says so, by ours.
 
     Their picture is encoded in the ranks; the VAE and what else is read go to `folder`.
     """
@@ -255,17 +269,17 @@ def with_controls(folder: Path, name: str, native: Any) -> Callable[..., tuple[A
     from paralleldit.tests.comfyui.controlnet_host import MODES, controlnet
     from paralleldit.tests.tiny_flux import write_vae
 
-    write_vae(folder, MODELS[name][0])
+    write_vae(folder, MODELS[name.split(", ")[0]][0])
     file = folder / "controlnet.safetensors"
     network = controlnet(name, native, file)
     vae = NODE_CLASS_MAPPINGS["ParallelDiTVAELoader"]().load(str(folder / "vae"), "auto", None)[0]
     picture = torch.rand(1, 80, 96, 3, generator=torch.Generator().manual_seed(5))
 
-    def apply(positive: Any, negative: Any, ours: bool) -> tuple[Any, Any]:
-        for strength, end in ((0.7, 1.0), (0.5, 0.4)):
+    def apply(positive: Any, negative: Any, ours: tuple[bool, bool]) -> tuple[Any, Any]:
+        for is_ours, (strength, end) in zip(ours, ((0.7, 1.0), (0.5, 0.4)), strict=True):
             settings = {"strength": strength, "start_percent": 0.0, "end_percent": end, "image": picture, "vae": vae}
             settings |= {"positive": positive, "negative": negative}
-            if ours:
+            if is_ours:
                 net = NODE_CLASS_MAPPINGS["ParallelDiTControlNetLoader"]().load(str(file))[0]
                 positive, negative = NODE_CLASS_MAPPINGS["ParallelDiTControlNetApply"]().apply(
                     controlnet=net, mode=MODES.get(name, -1), **settings
@@ -333,10 +347,12 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 @torch.inference_mode()
 def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) -> list[float]:
-    def latent(model: Any, sample: Callable[..., Any], controlled: bool = case.controlled) -> Tensor:
+    from comfy.cli_args import args
+
+    def latent(model: Any, sample: Callable[..., Any], controls: tuple[bool, bool] | None) -> Tensor:
         positive, negative, image = inputs(case)
-        if controlled:
-            positive, negative = control(positive, negative, sample is not stock)
+        if controls:
+            positive, negative = control(positive, negative, controls)
         settings = {
             "seed": 7,
             "steps": STEPS,
@@ -350,15 +366,22 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
 
     def error(found: Tensor) -> float:
         """Relative; absolute where the latent stays the empty one that it was."""
-        return float((found - truth).norm() / (truth.norm() or 1.0))
+        assert found.dtype == truth.dtype
+        return float((found.float() - truth.float()).norm() / (truth.float().norm() or 1.0))
 
+    args.fp16_intermediates = case.half
     stock = WAYS[case.node]
-    truth = latent(native, stock)
-    if case.controlled:
-        assert error(latent(native, stock, controlled=False)) > CHANGED, "the ControlNets change next to nothing"
+    theirs, mine = ((False, False), (True, True)) if case.controls else (None, None)
+    truth = latent(native, stock, theirs)
+    if case.controls:
+        assert error(latent(native, stock, None)) > CHANGED, "the ControlNets change next to nothing"
     parts = {"KSampler": [{}]} | {f"steps {what}": own for what, own in PARTS.items()}
     of_ours = [in_parts(parts[case.node], parallel().sample)] if case.node in parts else []
-    return [error(latent(ours, each)) for each in (stock, *of_ours)]
+    mixed = (theirs, mine, (False, True), (True, False)) if case.controls else (None,)
+    if case.controls == FOR_COMFYUI:
+        mixed, of_ours = (theirs,), []
+    of_stock = max(error(latent(ours, stock, each)) for each in mixed)
+    return [of_stock, *(error(latent(ours, each, mine)) for each in of_ours)]
 
 
 def of_other_scale(native: Any) -> Any:

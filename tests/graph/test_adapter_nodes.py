@@ -10,7 +10,7 @@ import pytest
 import torch
 from paralleldit.nodes import host
 from paralleldit.nodes.layout_choice import LayoutChoice
-from paralleldit.nodes.request.controls import PendingControl, resized
+from paralleldit.nodes.request.controls import PendingControl, active_controls, resized
 from paralleldit.nodes.request.weight_patches import changes_of
 from paralleldit.nodes.session.weight_delivery import deliver
 from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
@@ -287,11 +287,51 @@ def test_a_control_picture_is_cut_in_the_middle():
     assert resized(image, 16, 16).mean() == 1.0
 
 
-def test_a_sampler_of_comfyui_is_told_what_to_use(client, net):
+class ComfyControl:
+    """ComfyUI's own ControlNet, as far as its samplers ask it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "get_control": {"input": ["own"], "middle": [], "output": []},
+            "get_models": ["a model"],
+            "get_extra_hooks": ["hooks"],
+            "inference_memory_requirements": 8,
+        }
+        return lambda *args, **kwargs: self.calls.append(name) or answers.get(name)
+
+
+@pytest.mark.parametrize("before", [None, ComfyControl()], ids=["alone", "after ComfyUI's own"])
+def test_all_that_samplers_of_comfyui_ask_a_controlnet_is_answered(client, net, before):
+    prompt = conditioning() if before is None else conditioning(control=before)
+    positive, _ = controlled(net, Vae(), (prompt, conditioning()))
+    control = positive[0][1]["control"]
+    assert control.previous_controlnet is before
+    control.pre_run(SimpleNamespace(stepwise=None), lambda percent: percent)
+    found = control.get_control(torch.zeros(2, 4, 6, 6), torch.tensor([0.4, 0.4]), {}, 2, {})
+    assert (found["input"], found["output"]) == ([] if before is None else ["own"], [])
+    assert [(len(each.controls), round(each.sigma, 6)) for each in active_controls(found)] == [(1, 0.4)]
+    assert control.get_models() == ([] if before is None else ["a model"])
+    assert control.get_extra_hooks() == ([] if before is None else ["hooks"])
+    assert control.inference_memory_requirements(torch.float32) == (0 if before is None else 8)
+    assert (control.get_models_only_self(), control.multigpu_clones) == ([], {})
+    assert control.get_instance_for_device("cpu") is control
+    control.cleanup()
+    if before is not None:
+        assert {"pre_run", "cleanup"} <= set(before.calls)
+
+
+def test_prompts_share_their_controlnet_so_that_samplers_evaluate_them_together(client, net):
+    positive, negative = controlled(net, Vae())
+    assert positive[0][1]["control"] is negative[0][1]["control"]
+
+
+def test_a_model_that_is_not_in_the_ranks_is_refused(client, net):
     positive, _ = controlled(net, Vae())
-    for name in ("get_models", "pre_run", "get_control"):
-        with pytest.raises(UserError, match="Use Parallel Sampler"):
-            getattr(positive[0][1]["control"], name)("whatever")
+    with pytest.raises(UserError, match="only the ranks can evaluate"):
+        positive[0][1]["control"].pre_run(SimpleNamespace(), lambda percent: percent)
 
 
 def test_a_controlnet_that_would_never_work_is_refused(client, net):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from paralleldit.nodes import layout_choice
 from paralleldit.nodes.comfyui.stepwise import StepwiseModel
 from paralleldit.nodes.handles import EncodedPicture, ModelHandle
 from paralleldit.nodes.layout_choice import LayoutChoice
+from paralleldit.nodes.request.controls import PendingControl, PendingControls
 from paralleldit.nodes.request.network_inputs import one_time
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.registry import FAMILIES
@@ -152,7 +154,7 @@ def test_a_new_run_is_told_all_again(ask):
 def test_what_a_network_is_told_beside_tensors_travels(ask, family, given, entry):
     running(family).predict([LATENT[:1]], TIMESTEP[:1], {"context": PROMPTS[:1], **given}, (0,))
     told = ask.last(messages.Predict)[0].run_conditions
-    assert list(told.values()) == [messages.Prompt(**entry)]
+    assert list(told.values()) == [messages.RunPrompt(**entry)]
 
 
 def test_reference_latents_are_told_with_their_prompt(ask):
@@ -257,3 +259,69 @@ def test_pictures_are_told_with_the_prompts_while_they_work(ask):
     first, tensors = ask.sent[0]
     means = [tensors[f"{key}.0.image.1"].mean() for key in first.conditions]
     assert means == [1.0, 0.0], "the negative prompt sees zeros"
+
+
+# -- ControlNets that the ranks evaluate ---------------------------------------------------------------------------
+
+
+class Vae:
+    """Remembers the sizes of what it encodes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, ...]] = []
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(tuple(pixels.shape[:3]))
+        return pixels.mean(-1)[:, None, ::8, ::8].repeat(1, 16, 1, 1)
+
+
+def pending(vae: Any, count: int = 1, **changes: Any) -> PendingControl:
+    use = messages.ControlUse(net=messages.ControlNetRef(path="/models/edges"), **changes)
+    return PendingControl(use, torch.rand(count, 64, 64, 3), vae)
+
+
+def control_at(sigma: float, *controls: PendingControl, before: Any = None) -> Any:
+    """What ComfyUI hands to the network of a prompt's control."""
+    return PendingControls(controls, before).get_control(LATENT, torch.full((4,), sigma), {}, 2, {})
+
+
+def test_controlnets_are_told_with_the_prompts_while_they_work(ask):
+    stepwise, vae = running(), Vae()
+    always, early, never = pending(vae, strength=0.5), pending(vae, end=0.5), pending(vae, strength=0.0)
+    for sigma in (0.9, 0.7, 0.3, 0.1):
+        stepwise.predict([LATENT], TIMESTEP, inputs(control=control_at(sigma, always, early, never)), (0, 1), sigma)
+    told = [message.run_conditions for message, _ in ask.sent]
+    assert [len(each) for each in told] == [2, 0, 2, 0]
+    assert [entry.controls for entry in told[0].values()] == [(always.message, early.message)] * 2
+    assert [entry.controls for entry in told[2].values()] == [(always.message,)] * 2
+    first, tensors = ask.sent[0]
+    assert [tensors[f"{key}.0.control.1"].shape for key in first.conditions] == [(1, 16, 6, 6)] * 2
+    assert vae.sizes == [(1, 48, 48)] * 2, "each picture that works is encoded once a run"
+    assert all(not message.residuals for message, _ in ask.sent)
+
+
+def test_a_prompt_for_an_area_has_its_control_picture_in_the_areas_size(ask):
+    stepwise, vae = running(), Vae()
+    control = pending(vae)
+    for latent in (LATENT, LATENT[..., :3], LATENT):
+        stepwise.predict([latent], TIMESTEP, inputs(control=control_at(0.5, control)), (0, 1), 0.5)
+    assert vae.sizes == [(1, 48, 48), (1, 48, 24)]
+    assert [len(message.run_conditions) for message, _ in ask.sent] == [2, 2, 0]
+
+
+@pytest.mark.parametrize(("pictures", "sent"), [(1, 1), (2, 2), (3, 2), (5, 2)])
+def test_control_pictures_of_another_number_are_taken_as_comfyui_takes_them(ask, pictures, sent):
+    running().predict([LATENT], TIMESTEP, inputs(control=control_at(0.5, pending(Vae(), pictures))), (0, 1), 0.5)
+    message, tensors = ask.last(messages.Predict)
+    assert tensors[f"{message.conditions[0]}.0.control.0"].shape[0] == sent
+
+
+def test_residuals_of_comfyuis_own_controlnets_travel_beside_ours(ask):
+    residual = torch.ones(4, 8, 6)
+    comfy = SimpleNamespace(get_control=lambda *_, **__: {"input": [residual], "middle": [], "output": []})
+    control = control_at(0.5, pending(Vae()), before=comfy)
+    running().predict([LATENT], TIMESTEP, inputs(control=control), (0, 1), 0.5)
+    message, tensors = ask.last(messages.Predict)
+    assert message.residuals == {"input": (0,)}
+    assert all(len(entry.controls) == 1 for entry in message.run_conditions.values())
+    assert torch.equal(tensors["residual.0"], residual)

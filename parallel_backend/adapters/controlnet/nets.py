@@ -84,9 +84,8 @@ class ControlNet(ABC):
 
     def see(self, picture: Tensor) -> Tensor:
         """What `embed` is given tokens of, `[B, C, H, W]`: the control picture's latent, in the model's space."""
-        latent = self.model.latent
-        shift = latent.shift if self.latent_shift else 0.0
-        return ((picture.float() - shift) * latent.scale).to(self.model.device)
+        latent = self.model.latent if self.latent_shift else replace(self.model.latent, shift=0.0)
+        return latent.process_in(picture.float()).to(self.model.device)
 
     @abstractmethod
     def embed(self, given: ControlledEvaluation) -> State:

@@ -178,6 +178,7 @@ SD3 = FamilySpec(
     derive_config=derive_config,
     cuts=CUTS,
     host_config=host_config,
+    host_reads=("x_embedder", "y_embedder"),  # Stability's for 3.5
     residuals=lambda config: {"output": range(config["num_layers"])},
     published={
         "sd3-medium": MEDIUM,

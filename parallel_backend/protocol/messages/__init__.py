@@ -40,11 +40,13 @@ from .requests import (
     Prompt,
     Request,
     ResidualList,
+    RunPrompt,
     Sample,
     Schedule,
     Shutdown,
     Status,
     Unload,
     VaeWork,
+    controls_of,
     entries_of,
 )

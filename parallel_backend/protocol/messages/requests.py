@@ -147,6 +147,14 @@ ResidualList = Literal["input", "output"]
 ResidualNumber = Annotated[int, Field(ge=0, le=1024)]
 
 
+class RunPrompt(Prompt):
+    """The condition of a `Predict`, with the ControlNets that work now. The client knows the run, and names them while
+    they work: `start` and `end` count for nothing here. Tensors `<key>.0.control.<number>` as `ControlUse` says.
+    """
+
+    controls: tuple[ControlUse, ...] = Field(default=(), max_length=16)
+
+
 class Predict(Request):
     """One prediction of the transformer for a sampler that runs in the client, for one or more conditions at once.
 
@@ -154,7 +162,7 @@ class Predict(Request):
     on; those of another run are forgotten. Tensors: `latent` [N * B, C, H, W] or [N * B, C, T, H, W], one after the
     other for each of the N `conditions`, scaled as the model takes it; `timestep` [N * B] or [N * B, frames] on the
     model's clock, and that of the run's next level, `next_timestep` [N * B], for models that are given it; those of
-    every `Prompt` that comes (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own
+    every `RunPrompt` that comes (side = its key, index = 0); `residual.<number>` [N * B or 1, S, h] of the client's own
     ControlNets, which `residuals` puts where ComfyUI's lists "input" and "output" have them.
 
     A model of several latents has `latent.<name>` instead, and `prediction.<name>` is answered.
@@ -167,7 +175,7 @@ class Predict(Request):
     layout: Layout
     run: Key
     conditions: tuple[Key, ...] = Field(min_length=1, max_length=256)
-    run_conditions: dict[Key, Prompt] = Field(default_factory=dict, max_length=256)
+    run_conditions: dict[Key, RunPrompt] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
     residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
 
@@ -179,6 +187,16 @@ def entries_of(request: Request) -> tuple[Prompt, ...]:
             return (*request.positive, *request.negative)
         case Predict():
             return tuple(request.run_conditions.values())
+    return ()
+
+
+def controls_of(request: Request) -> tuple[ControlUse, ...]:
+    """The ControlNets that a request brings."""
+    match request:
+        case Sample():
+            return request.controls
+        case Predict():
+            return tuple(control for entry in request.run_conditions.values() for control in entry.controls)
     return ()
 
 
