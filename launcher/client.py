@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ..parallel_backend.errors import Cancelled, UserError
+from ..parallel_backend.errors import SHOWN_MODULE, Cancelled, UserError
 from ..parallel_backend.machine.clock import RunningClock
 from ..parallel_backend.protocol import addresses, frames, handshake, messages, records
 from ..parallel_backend.protocol.errors import ProtocolError
@@ -32,6 +32,8 @@ Event = messages.Progress | messages.Log | messages.Memory
 class SidecarError(Exception):
     """The sidecar failed and is gone; the next request starts a new one."""
 
+    __module__ = SHOWN_MODULE
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(f"{message} {hint}".strip())
         self.message = message
@@ -40,6 +42,8 @@ class SidecarError(Exception):
 
 class NotBegun(SidecarError):
     """The sidecar was lost before its ranks had begun with the request, which a new one may be asked again."""
+
+    __module__ = SHOWN_MODULE
 
 
 class Client:

@@ -1,16 +1,21 @@
 """The pack's nodes for ComfyUI's graph."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from .controlnet import ParallelDiTControlNetApply, ParallelDiTControlNetLoader
 from .ip_adapter import ParallelDiTIPAdapter
 from .layout import ParallelDiTLayout
 from .loader import ParallelDiTLoader
 from .lora import ParallelDiTLora
 from .sampler import ParallelDiTSampler
+from .session.activity import noted
 from .status import ParallelDiTStatus, ParallelDiTUnload
 from .text import ParallelDiTTextEncode
 from .vae import ParallelDiTVAEDecode, ParallelDiTVAEEncode, ParallelDiTVAEEncodeForInpaint, ParallelDiTVAELoader
 
-NODE_CLASS_MAPPINGS = {
+NODE_CLASS_MAPPINGS: dict[str, Any] = {
     node.__name__: node
     for node in (
         ParallelDiTLoader,
@@ -29,6 +34,9 @@ NODE_CLASS_MAPPINGS = {
         ParallelDiTUnload,
     )
 }
+for _node in NODE_CLASS_MAPPINGS.values():
+    setattr(_node, _node.FUNCTION, noted(getattr(_node, _node.FUNCTION)))
+
 NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTLoader": "Parallel Loader",
     "ParallelDiTLayout": "Parallel Layout",

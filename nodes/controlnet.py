@@ -10,7 +10,7 @@ from ..parallel_backend.files.controlnet import read_controlnet
 from ..parallel_backend.protocol.messages import ControlNetRef, ControlUse
 from . import model_files
 from .request.controls import CONTROL, PREPARED, PendingControl, PendingControls, with_control
-from .widgets import SPAN, check_span, verdict
+from .widgets import SPAN, allowed, check_span, verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,8 +119,8 @@ class ParallelDiTControlNetApply:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, start_percent: float, end_percent: float) -> bool | str:
-        return verdict(check_span, start_percent, end_percent, IDLE)
+    def VALIDATE_INPUTS(cls, start_percent: float, end_percent: float) -> bool:
+        return allowed(check_span, start_percent, end_percent, IDLE)
 
     def apply(
         self,

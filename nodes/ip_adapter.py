@@ -10,7 +10,7 @@ from ..parallel_backend.files.ip_adapter import IPAdapterInfo, read_ip_adapter
 from ..parallel_backend.protocol.messages import ImagePromptUse, IPAdapterRef
 from . import host, model_files
 from .handles import EncodedPicture, handle_of
-from .widgets import SPAN, check_span, verdict
+from .widgets import SPAN, allowed, check_span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,9 +81,9 @@ class ParallelDiTIPAdapter:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, ip_adapter: str, start_percent: float, end_percent: float) -> bool | str:
-        named = verdict(lambda name: model_files.resolve(name, (KIND,), WHAT), ip_adapter)
-        return named if named is not True else verdict(check_span, start_percent, end_percent, IDLE)
+    def VALIDATE_INPUTS(cls, ip_adapter: str, start_percent: float, end_percent: float) -> bool:
+        is_there = allowed(lambda name: model_files.resolve(name, (KIND,), WHAT), ip_adapter)
+        return is_there and allowed(check_span, start_percent, end_percent, IDLE)
 
     def show(
         self,

@@ -14,7 +14,7 @@ from ..parallel_backend.layout.layout import (
 )
 from .layout_choice import GIVEN, LayoutChoice
 from .session import session
-from .widgets import verdict
+from .widgets import allowed
 
 CHOICES = {
     "attention": get_args(AttentionKernel),
@@ -169,8 +169,8 @@ class ParallelDiTLayout:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
-        return verdict(lambda *_: _choose(inputs), *inputs.values())
+    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool:
+        return allowed(lambda *_: _choose(inputs), *inputs.values())
 
     def build(self, **inputs: Any) -> tuple[LayoutChoice]:
         return (_choose(inputs),)
@@ -179,9 +179,9 @@ class ParallelDiTLayout:
 def _choose(inputs: dict[str, Any]) -> LayoutChoice:
     """The choice of these inputs, once it is known to fit the ranks that a sidecar would have."""
     choice = LayoutChoice(**inputs)
-    for name, allowed in CHOICES.items():
-        if getattr(choice, name) not in allowed:
-            raise UserError(f"{name}={getattr(choice, name)!r} is unknown.", f"Choose one of {', '.join(allowed)}.")
+    for name, known in CHOICES.items():
+        if getattr(choice, name) not in known:
+            raise UserError(f"{name}={getattr(choice, name)!r} is unknown.", f"Choose one of {', '.join(known)}.")
     for name, number in vars(choice).items():
         least = int(name in GIVEN)
         if isinstance(number, int) and number < least:
@@ -190,7 +190,7 @@ def _choose(inputs: dict[str, Any]) -> LayoutChoice:
                 "Use 0 to have it chosen." if least == 0 else f"Set {name} to 1 or more.",
             )
     choice.blocks_by_stage()
-    known = session.ranks_for(choice.ranks)
-    if known:
-        choice.check(known)
+    ranks = session.ranks_for(choice.ranks)
+    if ranks:
+        choice.check(ranks)
     return choice

@@ -10,7 +10,7 @@ from ..parallel_backend.files import open_checkpoint
 from ..parallel_backend.protocol.messages import LoraRef
 from . import host, model_files
 from .handles import handle_of
-from .widgets import verdict
+from .widgets import allowed
 
 KIND = "loras"
 WHAT = "The LoRA"
@@ -69,9 +69,10 @@ class ParallelDiTLora:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, lora: str, block_strengths: str = "") -> bool | str:
-        named = verdict(lambda name: model_files.resolve(name, (KIND,), WHAT), lora)
-        return named if named is not True else verdict(_factors, block_strengths)
+    def VALIDATE_INPUTS(cls, lora: str, block_strengths: str = "") -> bool:
+        return allowed(lambda name: model_files.resolve(name, (KIND,), WHAT), lora) and allowed(
+            _factors, block_strengths
+        )
 
     def add(self, model: Any, lora: str, strength: float, block_strengths: str = "") -> tuple[Any]:
         handle = handle_of(model)

@@ -14,6 +14,7 @@ from ..parallel_backend.vae.tiles import NO_TILES, Tiling
 from . import host
 from .layout_choice import LayoutChoice
 from .session import session
+from .session.activity import noted
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class ParallelVAE:
         """Whether the ranks that sample are free while it works."""
         return self.own_ranks > 0
 
+    @noted
     def decode(self, samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error") -> Tensor:
         """Latent `[B, C, h, w]` to pictures `[B, H, W, 3]` in 0..1, `[B, C, t, h, w]` to videos `[B, T, H, W, 3]`."""
         check_side("decode", self.header.sides, self.header.source)
         image = self._ask(Decode, tiling, on_out_of_memory, {"latent": samples}).tensors["image"]
         return host.current().kept(image)
 
+    @noted
     def encode(
         self, pixel_samples: Tensor, tiling: Tiling = NO_TILES, on_out_of_memory: OnOutOfMemory = "error"
     ) -> Tensor:

@@ -23,7 +23,7 @@ from .handles import handle_of
 from .layout_choice import LayoutChoice
 from .request import conditioning, controls, image_prompts, latent, regions
 from .session import session, weight_delivery
-from .widgets import verdict
+from .widgets import allowed
 
 
 class ParallelDiTSampler:
@@ -144,8 +144,8 @@ class ParallelDiTSampler:
     @classmethod
     def VALIDATE_INPUTS(
         cls, sampler_name: str, scheduler: str, start_at_step: int = 0, end_at_step: int = MAX_STEPS
-    ) -> bool | str:
-        return verdict(_check_inputs, sampler_name, scheduler, start_at_step, end_at_step)
+    ) -> bool:
+        return allowed(_check_inputs, sampler_name, scheduler, start_at_step, end_at_step)
 
     def sample(
         self,

@@ -16,7 +16,7 @@ from ..parallel_backend.vae.tiles import Tiling, cropped
 from . import model_files
 from .layout_choice import LayoutChoice
 from .remote_vae import ParallelVAE
-from .widgets import LAYOUT_INPUT, verdict
+from .widgets import LAYOUT_INPUT, allowed, verdict
 
 KINDS = ("vae", "checkpoints")
 WHAT = "The VAE"
@@ -135,8 +135,8 @@ class ParallelDiTVAEDecode:
         return {"required": required, "optional": ON_OUT_OF_MEMORY}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
-        return verdict(_tiling, tile_size, overlap)
+    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool:
+        return allowed(_tiling, tile_size, overlap)
 
     def decode(
         self,
@@ -169,8 +169,8 @@ class ParallelDiTVAEEncode:
         return {"required": required, "optional": ON_OUT_OF_MEMORY}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
-        return verdict(_tiling, tile_size, overlap)
+    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool:
+        return allowed(_tiling, tile_size, overlap)
 
     def encode(
         self, pixels: Tensor, vae: Any, tile_size: int, overlap: int, on_out_of_memory: OnOutOfMemory = "error"
@@ -209,8 +209,8 @@ class ParallelDiTVAEEncodeForInpaint:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool | str:
-        return verdict(_tiling, tile_size, overlap)
+    def VALIDATE_INPUTS(cls, tile_size: int, overlap: int) -> bool:
+        return allowed(_tiling, tile_size, overlap)
 
     def encode(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..parallel_backend.errors import UserError
+from .session.activity import activity
 
 LAYOUT_INPUT = (
     "PARALLELDIT_LAYOUT",
@@ -34,15 +35,23 @@ def check_span(start: float, end: float, otherwise: str) -> None:
         )
 
 
-def verdict(check: Callable[..., object], *inputs: object) -> bool | str:
-    """What VALIDATE_INPUTS returns: True, or the reason why `check(*inputs)` raised `UserError`.
+def verdict(check: Callable[[Any], object], value: object) -> bool | str:
+    """What VALIDATE_INPUTS of one input returns: True, or the reason why `check(value)` raised `UserError`.
 
     An input that another node gives arrives as None before the run; then the check waits for the run.
     """
-    if any(value is None for value in inputs):
-        return True
     try:
-        check(*inputs)
+        return allowed(check, value)
     except UserError as error:
         return str(error)
+
+
+def allowed(check: Callable[..., object], *inputs: object) -> bool:
+    """What VALIDATE_INPUTS of inputs that may not fit each other returns: True, unless `check(*inputs)` raises.
+
+    ComfyUI shows what is raised once, and a reason that is returned once for each of the inputs.
+    """
+    if not any(value is None for value in inputs):
+        with activity.during():
+            check(*inputs)
     return True

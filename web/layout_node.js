@@ -11,6 +11,7 @@ export function addFitLine(node, ranks, t) {
   line.className = "paralleldit-fit";
   const widget = node.addDOMWidget(NAME, NAME, line, {
     serialize: false,
+    margin: 0, // by default as wide as to leave nothing of so low a line
     getValue: () => "",
     setValue: () => {},
     getMinHeight: () => HEIGHT,

@@ -214,7 +214,10 @@ def _ask_node(node: Node) -> None:
     if not names:
         return
     given = {name: None if isinstance(value, Link) else value for name, value in node.inputs.items() if name in names}
-    answer = node.node_class.VALIDATE_INPUTS(**given)  # type: ignore[attr-defined]
+    try:
+        answer = node.node_class.VALIDATE_INPUTS(**given)  # type: ignore[attr-defined]
+    except UserError as error:
+        raise UserError(f"{node}: {error.message}", error.hint) from error
     if answer is not True:
         raise UserError(f"{node}: {answer}")
 

@@ -25,6 +25,7 @@ from ...parallel_backend.families.spec import FamilySpec
 from ..handles import ATTACHMENT, POSITIVE, ModelHandle, handle_of
 from ..request.network_inputs import one_time
 from ..request.weight_patches import changes_of
+from ..session.activity import noted
 from .copied_weights import keep_readable
 from .latent_format import format_of_vae
 from .model_checks import check_options, check_stepwise
@@ -67,6 +68,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def model_patches_to(self, device: Any) -> None:
         """Only dtypes are set on patches; there are none on the meta device."""
 
+    @noted
     def pre_run(self, *args: Any, **kwargs: Any) -> None:
         """A sampler of ComfyUI starts."""
         check_stepwise(self)
@@ -133,6 +135,7 @@ def _ask_ranks(model: Any) -> None:
     signature = inspect.signature(getattr(network, name))
     latent_name, timestep_name = list(signature.parameters)[:2]
 
+    @noted
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
         inputs = signature.bind(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})

@@ -37,6 +37,7 @@ class PendingControls:
         self.controls = tuple(controls)
         self.previous_controlnet = previous_controlnet
         self.multigpu_clones: dict[Any, Any] = {}
+        self.extra_hooks = None
 
     def pre_run(self, model: Any, percent_to_sigma: Any) -> None:
         """Raises `UserError` for a model that is not in the ranks."""

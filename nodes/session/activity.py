@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import ParamSpec, TypeVar
 
 from ...launcher.client import Event, SidecarError
 from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol.errors import ProtocolError
 from ...parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result, Sample
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
 KNOWN_ERRORS = (UserError, SidecarError, ProtocolError)
 FAILURES = (*KNOWN_ERRORS, Cancelled, OSError)
@@ -128,6 +133,17 @@ class Activity:
             self.now = snapshot = replace(self.now, **changes)
         for listener in self._listeners:
             listener(snapshot)
+
+
+def noted(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """`function`, whose errors the panel shows, those too that never came to a request."""
+
+    @functools.wraps(function)
+    def during(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        with activity.during():
+            return function(*args, **kwargs)
+
+    return during
 
 
 activity = Activity()

@@ -82,10 +82,12 @@ def vae_client(ranks: int, sampling_ranks: int) -> Client:
         return _client(spec.for_vae(ranks))
     sampling = ranks_for(sampling_ranks) // spec.nnodes
     if sampling + ranks > count:
+        fewer = f"Set ranks of Parallel Layout to {count - ranks}, or own_ranks to {max(0, count - sampling)}."
         raise UserError(
             f"{sampling} ranks that sample and own_ranks={ranks} of the VAE need {sampling + ranks} GPUs, but torch "
             f"sees {count}.",
-            f"Set ranks of Parallel Layout to {count - ranks}, or own_ranks to {max(0, count - sampling)}.",
+            # ranks=0 means all of them.
+            fewer if count > ranks else "Set own_ranks to 0: then the ranks that sample decode, too.",
         )
     return _client(spec.for_vae(ranks, tuple(range(count - ranks, count))))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from ..errors import SHOWN_MODULE
+
 
 class ProtocolError(Exception):
     """A frame, a message or a handshake that the protocol does not allow."""
+
+    __module__ = SHOWN_MODULE

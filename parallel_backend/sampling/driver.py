@@ -186,12 +186,22 @@ def check_shapes(job: SamplingJob) -> None:
         )
 
 
+SHOWN_LEVELS = 3
+"""How many an error shows before and from the first that is wrong."""
+
+
 def check_sigmas(sigmas: Tensor) -> Tensor:
     """The levels as fp32 on the CPU."""
     sigmas = sigmas.detach().float().cpu()
-    if not torch.isfinite(sigmas).all() or (sigmas < 0).any() or (sigmas.diff() >= 0).any():
+    is_wrong = ~torch.isfinite(sigmas) | (sigmas < 0)
+    is_wrong[1:] |= sigmas.diff() >= 0
+    if is_wrong.any():
+        place = int(is_wrong.nonzero()[0])
+        first, last = max(0, place - SHOWN_LEVELS), min(len(sigmas), place + SHOWN_LEVELS)
+        shown = ", ".join(f"{round(float(level), 6)}" for level in sigmas[first:last])
         raise UserError(
-            f"The sigmas do not fall from step to step: {[round(float(s), 6) for s in sigmas]}.",
+            f"The sigmas do not fall from step to step: {'… ' * (first > 0)}{shown}{' …' * (last < len(sigmas))}, "
+            f"wrong at number {place} of {len(sigmas) - 1}.",
             "Every level must be finite, at least 0, and lower than the one before; use fewer steps or another "
             "scheduler.",
         )

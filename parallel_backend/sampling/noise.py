@@ -44,7 +44,8 @@ def initial_noises(
         return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
     if any(len(batch_index) != shape[0] for shape in shapes) or min(batch_index, default=-1) < 0:
         raise UserError(
-            f"The latent's batch_index {list(batch_index)} does not fit its batch of {shapes[0][0]}.",
+            f"The latent's batch_index of {len(batch_index)} numbers from {min(batch_index, default=0)} on does not "
+            f"fit its batch of {shapes[0][0]}.",
             "It needs one number, 0 or more, for every latent in the batch.",
         )
     return [_noise_by_index(shape, dtype, generator, batch_index) for shape in shapes]

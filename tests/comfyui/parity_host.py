@@ -47,8 +47,9 @@ def scaled_folder(model: str) -> str:
 
 CONTROLLED = ("flux", "sd3", "hunyuandit", "sd3, Stability's", "sd3, Stability's with embedded text")
 """ControlNets, each named for its model first."""
-FOR_COMFYUI = "sd3, Stability's with embedded text"
-"""The ranks know none of this kind."""
+FOR_COMFYUI = CONTROLLED[3:]
+"""ComfyUI gives the first of these positions of its own, where the ranks and diffusers give it the model's; the ranks
+know none of the second kind."""
 RANKS = (1, 2, 4)
 STEPS = 2
 CHANGED = 1e-2
@@ -378,7 +379,7 @@ def compare(case: Case, native: Any, ours: Any, parallel: type, control: Any) ->
     parts = {"KSampler": [{}]} | {f"steps {what}": own for what, own in PARTS.items()}
     of_ours = [in_parts(parts[case.node], parallel().sample)] if case.node in parts else []
     mixed = (theirs, mine, (False, True), (True, False)) if case.controls else (None,)
-    if case.controls == FOR_COMFYUI:
+    if case.controls in FOR_COMFYUI:
         mixed, of_ours = (theirs,), []
     of_stock = max(error(latent(ours, stock, each)) for each in mixed)
     return [of_stock, *(error(latent(ours, each, mine)) for each in of_ours)]

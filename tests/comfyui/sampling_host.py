@@ -153,7 +153,7 @@ class HostModel:
     """What ComfyUI's samplers need of a guided model; since 2026 they tell its class and CFG in the log, too."""
 
     def __init__(self, model_sampling) -> None:
-        def scale_latent_inpaint(x, sigma, noise, latent_image, denoise_mask=None):
+        def scale_latent_inpaint(x, sigma, noise, latent_image, **_):
             return model_sampling.noise_scaling(sigma.reshape(-1, *[1] * (noise.ndim - 1)), noise, latent_image)
 
         self.model_sampling = model_sampling

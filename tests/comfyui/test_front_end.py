@@ -25,6 +25,8 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 READY_MS = 120_000
 RUN_MS = 180_000
 SETTLE_MS = 1500
+LINE_PX = 16
+"""The least height of a line that can be read, on a canvas that is not zoomed."""
 JPEG_QUALITY = 70
 BESIDE_PANEL = """async () => {
   const { setting } = window.app.extensionManager;
@@ -193,6 +195,7 @@ def test_the_layout_node_multiplies_degrees_as_they_are_typed(page):
             degree,
         )
         told[degree] = (line.get_attribute("data-verdict"), line.inner_text())
+        assert line.bounding_box()["height"] >= LINE_PX * page.page.evaluate("() => window.app.canvas.ds.scale")
     assert told == {2: ("fits", "2 = 2 ranks"), 3: ("clashes", "3 = 3 does not make 2 ranks")}
 
 

@@ -121,6 +121,17 @@ def test_a_layout_that_cannot_work_is_refused_by_the_queue(host, demo):
     answer = host.refusal(demo)
     assert "ulysses_degree=3" in answer
     assert "2 ranks" in answer
+    faulty = json.loads(answer)["node_errors"]
+    assert [len(node["errors"]) for node in faulty.values()] == [1], "one wrong degree is one error"
+
+
+def test_an_errors_type_is_shown_without_the_path_of_a_file(host, demo):
+    demo["6"]["inputs"] |= {"seed": 97, "cfg": 3.0}
+    del demo["6"]["inputs"]["negative"]
+    (error,) = host.run(demo).of("execution_error")
+    assert error["exception_type"] == "ParallelDiT.UserError"
+    panel = host.get("/paralleldit/status")
+    assert "needs a negative prompt" in panel["activity"]["error"]["message"]
 
 
 def test_text_and_latents_of_comfyuis_own_nodes_and_its_vae_nodes_work(host, demo):

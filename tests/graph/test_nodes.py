@@ -12,15 +12,16 @@ import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from paralleldit.launcher import lifecycle
-from paralleldit.launcher.client import NotBegun
+from paralleldit.launcher.client import NotBegun, SidecarError
 from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.nodes.session import session
-from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.layout.fitting import RunFacts
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
+from paralleldit.parallel_backend.protocol.errors import ProtocolError
 from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
 from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS
@@ -157,10 +158,46 @@ def of(ranks, ulysses=0, ring=0, cfg=0, data=0, **optional):
     ],
 )
 def test_a_layout_that_cannot_work_is_refused_before_anything_runs(client, inputs, numbers):
-    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**inputs)
-    assert isinstance(answer, str)
-    assert all(number in answer for number in numbers), answer
+    with pytest.raises(UserError) as refused:
+        NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**inputs)
+    assert all(number in str(refused.value) for number in numbers), refused.value
     assert not client.specs
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("Layout", of(2, 3, 1, 1, 1)),
+        ("Sampler", {"sampler_name": "none", "scheduler": "simple", "start_at_step": 0, "end_at_step": 3}),
+        ("Sampler", {"sampler_name": "euler", "scheduler": "simple", "start_at_step": 5, "end_at_step": 3}),
+        ("Loader", {"model": "none"}),
+        ("Lora", {"lora": "none", "block_strengths": "1"}),
+        ("ControlNetLoader", {"controlnet": "none"}),
+        ("ControlNetApply", {"start_percent": 0.9, "end_percent": 0.1}),
+        ("IPAdapter", {"ip_adapter": "none", "start_percent": 0.0, "end_percent": 1.0}),
+        ("TextEncode", {"text_encoders": "none"}),
+        ("VAELoader", {"vae": "none"}),
+        ("VAEDecode", {"tile_size": 64, "overlap": 64}),
+        ("VAEEncode", {"tile_size": 64, "overlap": 64}),
+        ("VAEEncodeForInpaint", {"tile_size": -1, "overlap": 0}),
+    ],
+    ids=str,
+)
+def test_one_wrong_input_is_one_error_in_comfyui(client, name, inputs):
+    """ComfyUI tells what is raised once, and a returned reason for each input that VALIDATE_INPUTS takes."""
+    validate = NODE_CLASS_MAPPINGS[f"ParallelDiT{name}"].VALIDATE_INPUTS
+    taken = inspect.getfullargspec(validate)
+    try:
+        reason = validate(**inputs)
+    except UserError:
+        return
+    assert isinstance(reason, str)
+    assert len(taken.args) == 2, "the class and one input"
+
+
+@pytest.mark.parametrize("error", [UserError, SidecarError, NotBegun, ProtocolError, Cancelled])
+def test_an_errors_type_is_shown_without_the_path_of_a_file(error):
+    assert f"{error.__module__}.{error.__qualname__}" == f"ParallelDiT.{error.__name__}"
 
 
 def test_a_linked_degree_is_checked_when_it_is_known(client):
@@ -188,9 +225,8 @@ def test_a_layout_that_does_not_fit_the_run_is_refused_before_it_is_sent(client,
 def test_without_gpu_more_ranks_than_gpus_are_refused(client, monkeypatch):
     host.use(host.Host(spec=SidecarSpec(device="cuda")))
     monkeypatch.setattr("paralleldit.launcher.devices.gpu_count", lambda python: 1)
-    answer = NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**of(4))
-    assert "4 ranks" in answer
-    assert "1" in answer
+    with pytest.raises(UserError, match=r"4 ranks.*1"):
+        NODE_CLASS_MAPPINGS["ParallelDiTLayout"].VALIDATE_INPUTS(**of(4))
 
 
 # -- sampler -------------------------------------------------------------------------------------------------------
@@ -237,8 +273,8 @@ def test_a_part_of_the_steps_travels(client, inputs, fields):
 
 
 def test_a_part_of_the_steps_that_ends_before_it_starts_is_refused_before_anything_runs(client):
-    answer = NODE_CLASS_MAPPINGS["ParallelDiTSampler"].VALIDATE_INPUTS("euler", "simple", 5, 3)
-    assert "from step 5 to step 3" in answer
+    with pytest.raises(UserError, match="from step 5 to step 3"):
+        NODE_CLASS_MAPPINGS["ParallelDiTSampler"].VALIDATE_INPUTS("euler", "simple", 5, 3)
     assert NODE_CLASS_MAPPINGS["ParallelDiTSampler"].VALIDATE_INPUTS("euler", "simple") is True
     with pytest.raises(UserError, match="from step 5 to step 3"):
         sample(start_at_step=5, end_at_step=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from typing import Any
@@ -14,7 +15,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from paralleldit.launcher import lifecycle
 from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.spec import SidecarSpec
-from paralleldit.nodes import host
+from paralleldit.nodes import NODE_CLASS_MAPPINGS as nodes
+from paralleldit.nodes import host, widgets
 from paralleldit.nodes.panel import routes as panel_routes
 from paralleldit.nodes.panel import status as panel
 from paralleldit.nodes.session import activity as activities
@@ -31,7 +33,7 @@ JSON = {"Content-Type": "application/json"}
 def activity(monkeypatch) -> Activity:
     """Of this test alone."""
     fresh = Activity()
-    for module in (activities, session, panel, panel_routes):
+    for module in (activities, session, panel, panel_routes, widgets):
         monkeypatch.setattr(module, "activity", fresh)
     return fresh
 
@@ -95,6 +97,28 @@ def test_errors_are_noted_and_a_cancel_is_none(client, activity, fault, is_noted
     assert activity.now.phase is None
     sample()
     assert activity.now.error is None, "a run that works ends the error"
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        (lambda: nodes["ParallelDiTLoader"]().load("nothing", "auto"), "'nothing' was not found"),
+        (lambda: nodes["ParallelDiTLoader"].VALIDATE_INPUTS("nothing"), "'nothing' was not found"),
+        (lambda: nodes["ParallelDiTLayout"].VALIDATE_INPUTS(ranks=2, ulysses_degree=3), "ulysses_degree=3"),
+        (lambda: nodes["ParallelDiTLora"].VALIDATE_INPUTS("nothing"), "'nothing' was not found"),
+        (lambda: nodes["ParallelDiTVAEDecode"]().decode({}, object(), 0, 0), "not loaded by Parallel VAE Loader"),
+        (lambda: nodes["ParallelDiTSampler"]().sample(object(), *range(8)), "not loaded by Parallel Loader"),
+    ],
+    ids=["a file", "a file, before the run", "a degree", "a LoRA", "a VAE", "a model"],
+)
+def test_errors_that_nodes_raise_before_they_ask_the_ranks_are_noted(client, fail, words):
+    before = activities.activity.now.error
+    with contextlib.suppress(UserError):
+        fail()
+    error = activities.activity.now.error
+    assert error is not before
+    assert words in error.message
+    assert not error.sidecar_failed
 
 
 # -- a real sidecar ------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_a_vae_with_ranks_of_its_own_has_a_sidecar_of_its_own(client):
         (2, 2, (2, 3), ""),
         (0, 1, None, "ranks of Parallel Layout to 3"),
         (3, 2, None, "own_ranks to 1"),
+        (0, 4, None, "Set own_ranks to 0: "),
     ],
 )
 def test_a_vae_of_its_own_takes_the_last_gpus(client, monkeypatch, sampling, own, gpus, hint):
@@ -132,7 +133,8 @@ def test_masks_that_do_not_fit_the_pictures_are_counted(client):
     ("tile_size", "overlap", "words"), [(64, 64, "overlap=64"), (64, 128, "overlap=128"), (-8, 0, "tile_size=-8")]
 )
 def test_tiles_without_room_are_refused(client, tile_size, overlap, words):
-    assert words in NODE_CLASS_MAPPINGS["ParallelDiTVAEDecode"].VALIDATE_INPUTS(tile_size, overlap)
+    with pytest.raises(UserError, match=words):
+        NODE_CLASS_MAPPINGS["ParallelDiTVAEDecode"].VALIDATE_INPUTS(tile_size, overlap)
 
 
 def test_a_vae_of_comfyui_is_not_decoded_by_the_ranks(client):

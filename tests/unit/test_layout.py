@@ -76,7 +76,26 @@ KNOWN = {"batch": 4, "cfg": 3.0, "has_negative": True, "blocks": 4, "token_rows"
         ({"pipefusion_degree": 2, "stage_blocks": (4, 0)}, {}, ("stage_blocks=4,0", "from 1 on")),
         ({"stage_blocks": (4,)}, {}, ("stage_blocks=4", "pipefusion_degree=1")),
         ({"stage_blocks": (2, 2)}, {"blocks": None}, ("stage_blocks=2,2", "2 stages", "pipefusion_degree=1")),
-        ({"pipefusion_degree": 2, "num_patches": 9}, {}, ("num_patches=9", "8 rows")),
+        (
+            {"pipefusion_degree": 2, "num_patches": 500},
+            {},
+            ("num_patches=500", "8 rows", "Nearest that fits: pipefusion2, num_patches 8"),
+        ),
+        (
+            {"pipefusion_degree": 2, "stage_blocks": (1, 1)},
+            {},
+            ("stage_blocks=1,1", "Nearest that fits: pipefusion2, stage_blocks even"),
+        ),
+        (
+            {"pipefusion_degree": 2, "stage_blocks": (1, 1), "num_patches": 9},
+            {},
+            ("Nearest that fits: pipefusion2, stage_blocks even, num_patches 8",),
+        ),
+        (
+            {"pipefusion_degree": 4, "stage_blocks": (1, 1, 1, 1), "num_patches": 8},
+            {"ranks": 2},
+            ("Nearest that fits: pipefusion2, stage_blocks even, num_patches 8",),
+        ),
         (
             {"pipefusion_degree": 2},
             {"sampler": "dpm_adaptive", "whole_batch": True},

@@ -152,6 +152,11 @@ FAILURES = {
         r"latent is not finite.*sampler's own numbers.*euler",
     ),
     "rising sigmas": (model, {"sigmas": torch.tensor([0.5, 0.7, 0.0])}, r"do not fall.*0\.5, 0\.7, 0\.0"),
+    "many sigmas": (
+        model,
+        {"sigmas": torch.cat((torch.linspace(1, 0.5, 3000), torch.tensor([0.7, 0.0])))},
+        r"do not fall.{0,20}: … 0\.5\d*, 0\.5\d*, 0\.5, 0\.7, 0\.0, wrong at number 3000 of 3001",
+    ),
     "NaN in sigmas": (model, {"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "do not fall.*nan"),
     "more than noise": (
         model,
