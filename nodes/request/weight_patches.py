@@ -50,7 +50,7 @@ def changes_of(patches: Mapping[str, Sequence[Any]]) -> list[SentChange]:
 def _change(key: str, patch: Any) -> SentChange | str:
     """Converts one patch to a change; returns its kind, in words, if it cannot be sent."""
     strength, value, strength_model, offset, function = patch
-    name = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) and len(value) == 2 else "diff")
+    name = _kind_of(value)
     if strength_model != 1.0 or not key.startswith(PREFIX):
         return f"a merged model ({key})"
     if function is not None and function.__name__ != SWAP:
@@ -70,6 +70,11 @@ def _change(key: str, patch: Any) -> SentChange | str:
         swap_halves=function is not None,
     )
     return SentChange(change, parts)
+
+
+def _kind_of(value: Any) -> str:
+    """As ComfyUI names it."""
+    return getattr(value, "name", None) or (value[0] if isinstance(value, tuple) and len(value) == 2 else "diff")
 
 
 def _parts(name: str, value: Any) -> dict[str, Tensor] | None:
