@@ -27,7 +27,7 @@ from paralleldit.parallel_backend.families.keys.sd3 import SD3
 from paralleldit.parallel_backend.families.keys.wan import WAN
 from paralleldit.parallel_backend.families.registry import load_view
 from paralleldit.parallel_backend.families.spec import FamilySpec
-from paralleldit.parallel_backend.protocol.messages import Conditioning
+from paralleldit.parallel_backend.protocol.messages import Conditioning, RunPrompt
 from torch import Tensor
 
 GUIDANCE = 2.5
@@ -319,6 +319,11 @@ def on_device(condition: Condition, device: torch.device, dtype: torch.dtype | N
 def entry_of(condition: Condition) -> Conditioning:
     """The rest of the condition as a request carries it."""
     return Conditioning(guidance=condition.guidance, size=condition.size, target_size=condition.target_size)
+
+
+def run_prompt_of(condition: Condition) -> RunPrompt:
+    """The same for a step that a sampler of the client asks for."""
+    return RunPrompt(guidance=condition.guidance, size=condition.size, target_size=condition.target_size)
 
 
 def whole_patches(latent: Tensor) -> Tensor:

@@ -179,6 +179,18 @@ def test_stock_ksampler_samples_in_the_ranks_with_progress_and_previews(host, de
     assert len(run.previews) == STEPS
 
 
+def test_the_demo_model_and_its_controlnet_are_sampled_alike_by_stock_ksampler(host):
+    """Its VAE has a scale of its own, and its ControlNet is evaluated in the ranks."""
+    api = json.loads((PACK / "workflows" / "api" / "demo_controlnet.api.json").read_text())
+    api["6"]["inputs"] |= {"steps": 6, "seed": 21}
+    ours = picture(host, host.run(api))
+    api["6"]["class_type"] = "KSampler"
+    theirs = picture(host, host.run(api))
+    assert psnr(ours, theirs) > 50
+    api["6"]["inputs"] |= {"positive": ["3", 0], "negative": ["4", 0]}
+    assert psnr(picture(host, host.run(api)), theirs) < 30, "the ControlNet changes next to nothing"
+
+
 def test_an_interrupt_ends_stock_ksampler_within_a_step_and_the_sidecar_stays_warm(host, demo):
     long = copy.deepcopy(demo)
     long["6"] = stock(steps=1000)

@@ -25,7 +25,7 @@ from paralleldit.tests.ranks.controlnets import (
     modes_of,
 )
 from paralleldit.tests.ranks.stale_flux import relative_error, run_of
-from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, run_prompt_of, tensors_of
 
 STEPS, SEED = 3, 42
 LAYOUTS = [
@@ -202,7 +202,7 @@ def predicted(world, layout, model, path, residuals, tensors):
         layout=layout,
         run="c" * 32,
         conditions=keys,
-        run_conditions=dict(zip(keys, map(entry_of, (positive, negative)), strict=True)),
+        run_conditions=dict(zip(keys, map(run_prompt_of, (positive, negative)), strict=True)),
         residuals=residuals,
     )
     both = torch.cat((latent, latent))
@@ -215,6 +215,48 @@ def predicted(world, layout, model, path, residuals, tensors):
         sent |= {name.replace("told", key): each for name, each in tensors_of("told", condition).items()}
     output = Engine(CPU).handle(request, sent, run_of(request)[0])[1]["prediction"]
     return sampling.denoised(output, both, sigma)
+
+
+def predicted_with_nets(world, layout, name, folder, controls):
+    """Guided by two prompts of a step that a sampler of the client asks for, and of another for which nothing is told
+    again."""
+    model, engine, keys = NETS[name][0], Engine(CPU), ("a" * 32, "b" * 32)
+    latent, pictures, *conditions = inputs(model, name == "flux pixels")
+    family = TINY_MODELS[model].make_family(HEADS)
+    sampling, sigma = family.model_sampling(None), torch.tensor(TINY_MODELS[model].sigma)
+    x = sampling.noise_scaling(sigma, torch.zeros_like(latent), family.process_in(latent))
+    both = torch.cat((x, x))
+    entries = [run_prompt_of(each).model_copy(update={"controls": tuple(controls)}) for each in conditions]
+    request = Predict(
+        id=1,
+        model=ModelRef(path=str(folder / model)),
+        layout=layout,
+        run="c" * 32,
+        conditions=keys,
+        run_conditions=dict(zip(keys, entries, strict=True)),
+    )
+    step = {
+        "latent": sampling.calculate_input(sigma, both),
+        "timestep": sampling.timestep(sigma).float().expand(len(both)),
+    }
+    told = {f"{key}.0.control.{number}": each for key in keys for number, each in enumerate(pictures)}
+    for key, condition in zip(keys, conditions, strict=True):
+        told |= {place.replace("told", key): each for place, each in tensors_of("told", condition).items()}
+    answers = []
+    for asked, tensors in ((request, step | told), (request.model_copy(update={"run_conditions": {}}), step)):
+        output = engine.handle(asked, tensors, run_of(asked)[0])[1]["prediction"]
+        yes, no = sampling.denoised(output, both, sigma).chunk(2)
+        answers.append(family.process_out(no + CFG * (yes - no)))
+    return answers
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_step_of_the_clients_sampler_with_controlnets_equals_diffusers(ranks, folders, expected, name):
+    layouts = [Layout(ulysses_degree=2), Layout(cfg_degree=2), Layout(data_degree=2), Layout(tensor_degree=2)]
+    for layout in [Layout(), *(layouts if name in ("flux", "sd3", "hunyuandit") else ())]:
+        for answers in ranks.run(layout.ranks, predicted_with_nets, layout, name, folders, two_controls(name, folders)):
+            for answer in answers:
+                assert relative_error(answer, expected(name)) <= 1e-5, layout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import ImagePromptUse, IPAdapterRef, ModelRef, Predict, Sample
 from paralleldit.tests.ranks.stale_flux import relative_error, run_of
-from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, run_prompt_of, tensors_of
 from safetensors.torch import save_file
 
 HEADS, HEIGHT, WIDTH, TEXT, BATCH = 4, 8, 6, 5, 2
@@ -204,7 +204,7 @@ def predicted(world, layout, model, folder, x, prompts):
     _, pictures, positive, negative = inputs(model)
     keys, engine = ("a" * 32, "b" * 32), Engine(CPU)
     sampling, sigma = TINY_MODELS[model].make_family(HEADS).model_sampling(None), torch.tensor(TINY_MODELS[model].sigma)
-    entries = [entry_of(each).model_copy(update={"image_prompts": prompts}) for each in (positive, negative)]
+    entries = [run_prompt_of(each).model_copy(update={"image_prompts": prompts}) for each in (positive, negative)]
     request = Predict(
         id=1,
         model=ModelRef(path=str(folder / model)),

@@ -21,7 +21,7 @@ from paralleldit.tests.covering import covering, pairs_of
 from paralleldit.tests.lora_files import FORMATS, merged
 from paralleldit.tests.ranks.stale_flux import run_of
 from paralleldit.tests.ranks.test_exact_layouts import QuietRun, guided_by, make_inputs, relative_error
-from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, tensors_of
+from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, run_prompt_of, tensors_of
 from paralleldit.tests.unit.cross_attention_original_layout import original_weights
 from paralleldit.tests.unit.flux_original_layout import original_layout
 from safetensors.torch import load_file, save_file
@@ -207,7 +207,7 @@ def predicted_in_turn(world, layout, model, path, loras):
         layout=layout,
         run="c" * 32,
         conditions=(key,),
-        run_conditions={key: entry_of(condition)},
+        run_conditions={key: run_prompt_of(condition)},
     )
     told = {name.replace("told", key): tensor for name, tensor in tensors_of("told", condition).items()}
     tensors = {"latent": latent, "timestep": torch.full((len(latent),), 500.0), **told}

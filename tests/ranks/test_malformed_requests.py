@@ -35,7 +35,7 @@ def asked(kind, folder):
         layout=request.layout,
         run="c" * 32,
         conditions=(KEY,),
-        run_conditions={KEY: messages.Prompt()},
+        run_conditions={KEY: messages.RunPrompt()},
     )
     return request, {"latent": tensors["latent"], "timestep": torch.full((2,), 0.7), **prompts}
 

@@ -14,7 +14,7 @@ from paralleldit.parallel_backend.engine.meshes import MOST
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.fitting import RunFacts, layouts_that_fit
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Prompt
+from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, RunPrompt
 from paralleldit.parallel_backend.run_context import Run
 from paralleldit.tests.ranks.stale_flux import HEADS, request_of, run_of
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
@@ -36,7 +36,7 @@ def asked(kind, folder, layout, sampler="euler"):
     key = "a" * 32
     prompts = {name.replace("positive", key): each for name, each in tensors.items() if name.startswith("positive")}
     request = Predict(
-        id=1, model=request.model, layout=layout, run="c" * 32, conditions=(key,), run_conditions={key: Prompt()}
+        id=1, model=request.model, layout=layout, run="c" * 32, conditions=(key,), run_conditions={key: RunPrompt()}
     )
     return request, {"latent": tensors["latent"], "timestep": torch.full((2,), 0.7), **prompts}
 

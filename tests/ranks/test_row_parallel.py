@@ -23,7 +23,7 @@ from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.covering import covering, pairs
-from paralleldit.tests.tiny_models import entry_of, tensors_of
+from paralleldit.tests.tiny_models import entry_of, run_prompt_of, tensors_of
 from paralleldit.tests.tiny_unet import TinyUNet, condition, network
 from torch import Tensor, nn
 
@@ -175,7 +175,7 @@ def by_request(world: Axis, layout: Layout) -> list[Tensor]:
         layout=layout,
         run="c" * 32,
         conditions=tuple(keys),
-        run_conditions={key: entry_of(sides[side]) for key, side in keys.items()},
+        run_conditions={key: run_prompt_of(sides[side]) for key, side in keys.items()},
     )
     asked = {"latent": latent(2, 13, 9).repeat(2, 1, 1, 1), "timestep": timestep(2).repeat(2)}
     for key, side in keys.items():
@@ -183,7 +183,7 @@ def by_request(world: Axis, layout: Layout) -> list[Tensor]:
     try:
         return [
             sample(sampled, tensors, family, mesh, work_of(sampled))["latent"],
-            predict(predicted, asked, RunConditions(), family, mesh, work_of(predicted), {})["prediction"],
+            predict(predicted, asked, RunConditions(), family, mesh, work_of(predicted), {}, {})["prediction"],
         ]
     finally:
         family.uninstall()

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from paralleldit.parallel_backend.layout.layout import Layout
-from paralleldit.parallel_backend.protocol.messages import Adapters, EndRun, LoraRef, ModelRef, Predict, Prompt, Result
+from paralleldit.parallel_backend.protocol.messages import (
+    Adapters,
+    EndRun,
+    LoraRef,
+    ModelRef,
+    Predict,
+    Result,
+    RunPrompt,
+)
 from paralleldit.tests.ranks.stale_flux import HEADS, WIDTH
 from paralleldit.tests.ranks.worker_loop import counted, loop_of
 from paralleldit.tests.tiny_models import TINY_MODELS
@@ -40,7 +48,7 @@ def step_of(folder, layout, keys, run="c" * 32):
 def first_of(step):
     """The same step, with all of its conditions told."""
     request, tensors = step
-    prompts = {key: Prompt(guidance=3.5) for key in request.conditions}
+    prompts = {key: RunPrompt(guidance=3.5) for key in request.conditions}
     return request.model_copy(update={"run_conditions": prompts}), tensors | told(*request.conditions)
 
 
