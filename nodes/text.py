@@ -9,7 +9,7 @@ from . import model_files
 from .layout_choice import LayoutChoice
 from .request.conditioning import entry_of
 from .session import session
-from .widgets import LAYOUT_INPUT, verdict
+from .widgets import LAYOUT_INPUT, check_characters, verdict
 
 WHAT = "The pipeline folder"
 MAX_LENGTH = 4096
@@ -93,6 +93,8 @@ class ParallelDiTTextEncode:
         text_2: str = "",
         layout: LayoutChoice | None = None,
     ) -> tuple[list[Any]]:
+        for what, written in (("text", text), ("text_2", text_2)):
+            check_characters(what, written)
         message = EncodeText(
             id=0,
             text=TextRef(path=str(model_files.resolve(text_encoders, (), WHAT))),

@@ -35,6 +35,18 @@ def check_span(start: float, end: float, otherwise: str) -> None:
         )
 
 
+def check_characters(what: str, text: str) -> None:
+    """Raises `UserError` for a text with half a character, which cannot be sent: the other half was lost on its way."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds half a character (U+{ord(text[error.start]):04X}) at position {error.start + 1}, after "
+            f"{text[max(0, error.start - 12) : error.start]!r}.",
+            "Delete it, and type the character again.",
+        ) from error
+
+
 def verdict(check: Callable[[Any], object], value: object) -> bool | str:
     """What VALIDATE_INPUTS of one input returns: True, or the reason why `check(value)` raised `UserError`.
 

@@ -32,16 +32,30 @@ EXIF_MODEL = 0x0110
 def read_workflow(path: Path) -> dict[str, Any]:
     """A workflow in API format, from its file or from a picture that was saved by it. Raises `UserError`."""
     try:
-        if path.suffix in (".png", ".webp"):
-            return json.loads(_prompt_of_picture(path))
-        api = json.loads(path.read_text())
+        is_picture = path.suffix.lower() in (".png", ".webp")
+        api = json.loads(_prompt_of_picture(path) if is_picture else _text_of(path))
     except OSError as error:
         raise UserError(f"The workflow {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}.") from error
+    if isinstance(api, dict) and isinstance(api.get("prompt"), dict):
+        api = api["prompt"]  # what is sent to ComfyUI's /prompt
     if not isinstance(api, dict):
         raise UserError(f"{path} is not a workflow in ComfyUI's API format.")
     return api
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file in any of JSON's encodings, which Windows' programs begin with a mark."""
+    content = path.read_bytes()
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is in an encoding that is none of JSON's: byte {error.start} is no {encoding}.",
+            "Save it as UTF-8, or export it from ComfyUI again.",
+        ) from error
 
 
 def _prompt_of_picture(path: Path) -> str:

@@ -82,13 +82,21 @@ class LoadImage:
 
     @classmethod
     def VALIDATE_INPUTS(cls, image: str) -> bool | str:
-        path = cls.folders.input / image
+        path = cls._path(image)
         return True if path.is_file() else f"The picture {path} does not exist."
+
+    @classmethod
+    def _path(cls, image: str) -> Path:
+        """The file of a name, which may have been written on Windows, and may name ComfyUI's folder at its end."""
+        name, _, folder = image.replace("\\", "/").removesuffix("]").rpartition(" [")
+        if name and image.endswith("]") and folder in ("input", "output", "temp"):
+            return getattr(cls.folders, folder) / name
+        return cls.folders.input / image.replace("\\", "/")
 
     def load(self, image: str) -> tuple[Tensor, Tensor]:
         """Picture `[1, H, W, 3]` and mask `[1, H, W]`: 1 where the picture is transparent."""
         try:
-            with Image.open(self.folders.input / image) as file:
+            with Image.open(self._path(image)) as file:
                 picture = ImageOps.exif_transpose(file)
         except OSError as error:
             raise UserError(f"The picture {image!r} cannot be read: {error}.") from error

@@ -42,8 +42,8 @@ class Node:
         self.key = key
         self.node_class = node_class
         self.type: str = entry["class_type"]
-        self.title: str = entry.get("_meta", {}).get("title", self.type)
-        self.inputs = {name: _read(value) for name, value in entry["inputs"].items()}
+        title = entry["_meta"].get("title") if isinstance(entry.get("_meta"), dict) else None
+        self.title = title if isinstance(title, str) else self.type
         declared = node_class.INPUT_TYPES()  # type: ignore[attr-defined]
         self.declared = {
             name: Input(name, spec[0], spec[1] if len(spec) > 1 else {}, group == "required")
@@ -51,6 +51,8 @@ class Node:
             for name, spec in declared.get(group, {}).items()
         }
         self.hidden: dict[str, str] = declared.get("hidden", {})
+        # ComfyUI too leaves aside what a node does not declare: buttons, widgets of other packs.
+        self.inputs = {name: _read(value) for name, value in entry["inputs"].items() if name in self.declared}
 
     def __str__(self) -> str:
         return f"node {self.key} ({self.title})"
@@ -130,7 +132,7 @@ class Workflow:
     def check(self) -> None:
         """Raises `UserError` for the first fault in the nodes that will run."""
         for node in self.order():
-            _check_names(node)
+            _check_required(node)
             for name, value in node.inputs.items():
                 if isinstance(value, Link):
                     self._check_link(node, node.declared[name], value)
@@ -153,8 +155,11 @@ def _types(names: str) -> set[str]:
 
 
 def _read(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
-        return Link(str(value[0]), value[1])
+    match value:
+        case [str(node), int(slot)] if not isinstance(slot, bool):
+            return Link(node, slot)
+        case {"__value__": list(plain)}:  # how ComfyUI writes a list that is no link
+            return plain
     return value
 
 
@@ -171,10 +176,7 @@ def _check_format(api: Mapping[str, Any]) -> None:
         raise UserError("This is not a workflow in ComfyUI's API format.", "It maps node ids to class_type and inputs.")
 
 
-def _check_names(node: Node) -> None:
-    unknown = sorted(set(node.inputs) - set(node.declared))
-    if unknown:
-        raise UserError(f"{node} has no input {unknown[0]!r}.", f"It has: {', '.join(node.declared)}.")
+def _check_required(node: Node) -> None:
     missing = [each.name for each in node.declared.values() if each.required and each.name not in node.inputs]
     if missing:
         raise UserError(f"{node} needs its input {missing[0]!r}.")

@@ -166,7 +166,6 @@ def edited(*changes):
         (edited(("6.inputs.model", ["2", 3])), ("output 3", "node 2", "1")),
         (edited(("6.inputs.model", ["5", 0])), ("model takes MODEL", "LATENT")),
         (edited(("6.inputs.model", None)), ("node 6", "'model'")),
-        (edited(("6.inputs.magic", 1)), ("'magic'", "sampler_name")),
         (edited(("6.inputs.model", "flux")), ("model", "another node", "MODEL")),
         (edited(("6.inputs.cfg", "high")), ("cfg", "FLOAT", "'high'")),
         (edited(("6.inputs.cfg", 1000)), ("cfg=1000", "100")),
@@ -181,6 +180,52 @@ def test_a_workflow_that_cannot_run_is_refused_with_the_reason(client, demo, tmp
     with pytest.raises(UserError) as error:
         run(demo, tmp_path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        edited(("6.inputs.upload", "image")),
+        edited(("6.inputs.magic", ["77", 3])),
+        edited(("6._meta", None)),
+        edited(("6.inputs.control_after_generate", {"__value__": [1, 2]})),
+    ],
+    ids=["button", "link of another pack", "no title", "list"],
+)
+def test_what_the_runner_does_not_know_of_a_node_is_left_aside(client, demo, tmp_path, edit):
+    edit(demo)
+    run(demo, tmp_path)
+
+
+WRITTEN = {
+    "UTF-8": ("utf-8", lambda api: api),
+    "with a mark": ("utf-8-sig", lambda api: api),
+    "UTF-16": ("utf-16", lambda api: api),
+    "UTF-16 without a mark": ("utf-16-le", lambda api: api),
+    "as sent to ComfyUI": ("utf-8", lambda api: {"prompt": api, "client_id": "x"}),
+}
+
+
+@pytest.mark.parametrize(("encoding", "wrapped"), WRITTEN.values(), ids=WRITTEN)
+def test_a_workflow_may_be_written_as_windows_does(demo, tmp_path, encoding, wrapped):
+    demo["2"]["inputs"]["text"] = "Bücher, 猫, 🐈"
+    path = tmp_path / "workflow.JSON"
+    path.write_bytes(json.dumps(wrapped(demo), ensure_ascii=False).encode(encoding))
+    assert read_workflow(path) == demo
+
+
+def test_a_workflow_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "workflow.json"
+    path.write_bytes('{"1": {"class_type": "X", "inputs": {"text": "Bücher"}}}'.encode("cp1252"))
+    with pytest.raises(UserError, match="encoding that is none of JSON's: byte 47"):
+        read_workflow(path)
+
+
+def test_half_a_character_of_a_prompt_is_named(client, demo, tmp_path):
+    key = next(key for key, node in demo.items() if node["class_type"] == "ParallelDiTTextEncode")
+    demo[key]["inputs"]["text"] = "a cat \ud83d, sleeping"
+    with pytest.raises(UserError, match=r"half a character \(U\+D83D\) at position 7, after 'a cat '"):
+        run(demo, tmp_path)
 
 
 @pytest.mark.parametrize("api", [{}, {"1": []}, {"1": {"class_type": 3, "inputs": {}}}, {"last_node_id": 3}])
