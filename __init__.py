@@ -4,6 +4,9 @@ input folder the saved workflows' pictures, and the sidecar of a ComfyUI that ha
 import sys
 from pathlib import Path
 
+if sys.platform != "linux":
+    raise ImportError(f"ComfyUI-ParallelDiT needs Linux, and this is {sys.platform}. On Windows, run ComfyUI in WSL2.")
+
 try:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 except ModuleNotFoundError as error:

@@ -21,6 +21,8 @@ def _load_pack() -> None:
 
 
 if __name__ == "__main__":
+    if sys.platform != "linux":
+        sys.exit(f"error: ComfyUI-ParallelDiT needs Linux, and this is {sys.platform}. On Windows, run it in WSL2.")
     # Python put this folder first on the path: its modules would shadow top-level ones of the same names.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK / "cli"]
     _load_pack()

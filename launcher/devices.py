@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,11 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """The network interface at which ranks listen for each other: on one host, where no other machine reaches them."""
+
+MEETING_VARIABLES = ("GLOO_DEVICE_TRANSPORT", "TP_SOCKET_IFNAME", "NCCL_COMM_ID", "NCCL_NET", "NCCL_IB_HCA")
+"""How ranks meet on other hosts: settings of a cluster, which one host has no use for."""
+LEFT_OVER = ("PET_", "TORCHELASTIC_")
+"""Settings of a torchrun that this process is one rank of, or was started beside."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -74,10 +78,11 @@ def rank_environment(
 
     `gpus`: the only ones that they see, by their places among those that `base` shows.
     """
-    env = dict(base)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACK), base.get("PYTHONPATH", "")]))
+    env = {name: value for name, value in base.items() if not name.startswith(LEFT_OVER)}
     env.setdefault("OMP_NUM_THREADS", str(max(1, resources.cores() // local_ranks)))
     if single_host:
+        for name in MEETING_VARIABLES:
+            env.pop(name, None)
         env.update(dict.fromkeys(SOCKET_VARIABLES, "lo"))
     for variable in ALLOCATOR_VARIABLES:
         if variable in env:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.machine.clock import RunningClock
 from ..parallel_backend.protocol import records
-from . import devices
+from . import devices, interpreter
 from .client import NotBegun, SidecarError
 from .host_checks import check_host
 from .instance import SidecarInstance
@@ -69,15 +69,16 @@ def _spawn(life: SidecarInstance, spec: SidecarSpec, settings: records.Settings)
         f"--rdzv-conf=timeout={spec.start_timeout:.0f}",
     )
     command = [
-        *(spec.python, "-m", "parallel_backend.worker.torchrun", str(life.path)),
+        *interpreter.command(spec.python, "parallel_backend.worker.torchrun", str(life.path)),
         *(f"--nnodes={settings.nnodes}", f"--nproc-per-node={len(settings.local_ranks)}"),
         *(("--rdzv-backend=one-host", "--local-addr=127.0.0.1") if single else several_hosts),
         *("--max-restarts=0", "--shutdown-timeout=5"),
-        *("-m", settings.worker, str(life.path)),
+        *("--no-python", *interpreter.command(spec.python, settings.worker, str(life.path))),
     ]
     env = devices.rank_environment(
         settings.device, len(settings.local_ranks), single_host=single, base=os.environ, gpus=spec.gpus
     )
+    env = interpreter.environment(env, spec.python)
     with open(life.path / records.AgentLog, "wb") as log:
         try:
             return subprocess.Popen(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -38,6 +40,8 @@ def check_request(
 
     Nothing is loaded for that, and nothing later asks again.
     """
+    if request.layout.compile != "off":
+        check_compiler()
     model = _header(request.model.path, tuple(files))
     spec = model.spec
     shapes = {name.removeprefix("latent."): tensor.shape for name, tensor in tensors.items() if is_latent(name)}
@@ -66,6 +70,18 @@ def check_request(
             entries=(*request.positive, *request.negative),
         )
     check_layout(request.layout, facts)
+
+
+def check_compiler() -> None:
+    """Raise `UserError` where torch.compile finds no compiler for what it writes: C++ for a CPU, C for a GPU."""
+    on_gpu = torch.cuda.is_available()
+    variable, usual = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++",))
+    wanted = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(shutil.which(name.split()[0]) for name in wanted):
+        raise UserError(
+            f"compile=blocks needs a compiler on the ranks' host, and there is none: looked for {', '.join(wanted)}.",
+            f"Install one (apt install {'gcc' if on_gpu else 'g++'}), name it in {variable}, or set compile to off.",
+        )
 
 
 def batch_of(request: Sample | Predict, tensors: Mapping[str, Tensor]) -> int:
