@@ -126,6 +126,8 @@ class ComfyHost(Host):
 
     def check_model(self, model: Any) -> None:
         model_checks.check_patches(model)
+        if line := model_checks.passed_over(model):
+            self.say(line)
 
     def schedule(
         self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...parallel_backend.errors import UserError
@@ -12,6 +13,8 @@ HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
 """The entries of `transformer_options` that ComfyUI's networks obey: functions and settings for absent layers."""
+KERNEL_CHOICES = re.compile(r"set_model_optimized_attention\.|attention_override_sage|patch_attention_(en|dis)able")
+"""Functions by which nodes choose an attention kernel: of ComfyUI's Model Attention Backend, of KJNodes' Sage."""
 
 
 def check_stepwise(patcher: Any) -> None:
@@ -75,8 +78,41 @@ def _set_names(table: dict[Any, Any], path: str) -> list[str]:
     names = []
     for name, value in table.items():
         place = f"{path}.{name}"
-        names += _set_names(value, place) if isinstance(value, dict) else [place] * bool(value)
+        names += _set_names(value, place) if isinstance(value, dict) else [place] * bool(_without_kernels(value))
     return names
+
+
+def _without_kernels(value: Any) -> Any:
+    """What is set, unless it is nothing but a choice of an attention kernel."""
+    functions = value if isinstance(value, list | tuple) else [value]
+    chosen = [KERNEL_CHOICES.search(getattr(each, "__qualname__", "")) for each in functions]
+    return None if chosen and all(chosen) else value
+
+
+def passed_over(patcher: Any) -> str | None:
+    """A line for the user about what other nodes have put on the model that the ranks need not obey."""
+    chosen = patcher.model_options["transformer_options"].get("optimized_attention_override")
+    callbacks = [each for table in getattr(patcher, "callbacks", {}).values() for each in table.values()]
+    if all(value is None or value == _without_kernels(value) for value in (chosen, *callbacks)):
+        return None
+    return (
+        "The attention kernel that a node chose for ComfyUI's own layers is passed over. The ranks use the one of "
+        "Parallel Layout: attention (auto, sage, flash3, …)."
+    )
+
+
+def check_methods(network: Any, own: Collection[str]) -> None:
+    """Raises `UserError` for methods that a node has put on `network`, beside its `own` attributes.
+
+    Step caches and the like replace what a network calls inside: nothing calls it, as the layers are in the ranks.
+    """
+    replaced = [name for name in vars(network) if name not in own and callable(getattr(type(network), name, None))]
+    if replaced:
+        raise UserError(
+            f"A node has replaced {', '.join(replaced)} of the network, which would do nothing: its layers are in the "
+            "ranks.",
+            f"Remove the node that does (a step cache such as TeaCache, or a patch of attention), or {OWN_LOADER}",
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:

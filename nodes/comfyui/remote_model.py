@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.spec import FamilySpec
+from .. import host
 from ..handles import ATTACHMENT, POSITIVE, ModelHandle, handle_of
 from ..request.network_inputs import one_time
 from ..request.weight_patches import changes_of
 from ..session.activity import noted
 from .copied_weights import keep_readable
 from .latent_format import format_of_vae
-from .model_checks import check_options, check_stepwise
+from .model_checks import check_methods, check_options, check_stepwise, passed_over
 from .stepwise import StepwiseModel
 
 META = torch.device("meta")
@@ -72,6 +73,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def pre_run(self, *args: Any, **kwargs: Any) -> None:
         """A sampler of ComfyUI starts."""
         check_stepwise(self)
+        if line := passed_over(self):
+            host.current().say(line)
         super().pre_run(*args, **kwargs)
         sampling = self.get_model_object("model_sampling")
         self.model.stepwise.begin(handle_of(self), changes_of(self.patches), sampling.percent_to_sigma)
@@ -141,6 +144,7 @@ def _ask_ranks(model: Any) -> None:
         inputs |= inputs.pop("kwargs", {})
         options = inputs.pop("transformer_options", {})
         check_options(options)
+        check_methods(network, own)
         given, timestep = inputs.pop(latent_name), one_time(inputs.pop(timestep_name))
         latents = [given] if isinstance(given, Tensor) else given
         sides = options.get("cond_or_uncond", (POSITIVE,))
@@ -152,6 +156,7 @@ def _ask_ranks(model: Any) -> None:
         return predictions[0] if isinstance(given, Tensor) else predictions
 
     setattr(network, name, MethodType(forward, network))
+    own = frozenset(vars(network))
 
 
 def _levels(options: Mapping[str, Any]) -> tuple[float | None, Tensor | None]:

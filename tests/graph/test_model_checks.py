@@ -1,0 +1,89 @@
+"""What nodes of ComfyUI and of other packs put on a MODEL: obeyed, passed over with a line, or refused by name."""
+
+from __future__ import annotations
+
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+from paralleldit.nodes.comfyui import model_checks
+from paralleldit.parallel_backend.errors import UserError
+
+
+class Patcher:
+    """A MODEL, as far as its patches go."""
+
+    def __init__(self, override: Any = None, callbacks: dict[str, Any] | None = None) -> None:
+        self.object_patches: dict[str, Any] = {}
+        self.model_options: dict[str, Any] = {"transformer_options": {}}
+        if override is not None:
+            self.model_options["transformer_options"]["optimized_attention_override"] = override
+        self.callbacks = callbacks or {}
+        self.injections: dict[str, Any] = {}
+
+    def set_model_optimized_attention(self):
+        def optimized_attention_override(_, *args):
+            return args
+
+        return optimized_attention_override
+
+
+def sage():
+    def attention_override_sage(func, *args):
+        return args
+
+    return attention_override_sage
+
+
+def patch_attention_enable(model):
+    """As KJNodes has it in its callbacks."""
+
+
+def negative_attention(func, *args):
+    """As nodes have it that change what attention computes."""
+
+
+CHOICES = {
+    "Model Attention Backend": Patcher(Patcher().set_model_optimized_attention()),
+    "KJNodes' Sage": Patcher(sage()),
+    "KJNodes' Sage in callbacks": Patcher(None, {"on_pre_run": {"key": [patch_attention_enable]}}),
+}
+REFUSED = {
+    "another change of attention": Patcher(negative_attention),
+    "another callback": Patcher(None, {"on_pre_run": {"key": [negative_attention]}}),
+    "a choice beside another change": Patcher(None, {"on_pre_run": {"key": [patch_attention_enable, print]}}),
+}
+
+
+@pytest.mark.parametrize("patcher", CHOICES.values(), ids=CHOICES)
+def test_a_choice_of_an_attention_kernel_is_passed_over_with_a_line(patcher) -> None:
+    model_checks.check_patches(patcher)
+    model_checks.check_stepwise(patcher)
+    model_checks.check_options(patcher.model_options["transformer_options"])
+    assert "Parallel Layout: attention" in (model_checks.passed_over(patcher) or "")
+
+
+@pytest.mark.parametrize("patcher", REFUSED.values(), ids=REFUSED)
+def test_what_changes_more_is_refused_by_name(patcher) -> None:
+    with pytest.raises(UserError, match=r"optimized_attention_override|callbacks\.on_pre_run\.key"):
+        model_checks.check_patches(patcher)
+
+
+def test_a_model_without_patches_needs_no_line() -> None:
+    assert model_checks.passed_over(Patcher()) is None
+
+
+class Network:
+    def forward_orig(self) -> None: ...
+
+
+def test_a_method_that_nothing_would_call_is_refused_by_name() -> None:
+    network = Network()
+    network.dtype = "fp32"  # type: ignore[attr-defined]
+    own = frozenset(vars(network))
+    network.patcher = SimpleNamespace()  # type: ignore[attr-defined]
+    model_checks.check_methods(network, own)
+    network.forward_orig = MethodType(lambda self: None, network)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="replaced forward_orig of the network, which would do nothing") as refused:
+        model_checks.check_methods(network, own)
+    assert "TeaCache" in refused.value.hint
