@@ -6,6 +6,7 @@ Its queue thread ends with an exception that its memory manager raises, and no p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,31 +137,36 @@ def test_checks_of_the_graph_see_no_cancel(flag, name, check):
     inputs = valid_inputs(node_class) if check == "VALIDATE_INPUTS" else {}
     if hasattr(node_class, check):
         wanted = getattr(node_class, check).__code__.co_varnames
-        getattr(node_class, check)(
-            **(inputs if "inputs" in wanted else {k: v for k, v in inputs.items() if k in wanted})
-        )
+        given = inputs if "inputs" in wanted else {k: v for k, v in inputs.items() if k in wanted}
+        with contextlib.suppress(UserError):  # of a file, where there is none of that kind
+            getattr(node_class, check)(**given)
     assert flag.is_set
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def routes() -> web.RouteTableDef:
+    table = web.RouteTableDef()
+    panel_routes.register(table, lambda event, data: None)
+    return table
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize(
-    ("method", "name"), [("get", "status"), ("post", "unload"), ("post", "start"), ("post", "stop")]
+    ("method", "path"), [(each.method, each.path) for each in routes() if isinstance(each, web.RouteDef)]
 )
-def test_routes_answer_in_json_whatever_the_ranks_do(flag, client, monkeypatch, method, name, fault):
+def test_routes_answer_in_json_whatever_the_ranks_do(flag, client, monkeypatch, method, path, fault):
     """Also while a sidecar is replaced, whose requests end as cancelled."""
     monkeypatch.setattr(panel, "_state", lambda *_: "ready")
     monkeypatch.setattr(panel, "_asked", (object(), {}))
 
     async def call() -> tuple[int, Any]:
-        routes = web.RouteTableDef()
-        panel_routes.register(routes, lambda event, data: None)
         application = web.Application()
-        application.add_routes(routes)
+        application.add_routes(routes())
         async with TestClient(TestServer(application)) as http:
-            answer = await (http.get if method == "get" else http.post)(f"/paralleldit/{name}", **body)
+            answer = await http.request(method, path, **body)
             return answer.status, await answer.json()
 
-    body = {} if method == "get" else {"json": {}}
+    body = {} if method == "GET" else {"json": {}}
     flag.is_set, client.fault = True, fault
     status, answer = asyncio.run(call())
     assert status in (200, 409, 502), answer
