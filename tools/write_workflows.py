@@ -21,9 +21,9 @@ from typing import Any
 PACK = Path(__file__).resolve().parents[1]
 DOWNLOADS = json.loads((PACK / "tools" / "model_downloads.json").read_text())
 """By the name of a file: its address, and its folder in ComfyUI's models."""
-WIDTH, GAP, TITLE, ROW, TEXT, PICTURE = 300, 30, 40, 26, 140, 300
+WIDTH, GAP, TITLE, ROW, TEXT, PICTURE = 300, 30, 40, 26, 70, 300
 """Sizes on the canvas: a node's width, the space between nodes, its title, a row of a node, a text box, a picture."""
-NOTE, NOTE_LETTERS, NOTE_ROW = 360, 42, 24
+NOTE, NOTE_LETTERS, NOTE_ROW = 360, 50, 18
 """A note: its width, how many letters a row of it has, and how high that is."""
 CORE = {"cnr_id": "comfy-core", "ver": "0.3.64"}
 """Of which pack a node is, so that ComfyUI can say where to get it. Ours has no name in the registry yet: to write one
@@ -245,23 +245,32 @@ def _linked(value: Any) -> bool:
 
 
 def _place(api: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:
-    """Set each node's place, and its turn in a run."""
-    depths: dict[str, int] = {}
-
-    def depth(key: str) -> int:
-        if key not in depths:
-            sources = [value[0] for value in api[key]["inputs"].values() if _linked(value) and value[0] in api]
-            depths[key] = 1 + max(map(depth, sources)) if sources else 0
-        return depths[key]
-
-    last = max(max(map(depth, api)) - 1, 0)
-    bottoms: dict[int, int] = {}
-    for order, key in enumerate(sorted(api, key=lambda key: (depth(key), int(key)))):
-        column = min(depth(key), last)
+    """Set each node's place, and its turn in a run. Of several columns in which it may stand, it takes the emptiest."""
+    sources = {
+        key: [value[0] for value in entry["inputs"].values() if _linked(value) and value[0] in api]
+        for key, entry in api.items()
+    }
+    first: dict[str, int] = {}
+    while len(first) < len(api):
+        first |= {
+            key: 1 + max((first[each] for each in sources[key]), default=-1)
+            for key in api
+            if key not in first and all(each in first for each in sources[key])
+        }
+    order = sorted(api, key=lambda key: (first[key], int(key)))
+    last = max(max(first.values()) - 1, 0)
+    column = {key: min(first[key], last) for key in order}
+    latest = dict.fromkeys(order, last)
+    for key in reversed(order):
+        for each in sources[key]:
+            latest[each] = max(column[each], min(latest[each], latest[key] - 1))
+    bottoms = dict.fromkeys(range(last + 1), 0)
+    for key in sorted(order, key=lambda key: (latest[key] > column[key], order.index(key))):
+        chosen = min(range(column[key], latest[key] + 1), key=lambda each: (bottoms[each], each))
         node = nodes[key]
-        node["pos"] = [column * (WIDTH + GAP), bottoms.get(column, 0)]
-        node["order"] = order
-        bottoms[column] = node["pos"][1] + node["size"][1] + GAP
+        node["pos"] = [chosen * (WIDTH + GAP), bottoms[chosen]]
+        node["order"] = order.index(key)
+        bottoms[chosen] += node["size"][1] + GAP
 
 
 def main() -> None:

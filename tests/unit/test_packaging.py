@@ -37,7 +37,7 @@ spec.loader.exec_module(module)
 IN_FAKE_HOST = (
     """
 import json, os, sys
-import comfy, execution, folder_paths, nodes, server, utils
+import comfy.cli_args, execution, folder_paths, nodes, server, utils
 before = {name: sys.modules[name] for name in ("comfy", "execution", "folder_paths", "nodes", "server", "utils")}
 """
     + LOAD
