@@ -52,6 +52,39 @@ def gpu_count(python: str = sys.executable) -> int:
     return int(count)
 
 
+def gpus_of(text: str) -> tuple[int, ...]:
+    """The GPUs of a list such as "0,1", by their places among those that torch sees; none of an empty one.
+
+    Raises `UserError` for any other text.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if any(not (part.isascii() and part.isdecimal()) for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise UserError(
+            f"devices={text!r} is no list of GPUs.",
+            "Write their numbers, each once, as in 0,1, or leave it empty for the first ones.",
+        )
+    return tuple(map(int, parts))
+
+
+def check_gpus(gpus: Sequence[int], ranks: int, kind: str, count: int) -> None:
+    """Raise `UserError` unless the `count` GPUs that torch sees have all of `gpus`, and `ranks` of a host (0: as many
+    as there are) is their number."""
+    named = ",".join(map(str, gpus))
+    if kind == "cpu" or not count:
+        why = "the ranks run on the CPU" if kind == "cpu" else "torch sees no GPU on this machine"
+        raise UserError(f"devices={named} names GPUs, but {why}.", "Leave devices empty.")
+    if missing := [gpu for gpu in gpus if gpu >= count]:
+        raise UserError(
+            f"devices={named} names GPU {missing[0]}, but torch sees {count}: {', '.join(map(str, range(count)))}.",
+            "Name some of these. The numbers are those that torch gives, within CUDA_VISIBLE_DEVICES if that is set.",
+        )
+    if ranks not in (0, len(gpus)):
+        raise UserError(
+            f"{ranks} ranks do not fit devices={named}, which names {len(gpus)} of the GPUs.",
+            "Set ranks to 0, for one rank on each of these GPUs, or name as many as there are ranks.",
+        )
+
+
 def choose(kind: Literal["auto", "cpu", "cuda"], ranks: int, nnodes: int, gpus: int) -> tuple[Device, int]:
     """The device and the number of ranks over all hosts. `ranks` 0: all GPUs of `nnodes` equal hosts, or 2 on CPU."""
     device: Device = "cuda" if kind == "cuda" or (kind == "auto" and gpus) else "cpu"

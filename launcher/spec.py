@@ -37,8 +37,8 @@ class SidecarSpec:
     `ranks` counts all hosts; 0 means all GPUs, or two ranks on CPU. `address` is "unix" or "tcp://host:port"; TCP needs
     `token_file`. With `remote` the sidecar at that address is somebody else's to start and stop. Several hosts:
     `nnodes`, this host's `node_rank`, and `rdzv_endpoint` "host:port" of host 0. `compute_timeout` 0 means the device's
-    usual one, `idle_timeout` 0 never. `worker` is the module that every rank runs. `gpus`: those that the ranks take,
-    by their places among the visible ones; none: the first ones.
+    usual one, `idle_timeout` 0 never. `worker` is the module that every rank runs. `gpus`: those that the ranks take
+    on this host, by their places among the visible ones; none: the first ones.
     """
 
     ranks: int = 0
@@ -85,11 +85,18 @@ def usual_token_file() -> Path | None:
     return Path(name).expanduser() if name else None
 
 
+def device_and_ranks(spec: SidecarSpec) -> tuple[devices.Device, int]:
+    """Where the ranks run, and how many they are over all hosts. Raises `UserError` for GPUs that are not there."""
+    count = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
+    if spec.gpus:
+        devices.check_gpus(spec.gpus, spec.ranks // spec.nnodes, spec.device, count)
+    return devices.choose(spec.device, spec.ranks, spec.nnodes, len(spec.gpus) or count)
+
+
 @functools.lru_cache(maxsize=16)
 def settings_of(spec: SidecarSpec) -> records.Settings:
     check(spec)
-    gpus = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
-    device, ranks = devices.choose(spec.device, spec.ranks, spec.nnodes, gpus)
+    device, ranks = device_and_ranks(spec)
     check_cores(device, ranks // spec.nnodes, resources.cores())
     shape = {
         "device": device,
@@ -105,11 +112,11 @@ def settings_of(spec: SidecarSpec) -> records.Settings:
         "log_bytes": spec.log_bytes,
         "worker": spec.worker,
         "store": spec.rdzv_endpoint,
+        "gpus": spec.gpus,
     }
     surroundings = [
         spec.python,
         os.environ.get("CUDA_VISIBLE_DEVICES"),
-        spec.gpus,
         str(spec.token_file),
         _code_version(),
     ]
@@ -121,6 +128,11 @@ def check(spec: SidecarSpec) -> None:
     """Raise `UserError` for a spec that contradicts itself."""
     if spec.remote and spec.address == "unix":
         raise UserError("A sidecar elsewhere needs an address.", "Give it as tcp://host:port.")
+    if spec.remote and spec.gpus:
+        raise UserError(
+            f"devices={','.join(map(str, spec.gpus))} cannot be chosen for the sidecar at {spec.address}.",
+            "Leave devices empty, and name them where that sidecar is started: python cli start --devices.",
+        )
     if spec.nnodes > 1 and not spec.rdzv_endpoint:
         raise UserError(f"{spec.nnodes} hosts need a place to meet.", "Give --rdzv-endpoint host:port of host 0.")
     if not 0 <= spec.node_rank < spec.nnodes:

@@ -165,6 +165,14 @@ class ParallelDiTLayout:
                         "new size take longer. Not under LoHa, LoKr or DoRA.",
                     },
                 ),
+                "devices": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "The GPUs that the ranks take, by the numbers that torch gives them, as in 0,1: "
+                        "one rank on each. Empty: the first ones.",
+                    },
+                ),
             },
         }
 
@@ -190,7 +198,7 @@ def _choose(inputs: dict[str, Any]) -> LayoutChoice:
                 "Use 0 to have it chosen." if least == 0 else f"Set {name} to 1 or more.",
             )
     choice.blocks_by_stage()
-    ranks = session.ranks_for(choice.ranks)
+    ranks = session.ranks_for(choice)
     if ranks:
         choice.check(ranks)
     return choice

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..launcher.devices import gpus_of
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.layout.fitting import RunFacts, check_layout
 from ..parallel_backend.layout.layout import (
@@ -25,7 +26,10 @@ GIVEN = ("tensor_degree", "distrifusion_degree", "pipefusion_degree")
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """What the graph asks for. `ranks` 0 means all GPUs, or two ranks on CPU; a degree of 0 is chosen at the run."""
+    """What the graph asks for. `ranks` 0 means all GPUs, or two ranks on CPU; a degree of 0 is chosen at the run.
+
+    `devices`: the GPUs of the ranks, as in "0,1"; empty: the first ones.
+    """
 
     ranks: int = 0
     ulysses_degree: int = 0
@@ -42,6 +46,12 @@ class LayoutChoice:
     refresh: Refresh = "all"
     stage_blocks: str = ""
     compile: Compile = "off"
+    devices: str = ""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The GPUs that are asked for; none: the first ones. Raises `UserError` for text that is no list of them."""
+        return gpus_of(self.devices)
 
     @property
     def chosen(self) -> dict[str, Any]:

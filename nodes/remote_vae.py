@@ -93,9 +93,9 @@ class ParallelVAE:
         tensors: dict[str, Tensor],
     ) -> session.Reply:
         if self.works_aside:
-            client = session.vae_client(self.own_ranks, self.layout.ranks if self.layout else 0)
+            client = session.vae_client(self.own_ranks, self.layout or LayoutChoice())
         else:
-            client = session.client_for(self.layout.ranks if self.layout else None)
+            client = session.client_for(self.layout)
         request = kind(id=0, vae=self.ref, **tiling._asdict(), on_out_of_memory=on_out_of_memory)
         return session.with_living(
             client, lambda client: session.ask(client, request, tensors, on_vae_sidecar=self.works_aside)

@@ -191,7 +191,7 @@ class ParallelDiTSampler:
         changes = here.changes(model)
 
         choice = handle.layout or LayoutChoice()
-        client = session.client_for(handle.layout.ranks if handle.layout else None)
+        client = session.client_for(handle.layout)
         facts = replace(
             handle.facts(client.welcome.ranks),
             batch=batch,

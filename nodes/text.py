@@ -102,6 +102,6 @@ class ParallelDiTTextEncode:
             prompt_2=text_2 or None,
             max_length=max_length or None,
         )
-        client = session.client_for(layout.ranks if layout else None)
+        client = session.client_for(layout)
         reply = session.with_living(client, lambda client: session.ask(client, message))
         return (entry_of(reply.tensors, guidance),)

@@ -5,14 +5,15 @@ export const GIVEN = ["tensor_degree", "distrifusion_degree", "pipefusion_degree
 const LARGEST = { cfg_degree: 2 };
 
 /**
- * @param {Record<string, number>} values the node's inputs by name; what another node gives is undefined
- * @param {number} defaultRanks ranks where `ranks` is 0; 0 when that is not known
+ * @param {Record<string, number | string>} values the node's inputs by name; what another node gives is undefined
+ * @param {number} defaultRanks ranks where `ranks` is 0 and no devices are named; 0 when that is not known
  * @returns {{verdict: "fits" | "completed" | "clashes" | "unknown", product: number, ranks: number, rest: number}}
  *   "completed": the degrees that are 0 are chosen so that they multiply to `rest`
  */
 export function judgeLayout(values, defaultRanks) {
   const degrees = [...CHOSEN, ...GIVEN];
-  const ranks = values.ranks === undefined ? 0 : values.ranks || defaultRanks;
+  const named = (values.devices ?? "").split(",").filter((name) => name.trim()).length;
+  const ranks = values.ranks === undefined ? 0 : values.ranks || named || defaultRanks;
   const product = degrees.reduce((product, name) => product * (values[name] || 1), 1);
   const rest = ranks / product;
   const isKnown = ranks > 0 && degrees.every((name) => values[name] !== undefined);

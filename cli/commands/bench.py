@@ -74,6 +74,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from ...nodes import host
+    from ...nodes.layout_choice import LayoutChoice
     from ...nodes.session import session
 
     if args.rounds < 1:
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     usual = usual_layouts(run.ranks, guided=bool(run.message.negative))
     layouts = chosen or {str(layout): layout for layout in usual}
     host.use(host.Host(models=args.models, spec=spec, owned=False, say=_say))
-    client = session.client_for(run.ranks)
+    client = session.client_for(LayoutChoice(ranks=run.ranks))
     results = in_turns(client, run, layouts, args.rounds)
     if args.alone:
         client.request(Unload(id=0))

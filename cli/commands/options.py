@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...launcher.devices import gpus_of
 from ...launcher.spec import REMOTE_VARIABLE, TOKEN_VARIABLE, SidecarSpec, usual_token_file
 from ...parallel_backend.errors import UserError
 
@@ -39,6 +40,9 @@ def add_sidecar_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sidecar").add_argument
     add("--ranks", type=number(int, 0), default=0, help="ranks over all hosts; 0: every GPU, or 2 on CPU (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is a GPU")
+    add(
+        "--devices", default="", metavar="N,N", help="the GPUs that the ranks take, as in 0,1 (default: the first ones)"
+    )
     add("--python", default=usual.python, help="interpreter of the ranks (default: this one)")
     add("--address", default="unix", help='"unix" or tcp://host:port (default unix)')
     add("--token-file", type=Path, help="file with the token that TCP clients must know")
@@ -78,7 +82,7 @@ def spec_of(args: argparse.Namespace) -> SidecarSpec:
         *("ranks", "device", "python", "address", "token_file", "nnodes", "node_rank", "rdzv_endpoint", "worker"),
         *("start_timeout", "compute_timeout", "hang_timeout", "idle_timeout"),
     )
-    spec = SidecarSpec(**{name: getattr(args, name) for name in names})
+    spec = SidecarSpec(**{name: getattr(args, name) for name in names}, gpus=gpus_of(args.devices))
     return replace(spec, **_elsewhere(args)) if getattr(args, "remote", "") else spec
 
 

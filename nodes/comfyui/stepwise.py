@@ -114,7 +114,7 @@ class StepwiseModel:
         """
         self.end()
         layout = handle.layout
-        client = session.client_for(layout.ranks if layout else None)
+        client = session.client_for(layout)
         # What no guidance and no batch would change is refused before anything is sent.
         _layout_for(handle, client, batch=None, guided=False)
         self.changes = changes

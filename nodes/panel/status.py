@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 from ...launcher import lifecycle
@@ -12,6 +11,7 @@ from ...parallel_backend.errors import UserError
 from ...parallel_backend.protocol import records
 from ...parallel_backend.protocol.messages import Status
 from .. import host
+from ..layout_choice import LayoutChoice
 from ..session import session
 from ..session.activity import FAILURES, activity
 
@@ -60,7 +60,7 @@ def start(ranks: int) -> dict[str, Any]:
         raise UserError(
             f"The sidecar is running already, with {running.ranks} ranks.", "Stop it first to start another one."
         )
-    spec = replace(here.spec, ranks=session.ranks_for(ranks))
+    spec = session.spec_for(LayoutChoice(ranks=ranks))
     with activity.during("start"):
         lifecycle.ensure_sidecar(spec, activity.starting, owned=here.owned)
     return status()
@@ -117,7 +117,7 @@ def _vae_ranks() -> int:
 def _default_ranks() -> int:
     """How many ranks a layout that names none would have; 0 when that is unknown."""
     try:
-        return session.ranks_for(0)
+        return session.ranks_for(LayoutChoice())
     except UserError:
         return 0
 

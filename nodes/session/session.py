@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...launcher import devices, lifecycle
 from ...launcher.client import Client, Event, NotBegun
-from ...launcher.spec import SidecarSpec
+from ...launcher.spec import SidecarSpec, check, device_and_ranks
 from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
 from .. import host
+from ..layout_choice import LayoutChoice
 from .activity import activity
 
 T = TypeVar("T")
@@ -21,8 +22,8 @@ T = TypeVar("T")
 UNLOAD_S = 60.0
 """The time limit for the ranks to unload their models, once the request before is done."""
 
-_count_of_prompt: tuple[object, int] = (None, 0)
-"""The workflow that asked for ranks last, and for how many."""
+_asked_by_prompt: tuple[object, str] = (None, "")
+"""The workflow that asked for ranks last, and for which, in words."""
 
 
 @dataclass(frozen=True)
@@ -31,45 +32,53 @@ class Reply:
     tensors: dict[str, Tensor]
 
 
-def ranks_for(ranks: int) -> int:
-    """Ranks of the sidecar that would be started for a layout of `ranks`. Raises `UserError` for too few GPUs."""
+def ranks_for(layout: LayoutChoice) -> int:
+    """Ranks of the sidecar that would be started for a layout. Raises `UserError` for GPUs that are not there."""
+    return spec_for(layout).ranks
+
+
+def spec_for(layout: LayoutChoice) -> SidecarSpec:
+    """The sidecar that a layout asks for. Raises `UserError` for GPUs that are not there."""
     spec = host.current().spec
-    if spec.remote:
-        return ranks or spec.ranks
-    gpus = 0 if spec.device == "cpu" else devices.gpu_count(spec.python)
-    return devices.choose(spec.device, ranks or spec.ranks, spec.nnodes, gpus)[1]
+    usual = 0 if layout.gpus else spec.ranks
+    wanted = replace(spec, ranks=layout.ranks or usual, gpus=layout.gpus or spec.gpus)
+    if not spec.remote:
+        return replace(wanted, ranks=device_and_ranks(wanted)[1])
+    check(wanted)
+    return wanted
 
 
-def client_for(ranks: int | None) -> Client:
-    """A client of a sidecar of `ranks` ranks, started if need be. None takes the one that runs, however many it has.
+def client_for(layout: LayoutChoice | None) -> Client:
+    """A client of a sidecar as the layout wants it, started if need be. None takes the one that runs, as it is.
 
-    Raises `UserError` where a node of the same workflow has asked for another number.
+    Raises `UserError` where a node of the same workflow has asked for other ranks.
     """
     here = host.current()
-    spec = running() if ranks is None else None
+    spec = running() if layout is None else None
     if spec is None:
-        spec = here.spec if here.spec.remote else replace(here.spec, ranks=ranks_for(ranks or 0))
-        _check_one_count(here.prompt(), spec.ranks)
-    return _client(spec)
+        spec = spec_for(layout or LayoutChoice())
+        _check_one_sidecar(here.prompt(), spec)
+    return _client(here.spec if here.spec.remote else spec)
 
 
-def _check_one_count(prompt: object, ranks: int) -> None:
-    """A workflow that asked for two numbers of ranks would have the sidecar started anew for each, time and again."""
-    global _count_of_prompt
-    if prompt is not None and prompt == _count_of_prompt[0] and ranks != _count_of_prompt[1]:
+def _check_one_sidecar(prompt: object, spec: SidecarSpec) -> None:
+    """A workflow that asked for two kinds of ranks would have the sidecar started anew for each, time and again."""
+    global _asked_by_prompt
+    ranks = f"{spec.ranks} ranks" + (f" on the GPUs {', '.join(map(str, spec.gpus))}" if spec.gpus else "")
+    if prompt is not None and prompt == _asked_by_prompt[0] and ranks != _asked_by_prompt[1]:
         raise UserError(
-            f"This node asks for {ranks} ranks, another one of this workflow has asked for {_count_of_prompt[1]}: the "
+            f"This node asks for {ranks}, another one of this workflow has asked for {_asked_by_prompt[1]}: the "
             "sidecar would be started anew for each of them.",
-            "Give all Parallel Layouts the same ranks. A VAE may have ranks of its own: own_ranks of Parallel VAE "
-            "Loader.",
+            "Give all Parallel Layouts the same ranks and devices. A VAE may have ranks of its own: own_ranks of "
+            "Parallel VAE Loader.",
         )
-    _count_of_prompt = prompt, ranks
+    _asked_by_prompt = prompt, ranks
 
 
-def vae_client(ranks: int, sampling_ranks: int) -> Client:
-    """A client of the VAE's own sidecar of `ranks` ranks, started if need be. `sampling_ranks`: those of the other one
-    (0: the usual number). On GPUs it takes the last ones. Raises `UserError` for too few GPUs, and where there can be
-    no second sidecar."""
+def vae_client(ranks: int, layout: LayoutChoice) -> Client:
+    """A client of the VAE's own sidecar of `ranks` ranks, started if need be. `layout`: of the ranks that sample. On
+    GPUs it takes the last ones that these leave. Raises `UserError` for too few GPUs, and where there can be no second
+    sidecar."""
     spec = host.current().spec
     if spec.remote or spec.address != "unix":
         raise UserError(
@@ -80,7 +89,8 @@ def vae_client(ranks: int, sampling_ranks: int) -> Client:
     device, _ = devices.choose(spec.device, ranks, 1, count)
     if device == "cpu":
         return _client(spec.for_vae(ranks))
-    sampling = ranks_for(sampling_ranks) // spec.nnodes
+    sampler = spec_for(layout)
+    sampling = sampler.ranks // spec.nnodes
     if sampling + ranks > count:
         fewer = f"Set ranks of Parallel Layout to {count - ranks}, or own_ranks to {max(0, count - sampling)}."
         raise UserError(
@@ -89,7 +99,8 @@ def vae_client(ranks: int, sampling_ranks: int) -> Client:
             # ranks=0 means all of them.
             fewer if count > ranks else "Set own_ranks to 0: then the ranks that sample decode, too.",
         )
-    return _client(spec.for_vae(ranks, tuple(range(count - ranks, count))))
+    free = sorted(set(range(count)) - set(sampler.gpus or range(sampling)))
+    return _client(spec.for_vae(ranks, tuple(free[-ranks:])))
 
 
 def _client(spec: SidecarSpec) -> Client:
@@ -118,7 +129,7 @@ def running() -> SidecarSpec | None:
         return spec
     life = lifecycle.current(spec.slot)
     settings = life.settings if life and life.is_alive else None
-    return replace(spec, ranks=settings.ranks) if settings else None
+    return replace(spec, ranks=settings.ranks, gpus=settings.gpus) if settings else None
 
 
 def visit(

@@ -47,6 +47,7 @@ class Settings(Message):
     log_bytes: int
     worker: str
     store: str
+    gpus: tuple[int, ...] = ()
 
     @property
     def local_ranks(self) -> range:

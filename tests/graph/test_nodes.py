@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from paralleldit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from paralleldit.launcher import lifecycle
+from paralleldit.launcher import devices, lifecycle
 from paralleldit.launcher.client import NotBegun, SidecarError
 from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import host
+from paralleldit.nodes.layout import ParallelDiTLayout
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.nodes.session import session
 from paralleldit.parallel_backend.errors import Cancelled, UserError
@@ -492,14 +493,77 @@ class Numbered(host.Host):
 def test_two_numbers_of_ranks_in_one_workflow_are_refused(client, models):
     here = Numbered(models=models, spec=host.current().spec)
     host.use(here)
-    session.client_for(2)
-    session.client_for(2)
+    one, two = LayoutChoice(ranks=1), LayoutChoice(ranks=2)
+    session.client_for(two)
+    session.client_for(two)
     with pytest.raises(UserError, match="asks for 1 ranks, another one of this workflow has asked for 2"):
-        session.client_for(1)
+        session.client_for(one)
     here.number = 2
-    session.client_for(1)
+    session.client_for(one)
     with pytest.raises(UserError, match="own_ranks of Parallel VAE Loader"):
-        session.client_for(2)
+        session.client_for(two)
     host.use(host.Host(models=models, spec=here.spec))
-    for ranks in (1, 2, 1):
-        session.client_for(ranks)
+    for layout in (one, two, one):
+        session.client_for(layout)
+
+
+FOUR_GPUS = [
+    (LayoutChoice(), 4, ()),
+    (LayoutChoice(ranks=2), 2, ()),
+    (LayoutChoice(devices="1, 3"), 2, (1, 3)),
+    (LayoutChoice(devices="3,0"), 2, (3, 0)),
+    (LayoutChoice(ranks=1, devices="2"), 1, (2,)),
+]
+
+
+@pytest.mark.parametrize(("layout", "ranks", "gpus"), FOUR_GPUS)
+def test_devices_of_the_layout_are_the_gpus_of_the_sidecar(client, models, monkeypatch, layout, ranks, gpus):
+    monkeypatch.setattr(devices, "gpu_count", lambda python: 4)
+    host.use(host.Host(models=models))
+    session.client_for(layout)
+    assert (client.specs[-1].ranks, client.specs[-1].gpus) == (ranks, gpus)
+
+
+@pytest.mark.parametrize(
+    ("layout", "own", "gpus"),
+    [
+        (LayoutChoice(ranks=2), 2, (2, 3)),
+        (LayoutChoice(ranks=2), 1, (3,)),
+        (LayoutChoice(devices="2,3"), 1, (1,)),
+        (LayoutChoice(devices="1,3"), 2, (0, 2)),
+    ],
+)
+def test_a_vae_with_ranks_of_its_own_takes_gpus_that_the_layout_leaves(client, models, monkeypatch, layout, own, gpus):
+    monkeypatch.setattr(devices, "gpu_count", lambda python: 4)
+    host.use(host.Host(models=models))
+    session.vae_client(own, layout)
+    assert client.specs[-1].gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "reason", "remedy"),
+    [
+        ({"devices": "0,4"}, 4, "names GPU 4, but torch sees 4: 0, 1, 2, 3", "Name some of these"),
+        ({"devices": "0,1", "ranks": 3}, 4, "3 ranks do not fit devices=0,1, which names 2", "Set ranks to 0"),
+        ({"devices": "0,0"}, 4, "'0,0' is no list of GPUs", "each once"),
+        ({"devices": "0;1"}, 4, "'0;1' is no list of GPUs", "as in 0,1"),
+        ({"devices": "-1"}, 4, "'-1' is no list of GPUs", "as in 0,1"),
+        ({"devices": "0"}, 0, "devices=0 names GPUs, but torch sees no GPU on this machine", "Leave devices empty"),
+        ({"devices": "0,1,2", "ulysses_degree": 2, "cfg_degree": 1}, 4, "cannot be completed to 3 ranks", "divides 3"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_before_the_run(
+    client, models, monkeypatch, given, count, reason, remedy
+):
+    monkeypatch.setattr(devices, "gpu_count", lambda python: count)
+    host.use(host.Host(models=models))
+    with pytest.raises(UserError, match=reason) as refused:
+        ParallelDiTLayout().build(**given)
+    assert remedy in refused.value.hint
+    assert client.specs == []
+
+
+def test_devices_cannot_be_chosen_for_a_sidecar_elsewhere(client, models):
+    host.use(host.Host(models=models, spec=SidecarSpec(remote=True, address="tcp://there:1", token_file=models / "t")))
+    with pytest.raises(UserError, match="devices=0,1 cannot be chosen for the sidecar at tcp://there:1"):
+        ParallelDiTLayout().build(devices="0,1")

@@ -17,6 +17,7 @@ from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.nodes import NODE_CLASS_MAPPINGS as nodes
 from paralleldit.nodes import host, widgets
+from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.nodes.panel import routes as panel_routes
 from paralleldit.nodes.panel import status as panel
 from paralleldit.nodes.session import activity as activities
@@ -51,7 +52,7 @@ def sample() -> None:
         schedule=messages.Schedule(scheduler="simple", steps=3),
         seed=0,
     )
-    session.ask(session.client_for(2), message, {"latent": torch.zeros(1, 4, 2, 2)})
+    session.ask(session.client_for(LayoutChoice(ranks=2)), message, {"latent": torch.zeros(1, 4, 2, 2)})
 
 
 def test_listeners_hear_every_phase_of_a_run_and_its_end(client, activity):

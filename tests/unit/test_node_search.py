@@ -48,7 +48,7 @@ SHOWN = {
     "Loader": ("model", "weight_dtype"),
     "Layout": (
         *("ranks", "ulysses_degree", "ring_degree", "cfg_degree"),
-        *("pipefusion_degree", "tensor_degree", "weights"),
+        *("pipefusion_degree", "tensor_degree", "weights", "devices"),
     ),
     "Sampler": ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
     "Lora": ("lora", "strength"),

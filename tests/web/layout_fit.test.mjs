@@ -15,6 +15,9 @@ const CASES = [
   [{ ranks: 0, ulysses_degree: 2 }, 2, "fits", { ranks: 2 }],
   [{ ranks: 0, ulysses_degree: 2 }, 0, "unknown", { product: 2 }],
   [{ ranks: undefined }, 2, "unknown", {}],
+  [{ ranks: 0, devices: "1, 3", ulysses_degree: 2 }, 8, "fits", { ranks: 2 }],
+  [{ ranks: 0, devices: "", ulysses_degree: 2 }, 2, "fits", { ranks: 2 }],
+  [{ ranks: 4, devices: "0,1", ulysses_degree: 4 }, 8, "fits", { ranks: 4 }],
   [{ ulysses_degree: undefined, ring_degree: 4 }, 2, "unknown", { product: 4 }],
   [{ tensor_degree: 2, distrifusion_degree: 2 }, 2, "fits", { product: 4 }],
 ];
