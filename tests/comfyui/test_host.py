@@ -188,7 +188,7 @@ def test_the_demo_model_and_its_controlnet_are_sampled_alike_by_stock_ksampler(h
     theirs = picture(host, host.run(api))
     assert psnr(ours, theirs) > 50
     api["6"]["inputs"] |= {"positive": ["3", 0], "negative": ["4", 0]}
-    assert psnr(picture(host, host.run(api)), theirs) < 30, "the ControlNet changes next to nothing"
+    assert psnr(picture(host, host.run(api)), theirs) < 40, "the ControlNet changes next to nothing"
 
 
 def test_an_interrupt_ends_stock_ksampler_within_a_step_and_the_sidecar_stays_warm(host, demo):
