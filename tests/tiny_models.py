@@ -16,6 +16,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from paralleldit.parallel_backend.families.condition import Condition
@@ -25,6 +26,7 @@ from paralleldit.parallel_backend.families.keys.hunyuandit import HUNYUANDIT
 from paralleldit.parallel_backend.families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from paralleldit.parallel_backend.families.keys.sd3 import SD3
 from paralleldit.parallel_backend.families.keys.wan import WAN
+from paralleldit.parallel_backend.families.keys.zimage import ZIMAGE
 from paralleldit.parallel_backend.families.registry import load_view
 from paralleldit.parallel_backend.families.spec import FamilySpec
 from paralleldit.parallel_backend.protocol.messages import Conditioning, RunPrompt
@@ -284,6 +286,40 @@ def _wan() -> TinyModel:
     return TinyModel(WAN, build, condition, sigma, denoise)
 
 
+def _zimage() -> TinyModel:
+    sigma = 0.7
+
+    def build(heads: int, depth: int) -> ZImageTransformer2DModel:
+        model = ZImageTransformer2DModel(
+            dim=16 * heads,
+            n_layers=2 * depth,
+            n_refiner_layers=depth,
+            n_heads=heads,
+            n_kv_heads=heads,
+            cap_feat_dim=20,
+            axes_dims=(4, 6, 6),
+            axes_lens=(1024, 512, 512),
+        )
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "pad" in name:
+                torch.nn.init.normal_(parameter, float("norm" in name), 0.3)
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        return Condition({"tokens": draw(batch, text, 20)})
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        batch, *_, height, width = latent.shape
+        output = model(
+            list(whole_patches(latent).unsqueeze(2)),
+            torch.full((batch,), 1 - sigma),
+            list(condition["tokens"].expand(batch, -1, -1)),
+        ).sample
+        return latent + sigma * torch.stack(output).squeeze(2)[..., :height, :width]
+
+    return TinyModel(ZIMAGE, build, condition, sigma, denoise)
+
+
 TIMESTEP = 500
 
 
@@ -342,4 +378,5 @@ TINY_MODELS = {
     "hunyuandit 1.1": _hunyuandit(takes_size=True),
     "hunyuandit 1.2": _hunyuandit(takes_size=False),
     "wan 2.1": _wan(),
+    "z-image": _zimage(),
 }

@@ -22,9 +22,7 @@ class OwnHeads:
         """`config`: the arguments of the model's class. Raises `UserError` where heads do not serve equally many."""
         self.share = share
         self._counts: dict[str, int] = {name: config[group.count] for name, group in groups.items()}
-        self._dims: dict[str, int] = {
-            name: group.width if isinstance(group.width, int) else config[group.width] for name, group in groups.items()
-        }
+        self._dims = {name: _width(group, config) for name, group in groups.items()}
         self._served = {name: group.serves for name, group in groups.items() if group.serves}
         for name, queries in self._served.items():
             if not self._counts[name] or self._counts[queries] % self._counts[name]:
@@ -65,3 +63,11 @@ class OwnHeads:
     def _each_serves(self, group: str) -> int:
         """How many query heads a head of `group` serves."""
         return self._counts[self._served[group]] // self._counts[group]
+
+
+def _width(group: HeadGroup, config: Mapping[str, Any]) -> int:
+    """Channels of one head of the group."""
+    width = group.width
+    if callable(width):
+        return width(config)
+    return width if isinstance(width, int) else config[width]

@@ -10,9 +10,21 @@ from .keys.hunyuandit import HUNYUANDIT
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from .keys.sd3 import SD3
 from .keys.wan import WAN
+from .keys.zimage import ZIMAGE
 from .spec import FamilySpec
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT, WAN)}
+FAMILIES: dict[str, FamilySpec] = {
+    spec.name: spec
+    for spec in (
+        FLUX,
+        SD3,
+        PIXART_ALPHA,
+        PIXART_SIGMA,
+        HUNYUANDIT,
+        WAN,
+        ZIMAGE,
+    )
+}
 
 
 def load_class(name: str) -> type:

@@ -126,12 +126,13 @@ class LoraName:
 class HeadGroup:
     """Attention heads that are cut alike. `count`, `width`: what the config calls their number and their channels.
 
-    `serves`: the group of the query heads that attend to these, where they are fewer (grouped-query attention). A rank
-    has those that its own query heads attend to, so that ranks repeat them rather than cut them.
+    The width may be a number, too, or be computed from a config that does not say it. `serves`: the group of the query
+    heads that attend to these, where they are fewer (grouped-query attention). A rank has those that its own query
+    heads attend to, so that ranks repeat them rather than cut them.
     """
 
     count: str
-    width: str | int
+    width: str | int | Callable[[Config], int]
     serves: str | None = None
 
 

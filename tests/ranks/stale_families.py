@@ -113,29 +113,32 @@ class StaleModel:
         latents = {name: latent}
         grids = family.grids(latents)
         lengths = {name: sum(each.count for each in own) for name, own in family.segments(condition, grids).items()}
-        length, (grid,) = lengths.get("text", 0), grids.values()
+        length, (grid,), count = lengths.get("text", 0), grids.values(), lengths[name]
         tokens = family.tokenise(latents)
         answer = torch.zeros_like(tokens[name])
         family.sites.attention = self.attention
-        for text, at in self.parts(evaluation, length, grid):
-            places = {("text", name): torch.cat((torch.arange(length)[text], length + at)), (name,): at}
-            self.attention.begin(prompt, places, {("text", name): length + grid.count, (name,): grid.count})
-            shard = {"text": text, name: at}
-            state = family.embed(Evaluation(tokens, grids, timestep, condition, shard))
+        totals = {("text",): length, (name,): count, ("text", name): length + count}
+        for text, at, pads in self.parts(evaluation, length, grid, count - grid.count):
+            own = torch.cat((at, grid.count + torch.arange(count - grid.count)[pads]))
+            of_text = torch.arange(length)[text]
+            places = {("text",): of_text, (name,): own, ("text", name): torch.cat((of_text, length + own))}
+            self.attention.begin(prompt, places, totals)
+            state = family.embed(Evaluation(tokens, grids, timestep, condition, {"text": text, name: own}))
             state = run_blocks(family, state, family.blocks, policy=sample.COMPUTE_ALL)
-            answer[:, at] = family.head(state, {name: slice(None)})[name]
+            answer[:, at] = family.head(state, {name: slice(len(at))})[name]
             self.end_part()
         self.attention.keep()
         return family.untokenise({name: answer}, latents)[name]
 
-    def parts(self, evaluation, length, grid):
-        """The text and the tokens of the grid that are computed at once, one part after the other."""
+    def parts(self, evaluation, length, grid, pads):
+        """The text, the tokens of the grid and the pads behind them that are computed at once, one part after the
+        other."""
         if evaluation < max(1, self.layout.warmup_steps):
-            yield slice(0, length), torch.arange(grid.count)
+            yield slice(0, length), torch.arange(grid.count), slice(0, pads)
         else:
-            yield from self.stale_parts(length, grid)
+            yield from self.stale_parts(length, grid, pads)
 
-    def stale_parts(self, length, grid):
+    def stale_parts(self, length, grid, pads):
         raise AssertionError("each method has its own")
 
     def end_part(self):

@@ -1,5 +1,6 @@
 """DistriFusion: exact where nothing is old, else equal to a serial model of stale keys and values."""
 
+from itertools import accumulate
 from unittest import mock
 
 import pytest
@@ -98,7 +99,7 @@ def test_run_equals_serial_model_of_late_keys(ranks, figures, degrees, plan, siz
         assert error <= 1e-5
 
 
-FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1"]
+FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1", "z-image"]
 WARM = stale_families.STEPS
 FAMILY_CASES = [
     *((Layout(distrifusion_degree=2, warmup_steps=WARM), model) for model in FAMILIES[1:]),
@@ -129,17 +130,15 @@ def cells():
 class LateFamily(stale_families.StaleModel):
     """As `LateModel`, of any family."""
 
-    def stale_parts(self, length, grid):
+    def stale_parts(self, length, grid, pads):
         ranks, inner = self.layout.distrifusion_degree, self.layout.ulysses_degree * self.layout.ring_degree
-        text = split_sizes(length, ranks * inner)[::-1]
         image = torch.arange(grid.count).split(split_sizes(grid.count, ranks * inner))
+        edges = {count: [0, *accumulate(split_sizes(count, ranks * inner)[::-1])] for count in (length, pads)}
         sent = []
         for rank in range(ranks):
-            start = sum(text[: rank * inner])
-            yield (
-                slice(start, start + sum(text[rank * inner : (rank + 1) * inner])),
-                torch.cat(image[rank * inner : (rank + 1) * inner]),
-            )
+            own = slice(rank * inner, (rank + 1) * inner)
+            text, padding = (slice(edges[count][own.start], edges[count][own.stop]) for count in (length, pads))
+            yield text, torch.cat(image[own]), padding
             fresh, self.attention.fresh = self.attention.fresh, []
             if self.layout.refresh == "all" or rank == self.evaluations[self.attention.prompt] % ranks:
                 sent += fresh

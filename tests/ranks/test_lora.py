@@ -32,6 +32,7 @@ ORIGINAL = {
     "pixart alpha": original_weights,
     "hunyuandit 1.1": original_weights,
     "wan 2.1": original_weights,
+    "z-image": original_weights,
 }
 HEADS = {"pixart alpha": 16, "wan 2.1": 32}
 """Of a model whose single file does not tell their number: of Wan's, it makes 3 of 128 channels."""

@@ -12,7 +12,7 @@ from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_families import STEPS, StaleModel, relative_error, sampled, sampled_by
 from paralleldit.tests.tiny_models import TINY_MODELS
 
-MODELS = ["sd3 medium", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1"]
+MODELS = ["sd3 medium", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1", "z-image"]
 EXACT = [
     # pipefusion, ulysses, ring, cfg, data; patches, warm-up
     ((2, 1, 1, 1, 1), (3, STEPS)),
@@ -50,12 +50,12 @@ def covering_cases(cases):
 class StripModel(StaleModel):
     """Strips of the picture, or of a video some frames, each seeing what was computed of those before it."""
 
-    def stale_parts(self, length, grid):
+    def stale_parts(self, length, grid, pads):
         patches = self.layout.num_patches
         tokens = torch.arange(grid.count).view(grid.frames, grid.rows, grid.columns)
         strips = tokens.tensor_split(patches, dim=0 if grid.frames >= patches else 1)
         for number, strip in enumerate(strips):
-            yield slice(0, 0 if number else length), strip.flatten()
+            yield slice(0, 0 if number else length), strip.flatten(), slice(0, 0 if number else pads)
 
     def end_part(self):
         self.attention.keep()

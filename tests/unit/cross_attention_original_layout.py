@@ -1,4 +1,5 @@
-"""The weights of diffusers' PixArt, HunyuanDiT and Wan under their original names, apart from the product's tables."""
+"""The weights of diffusers' PixArt, HunyuanDiT, Wan and Z-Image under their original names, apart from the product's
+tables."""
 
 from __future__ import annotations
 
@@ -82,14 +83,24 @@ def wan_original(name: str) -> str:
     return name
 
 
+def zimage_original(name: str) -> str:
+    name = re.sub(r"^all_(x_embedder|final_layer)\.2-1\.", r"\1.", name)
+    name = re.sub(r"\.to_[qkv]\.", ".qkv.", name).replace(".to_out.0.", ".out.")
+    return re.sub(r"\.norm_([qk])\.", r".\1_norm.", name)
+
+
 def original_weights(weights: Weights) -> Weights:
     """Fused in the order q, k, v."""
-    marks = {"adaln_single.linear.weight": pixart_original, "condition_embedder.time_proj.weight": wan_original}
+    marks = {
+        "adaln_single.linear.weight": pixart_original,
+        "condition_embedder.time_proj.weight": wan_original,
+        "cap_pad_token": zimage_original,
+    }
     of = next((names for mark, names in marks.items() if mark in weights), hunyuandit_original)
     original: Weights = {}
     for name, weight in weights.items():
         source = of(name)
-        if source.startswith("final_layer.adaLN"):
+        if name.startswith("norm_out.linear"):
             weight = torch.cat(weight.chunk(2)[::-1])
         original[source] = torch.cat([original[source], weight]) if source in original else weight
     return original

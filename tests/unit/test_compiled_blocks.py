@@ -16,10 +16,11 @@ from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 from torch._dynamo.utils import counters
 
 
-# Flux: a double block, the first single block, and the others, whose text and image lie in one tensor. SD3.5: blocks
-# with a second attention, without, and the last one. HunyuanDiT: blocks that take a skip, and the others. With the
-# "eager" backend they are traced, and computed as they were: to make code of what was traced takes ten times as long.
-# Code of PixArt's blocks is run in tests/ranks/test_compiled.py, that of Flux' in `make matrix`.
+# Flux: a double block, the first single block, and the others, whose text and image lie in one tensor. Z-Image: the same,
+# with a refiner for the double block. SD3.5: blocks with a second attention, without, and the last one. HunyuanDiT:
+# blocks that take a skip, and the others. With the "eager" backend they are traced, and computed as they were: to make
+# code of what was traced takes ten times as long. Code of PixArt's blocks is run in tests/ranks/test_compiled.py, that
+# of Flux' in `make matrix`.
 @pytest.mark.parametrize(
     ("model", "kinds", "backend"),
     [
@@ -28,6 +29,7 @@ from torch._dynamo.utils import counters
         ("sd3.5 medium", 3, "eager"),
         ("hunyuandit 1.1", 2, "eager"),
         ("wan 2.1", 1, "eager"),
+        ("z-image", 3, "eager"),
     ],
 )
 def test_compiled_blocks_predict_the_same(monkeypatch, model, kinds, backend):

@@ -28,6 +28,7 @@ CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,
+    "zimage": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
 }
 """Those that diffusers has for the single files of a family."""
 LATENT = LatentSpec(4, scale=2.0, shift=1.0)

@@ -1,4 +1,4 @@
-"""PixArt, HunyuanDiT and Wan loaded from any kind of file have every parameter of the diffusers model, bit for bit."""
+"""PixArt, HunyuanDiT, Wan and Z-Image loaded from any kind of file have the diffusers model's parameters, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MODELS = {
     "hunyuandit 1.1": "hunyuandit 1.1",
     "hunyuandit 1.2": "hunyuandit 1.2",
     "wan": "wan 2.1",
+    "zimage": "z-image",
 }
 
 
@@ -84,8 +85,8 @@ def test_folder_of_an_older_diffusers_is_known(tmp_path):
     assert detect(open_checkpoint(path)).family == "pixart-alpha"
 
 
-# Wan's own forward in diffusers computes the time in the dtype that the weights are stored in.
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "wan"])
+# Forwards of diffusers that compute the time in the dtype that the weights are stored in.
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("wan", "zimage")])
 def test_model_in_fp8_computes_as_its_weights_cast(name, tmp_path):
     tiny, model = TINY_MODELS[MODELS[name]], make(name)
     loaded = load_transformer(saved("pipeline", model, tmp_path), device="cpu", weight_dtype="fp8_e4m3fn")
