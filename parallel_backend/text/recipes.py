@@ -20,6 +20,8 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+    Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
     UMT5EncoderModel,
@@ -64,14 +66,15 @@ class LoadedEncoder:
 
     def ids(self, prompt: str, length: int) -> Tensor:
         """Token ids `[1, length]`, padded or cut, which is said."""
-        return self._tokenized(prompt, length)[0]
+        return self.ids_and_mask(prompt, length)[0]
 
     def masked_tokens(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
         """What the encoder makes of a prompt without looking at the padding, `[1, length, C]`; 1 where none is."""
-        ids, mask = self._tokenized(prompt, length)
+        ids, mask = self.ids_and_mask(prompt, length)
         return self.encoder(ids, attention_mask=mask).last_hidden_state, mask
 
-    def _tokenized(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+    def ids_and_mask(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+        """`ids`, and 1 where they are no padding, 0 where they are: `[1, length]` each."""
         needed = len(self.tokenizer(prompt, verbose=False).input_ids)
         if needed > length:
             name = type(self.encoder).__name__
@@ -145,6 +148,18 @@ def _encode_wan(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, ma
     return TextConditioning(tokens=tokens * mask[..., None])
 
 
+def _encode_zimage(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+    (qwen,) = parts
+    message = [{"role": "user", "content": prompt_2}]
+    asked = qwen.tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    ids, mask = qwen.ids_and_mask(asked, max_length)
+    hidden = qwen.encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+    # The model fills the text up itself.
+    return TextConditioning(tokens=hidden[:, mask[0].bool()])
+
+
 def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
     t5 = EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
     return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
@@ -192,5 +207,12 @@ FAMILIES = (
         main_part=0,
         default_length=512,
         encode=_encode_wan,
+    ),
+    TextFamily(
+        pipelines=("ZImagePipeline",),
+        parts=(EncoderSpec("text_encoder", "tokenizer", ("qwen3",), Qwen3Model, Qwen2Tokenizer),),
+        main_part=0,
+        default_length=512,
+        encode=_encode_zimage,
     ),
 )

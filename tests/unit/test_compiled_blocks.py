@@ -16,7 +16,7 @@ from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 from torch._dynamo.utils import counters
 
 
-# Flux: a double block, the first single block, and the others, whose text and image lie in one tensor. Z-Image: the same,
+# Flux: a double block, the first single block, and the others, whose text and image lie in one tensor. Z-Image: so too,
 # with a refiner for the double block. SD3.5: blocks with a second attention, without, and the last one. HunyuanDiT:
 # blocks that take a skip, and the others. With the "eager" backend they are traced, and computed as they were: to make
 # code of what was traced takes ten times as long. Code of PixArt's blocks is run in tests/ranks/test_compiled.py, that

@@ -19,9 +19,11 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanPipeline,
+    ZImagePipeline,
 )
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
+from paralleldit.tests.tiny_zimage import qwen_config, qwen_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -31,6 +33,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -285,6 +289,34 @@ def test_conditioning_equals_the_wan_pipeline(tmp_path):
         assert ours.keys() == {"tokens"}
         assert torch.equal(ours["tokens"], tokens), prompt
         assert tokens.shape == (1, 512, 20)
+
+
+@pytest.mark.usefixtures("offline")
+def test_conditioning_equals_the_zimage_pipeline(tmp_path):
+    tokenizer = qwen_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    Qwen3Model(qwen_config(len(tokenizer))).save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
+    encoders = load_text_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    pipeline = ZImagePipeline(
+        tokenizer=Qwen2Tokenizer.from_pretrained(tmp_path / "tokenizer"),
+        text_encoder=Qwen3Model.from_pretrained(tmp_path / "text_encoder"),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+    )
+    for prompt, max_length in (("", None), ("a red fox", None), ("A fox,\n  in snow!", None), ("a red fox", 9)):
+        ours = encoders.encode(prompt, max_length=max_length).tensors()
+        with torch.no_grad():
+            (tokens,), _ = pipeline.encode_prompt(
+                prompt,
+                device=torch.device("cpu"),
+                do_classifier_free_guidance=False,
+                max_sequence_length=max_length or 512,
+            )
+        assert ours.keys() == {"tokens"}
+        assert torch.equal(ours["tokens"], tokens[None]), prompt
 
 
 def test_what_is_cut_off_is_logged(flux_folder, caplog):

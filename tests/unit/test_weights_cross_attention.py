@@ -1,4 +1,4 @@
-"""PixArt, HunyuanDiT, Wan and Z-Image loaded from any kind of file have the diffusers model's parameters, bit for bit."""
+"""PixArt, HunyuanDiT, Wan and Z-Image loaded from any kind of file have every parameter of diffusers, bit for bit."""
 
 from __future__ import annotations
 
