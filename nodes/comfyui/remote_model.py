@@ -17,6 +17,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.supported_models
 import torch
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
 def new_model(handle: ModelHandle) -> RemotePatcher:
     """The MODEL that carries `handle`."""
-    config = comfy.model_detection.model_config_from_unet_config(unet_config(handle.spec, handle.config))
+    config = model_config(handle.spec, handle.config)
     # The ranks convert what they are sent to what they compute in; nothing is to be lost on the way.
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = Operations
@@ -183,6 +184,24 @@ def _refuse_weights(*args: Any, **kwargs: Any) -> NoReturn:
         "This model's weights are in the ranks, so they can be neither merged nor saved here.",
         "Merge or save with ComfyUI's own loader, then load the new file with Parallel Loader.",
     )
+
+
+def model_config(spec: FamilySpec, config: Mapping[str, Any]) -> Any:
+    """ComfyUI's description of a model of the family with that diffusers `config`.
+
+    Raises `UserError` where ComfyUI, or this one, has no network for it.
+    """
+    found = unet_config(spec, config)
+    if spec.host_class is None:
+        return comfy.model_detection.model_config_from_unet_config(found)
+    if not host_knows(spec):
+        raise UserError(f"This ComfyUI is older than its network for {spec.title}.", "Update ComfyUI.")
+    return getattr(comfy.supported_models, spec.host_class)(found)
+
+
+def host_knows(spec: FamilySpec) -> bool:
+    """Whether this ComfyUI is new enough for models of the family, if any is."""
+    return spec.host_class is None or hasattr(comfy.supported_models, spec.host_class)
 
 
 def unet_config(spec: FamilySpec, config: Mapping[str, Any]) -> dict[str, Any]:

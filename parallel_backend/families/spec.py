@@ -213,6 +213,9 @@ class FamilySpec:
     """Modules whose matrices other modules use."""
     host_config: Callable[[Config], dict[str, Any]] | None = None
     """What ComfyUI's detection says of a model with such a config; None where ComfyUI has no class for it."""
+    host_class: str | None = None
+    """The class of such models in ComfyUI's `supported_models`, where not every ComfyUI has it, or where only the width
+    tells it from that of another family; None: it follows from `host_config`."""
     host_params: str | None = None
     """Module and dataclass of ComfyUI that are given `host_config`, where older versions have fewer fields in it."""
     host_reads: tuple[str, ...] = ()

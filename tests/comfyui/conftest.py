@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    from paralleldit.tests import tiny_sd3, tiny_wan
+    from paralleldit.tests import tiny_sd3, tiny_wan, tiny_zimage
     from paralleldit.tests.comfyui.host import prepare
     from paralleldit.tests.tiny_flux import write_pipeline
 
@@ -26,13 +27,16 @@ def base(tmp_path_factory) -> Path:
     video = write_video_vae(pipelines / "video")
     wan = tiny_wan.tiny_transformer()
     piped_wan = tiny_wan.write_pipeline(pipelines / "wan", wan)
+    zimage = tiny_zimage.tiny_transformer()
+    piped_zimage = tiny_zimage.write_pipeline(pipelines / "zimage", zimage)
     files = [
         tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3),
         tiny_wan.write_original(pipelines / "wan.safetensors", wan),
+        tiny_zimage.write_original(pipelines / "zimage.safetensors", zimage),
     ]
-    pipes = {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video, "wan": piped_wan}
+    pipes = {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video, "wan": piped_wan, "zimage": piped_zimage}
     prepare(folder / "base", pipes, files)
-    write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3)
+    write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3, zimage)
     write_ip_adapters(folder / "base" / "models" / "ipadapter", tiny / "transformer", sd3)
     return folder / "base"
 
@@ -49,17 +53,19 @@ def write_video_vae(folder: Path) -> Path:
     return folder
 
 
-def write_loras(folder: Path, flux: Path, sd3: Any) -> None:
-    """LoRAs of some formats for both models, by the names of their original files and by those of diffusers."""
+def write_loras(folder: Path, flux: Path, sd3: Any, zimage: Any) -> None:
+    """LoRAs of some formats for these models, by the names of their original files and by those of diffusers."""
     from diffusers import FluxTransformer2DModel
     from paralleldit.tests import lora_files, tiny_sd3
+    from paralleldit.tests.unit.cross_attention_original_layout import original_weights
     from paralleldit.tests.unit.flux_original_layout import original_layout
 
     folder.mkdir()
     flux_weights = FluxTransformer2DModel.from_pretrained(flux).state_dict()
-    for name, weights, original in (
-        ("flux", flux_weights, original_layout(flux_weights)),
-        ("sd3", sd3.state_dict(), tiny_sd3.original_layout(sd3.state_dict())),
+    for name, weights, original, last in (
+        ("flux", flux_weights, original_layout(flux_weights), "norm_out.linear"),
+        ("sd3", sd3.state_dict(), tiny_sd3.original_layout(sd3.state_dict()), "norm_out.linear"),
+        ("zimage", zimage.state_dict(), original_weights(dict(zimage.state_dict())), "all_final_layer.2-1.linear"),
     ):
         for format, prefix, matrices in (
             ("kohya", "lora_unet_", original),
@@ -69,9 +75,11 @@ def write_loras(folder: Path, flux: Path, sd3: Any) -> None:
             ("loha", "transformer.", weights),
         ):
             modules = [
-                key.removesuffix(".weight") for key, each in matrices.items() if "blocks." in key and each.ndim == 2
+                key.removesuffix(".weight")
+                for key, each in matrices.items()
+                if re.search(r"(blocks|layers|refiner)\.\d", key) and each.ndim == 2
             ]
-            modules.append("final_layer.linear" if prefix == "lora_unet_" else "norm_out.linear")
+            modules.append("final_layer.linear" if prefix == "lora_unet_" else last)
             names = {
                 f"{each}.weight": prefix + (each.replace(".", "_") if prefix[-1] == "_" else each) for each in modules
             }

@@ -2,7 +2,8 @@
 
 COMFYUI_PATH=... python detection_host.py FOLDER
 
-For each FOLDER/NAME.json (`family`, `config` and the `shapes` of its weights in the original layout) writes
+For each FOLDER/NAME.json (`family`, `config` and the `shapes` of its weights in the original layout) that this ComfyUI
+is not too old for writes
 NAME.host.json: what the detection says of the shapes (`detected`) and the pack of the config (`said`), the class of
 ComfyUI's that each leads to, the shapes of the network that it builds of `said`, and what it calls its weights in
 `loras`.
@@ -28,15 +29,18 @@ def main(folder: Path) -> None:
     comfy.options.enable_args_parsing()
     import comfy.lora
     import comfy.model_detection
-    from paralleldit.nodes.comfyui.remote_model import Operations, unet_config
+    from paralleldit.nodes.comfyui.remote_model import Operations, host_knows, model_config, unet_config
     from paralleldit.parallel_backend.families.registry import FAMILIES
 
     for asked in sorted(folder.glob("*.json")):
         given = json.loads(asked.read_text())
+        spec = FAMILIES[given["family"]]
+        if not host_knows(spec):
+            continue
         weights = {key: torch.empty(shape, device="meta") for key, shape in given["shapes"].items()}
         detected = comfy.model_detection.detect_unet_config(weights, "")
-        said = unet_config(FAMILIES[given["family"]], given["config"])
-        rows = [comfy.model_detection.model_config_from_unet_config(each) for each in (detected, said)]
+        said = unet_config(spec, given["config"])
+        rows = [comfy.model_detection.model_config_from_unet_config(detected), model_config(spec, given["config"])]
         rows[1].set_inference_dtype(torch.float32, None)
         rows[1].custom_operations = Operations
         model = rows[1].get_model({}, device=torch.device("meta"))

@@ -2,7 +2,8 @@
 
 COMFYUI_PATH=... python latent_format_host.py FOLDER
 
-For each model of FOLDER/models.json (its `family` and `config`, by name) and each of `VAES` makes the MODEL of a folder
+For each model of FOLDER/models.json (its `family` and `config`, by name) and each of `VAES`, unless this ComfyUI is too
+old for it, makes the MODEL of a folder
 with such a VAE, and writes FOLDER/NAME VAE.safetensors: a latent, what the MODEL makes of it and back, and the colours
 of its preview, beside those of the same latent in the usual scale.
 """
@@ -40,11 +41,13 @@ def main(folder: Path) -> None:
 
     comfy.options.enable_args_parsing()
     import latent_preview
-    from paralleldit.nodes.comfyui.remote_model import new_model
+    from paralleldit.nodes.comfyui.remote_model import host_knows, new_model
     from paralleldit.nodes.handles import ModelHandle
+    from paralleldit.parallel_backend.families.registry import FAMILIES
     from paralleldit.parallel_backend.protocol.messages import ModelRef
 
-    for name, model in json.loads((folder / "models.json").read_text()).items():
+    models = json.loads((folder / "models.json").read_text())
+    for name, model in ((name, model) for name, model in models.items() if host_knows(FAMILIES[name])):
         for kind in VAES:
             path = folder / name / kind
             (path / "vae").mkdir(parents=True)

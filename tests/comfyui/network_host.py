@@ -2,8 +2,8 @@
 
 COMFYUI_PATH=... python network_host.py FOLDER
 
-For each FOLDER/NAME.json (`family` and `config` of the loader's handle) reads the weights NAME.safetensors and writes
-what its MODEL predicts, NAME.host.safetensors.
+For each FOLDER/NAME.json (`family` and `config` of the loader's handle) that this ComfyUI is not too old for reads the
+weights NAME.safetensors and writes what its MODEL predicts, NAME.host.safetensors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-TIMESTEP = 500.0
 BATCH = 2
+
+
+def timestep(family: str) -> float:
+    """That of the prediction; Z-Image is given the noise level itself."""
+    return 0.5 if family == "zimage" else 500.0
 
 
 def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -30,6 +34,8 @@ def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     if family == "wan":
         # Of odd sides.
         return draw(BATCH, 16, 3, 9, 7), draw(BATCH, 9, 20), {}
+    if family == "zimage":
+        return draw(BATCH, 16, 9, 7), draw(BATCH, 9, 20), {}
     if family != "hunyuandit":
         return latent, draw(BATCH, 9, 20), {"width": 640, "height": 480}
     masks = {"attention_mask": torch.arange(6) < 4, "attention_mask_mt5xl": torch.arange(9) < 5}
@@ -45,23 +51,23 @@ def main(folder: Path) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.model_detection
-    from paralleldit.nodes.comfyui.remote_model import unet_config
+    from paralleldit.nodes.comfyui.remote_model import host_knows, model_config
     from paralleldit.parallel_backend.families.registry import FAMILIES
 
     for told in sorted(folder.glob("*.json")):
         handle = json.loads(told.read_text())
-        config = comfy.model_detection.model_config_from_unet_config(
-            unet_config(FAMILIES[handle["family"]], handle["config"])
-        )
+        spec = FAMILIES[handle["family"]]
+        if not host_knows(spec):
+            continue
+        config = model_config(spec, handle["config"])
         config.set_inference_dtype(torch.float32, None)
         weights = load_file(told.with_suffix(".safetensors"))
         model = config.get_model(weights, "")
         model.load_model_weights(weights, "")
-        latent, tokens, entry = inputs(handle["family"])
+        latent, tokens, entry = inputs(spec.name)
         conditions = model.extra_conds(noise=latent, device="cpu", cross_attn=tokens, **entry)
         inner = {name: value.process_cond(batch_size=BATCH, device="cpu").cond for name, value in conditions.items()}
-        sigma = model.model_sampling.sigma(torch.tensor(TIMESTEP)).repeat(BATCH)
+        sigma = model.model_sampling.sigma(torch.tensor(timestep(spec.name))).repeat(BATCH)
         with torch.inference_mode():
             denoised = model.apply_model(latent, sigma, **inner)
         save_file({"sigma": sigma, "denoised": denoised.contiguous()}, told.with_suffix(".host.safetensors"))

@@ -400,17 +400,14 @@ def of_other_scale(native: Any) -> Any:
 
 def native_model(told: Path) -> Any:
     """ComfyUI's own MODEL of the file beside `told`."""
-    import comfy.model_detection
     import comfy.model_management
     import comfy.model_patcher
-    from paralleldit.nodes.comfyui.remote_model import unet_config
+    from paralleldit.nodes.comfyui.remote_model import model_config
     from paralleldit.parallel_backend.families.registry import FAMILIES
     from safetensors.torch import load_file
 
     handle = json.loads(told.read_text())
-    config = comfy.model_detection.model_config_from_unet_config(
-        unet_config(FAMILIES[handle["family"]], handle["config"])
-    )
+    config = model_config(FAMILIES[handle["family"]], handle["config"])
     config.set_inference_dtype(torch.float32, None)
     weights = load_file(told.with_suffix(".safetensors"))
     model = config.get_model(weights, "")

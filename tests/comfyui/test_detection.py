@@ -42,9 +42,16 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
+def answer_of(name: str, folder: Path) -> dict[str, Any]:
+    file = folder / f"{name}.host.json"
+    if not file.exists():
+        pytest.skip("this ComfyUI is older than the family")
+    return json.loads(file.read_text())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_host_detects_what_the_spec_says(name, folder):
-    answer = json.loads((folder / f"{name}.host.json").read_text())
+    answer = answer_of(name, folder)
     detected, said = (_ordered(answer[side]) for side in ("detected", "said"))
     # Either leaves out what the network's class has by default.
     assert {key: said[key] for key in detected.keys() & said} == {key: detected[key] for key in detected.keys() & said}
@@ -55,7 +62,7 @@ def test_the_host_detects_what_the_spec_says(name, folder):
 @pytest.mark.parametrize("name", MODELS)
 def test_rules_read_all_weights_of_the_hosts_network(name, folder):
     spec, _ = PUBLISHED[name]
-    shapes = json.loads((folder / f"{name}.host.json").read_text())["shapes"]
+    shapes = answer_of(name, folder)["shapes"]
     of_files = {key: tuple(shape) for key, shape in shapes.items() if key not in spec.not_weights}
     # It raises for keys that are missing, left over or of another shape.
     assert ruled_map(spec.rules, of_files, shapes_of(name)).keys() == shapes_of(name).keys()
@@ -65,7 +72,7 @@ def test_rules_read_all_weights_of_the_hosts_network(name, folder):
 def test_loras_may_name_weights_as_the_hosts_loader_takes_them(name, folder):
     spec, _ = PUBLISHED[name]
     names = Names(spec, shapes_of(name))
-    said = json.loads((folder / f"{name}.host.json").read_text())["loras"]
+    said = answer_of(name, folder)["loras"]
     others = {}
     for called, target in said.items():
         key, rows, *functions = [target, None] if isinstance(target, str) else target

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from paralleldit.parallel_backend.families.keys.zimage import ZIMAGE
+from paralleldit.parallel_backend.families.spec import FamilySpec
+from paralleldit.parallel_backend.files import detect, open_checkpoint
 from paralleldit.tests.comfyui.graphs import NAME, change, demo_with, latent, stock
 
 pytestmark = [
@@ -20,7 +25,8 @@ pytestmark = [
 class Case:
     """One run of ComfyUI and of the ranks; `nodes` are added to the graph, `links` set inputs of the sampler.
 
-    `file`: the transformer, in a file that ComfyUI loads by itself, instead of the pipeline's.
+    `file`: the transformer, in a file that ComfyUI loads by itself, instead of the pipeline's. `spec`: of a family of
+    which ComfyUI loads tiny models only where it is given their config.
     """
 
     pipeline: str = "tiny"
@@ -29,6 +35,7 @@ class Case:
     batch: int = 1
     nodes: dict[str, Any] = field(default_factory=dict)
     links: dict[str, Any] = field(default_factory=dict)
+    spec: FamilySpec | None = None
 
 
 MASKED = {
@@ -70,6 +77,21 @@ CASES = {
     "wan, a picture": Case("wan", "wan.safetensors", {"cfg": 2.0, "denoise": 0.7}),
     "sd3, shift": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=SD3_SHIFTED, links={"model": ["20", 0]}),
 }
+ZIMAGE_SHIFTED = {"20": {"class_type": "ModelSamplingAuraFlow", "inputs": {"shift": 5.0}}}
+CASES |= {
+    "zimage": Case("zimage", "zimage.safetensors", {"cfg": 2.0, "sampler_name": "res_multistep"}, 2, spec=ZIMAGE),
+    "zimage, shift": Case(
+        "zimage",
+        "zimage.safetensors",
+        {"cfg": 1.0},
+        nodes=ZIMAGE_SHIFTED,
+        links={"model": ["20", 0]},
+        spec=ZIMAGE,
+    ),
+    "zimage, odd size": Case(
+        "zimage", "zimage.safetensors", {"cfg": 1.0}, nodes=ODD, links={"latent_image": ["20", 0]}, spec=ZIMAGE
+    ),
+}
 CASES |= {
     f"{model}, {' and '.join(loras)}": Case(
         pipeline,
@@ -87,8 +109,13 @@ CASES |= {
             for number, format in enumerate(loras)
         },
         links={"model": ["20", 0]},
+        spec=spec,
     )
-    for model, pipeline, file, cfg in (("flux", "tiny", "", 1.0), ("sd3", "sd3", "sd3.safetensors", 3.0))
+    for model, pipeline, file, cfg, spec in (
+        ("flux", "tiny", "", 1.0, None),
+        ("sd3", "sd3", "sd3.safetensors", 3.0, None),
+        ("zimage", "zimage", "zimage.safetensors", 2.0, ZIMAGE),
+    )
     for loras in (("kohya",), ("lokr", "peft"), ("dora_of_outputs",), ("loha", "kohya"))
 }
 """The last of several LoRAs is of negative strength."""
@@ -98,10 +125,14 @@ LATENT_TOLERANCE = 1e-4
 @pytest.mark.parametrize("name", CASES)
 def test_the_ranks_sample_what_comfyui_samples(host, name):
     case = CASES[name]
+    if case.spec and case.spec.host_class and not host_has(case.spec.host_class):
+        pytest.skip("this ComfyUI is older than the family")
     latents = {}
     native = {"class_type": "NativeFluxLoader", "inputs": {"pipeline": case.pipeline}}
     if case.file:
         native = {"class_type": "UNETLoader", "inputs": {"unet_name": case.file, "weight_dtype": "default"}}
+    if case.spec:
+        native = {"class_type": "NativeFileLoader", "inputs": native_inputs(host, case.file, case.spec)}
     for who, node in (("ranks", "ParallelDiTSampler"), ("native", "KSampler")):
         api = demo_with(f"diffusers/{case.pipeline}", **case.sampler) | copy.deepcopy(case.nodes)
         if who == "native":
@@ -117,6 +148,18 @@ def test_the_ranks_sample_what_comfyui_samples(host, name):
     assert latents["ranks"].shape == latents["native"].shape
     error = (latents["ranks"] - latents["native"]).norm() / latents["native"].norm()
     assert error < LATENT_TOLERANCE
+
+
+def host_has(name: str) -> bool:
+    """Whether this ComfyUI's `supported_models` has a class of that name."""
+    return f"class {name}(" in (Path(os.environ["COMFYUI_PATH"]) / "comfy" / "supported_models.py").read_text()
+
+
+def native_inputs(host, file: str, spec: FamilySpec) -> dict[str, str]:
+    """Of the node that loads `file` natively."""
+    assert spec.host_config
+    found = detect(open_checkpoint(host.base / "models" / "diffusion_models" / file))
+    return {"file": file, "config": json.dumps(spec.host_config(found.config)), "kind": spec.host_class or ""}
 
 
 HOOKED = {

@@ -49,7 +49,10 @@ def by_channel(numbers: list[float], latent: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", host.VAES)
 @pytest.mark.parametrize("name", MODELS)
 def test_latents_are_scaled_as_the_folders_vae_says(folder, name, kind):
-    found = load_file(folder / f"{name} {kind}.safetensors")
+    file = folder / f"{name} {kind}.safetensors"
+    if not file.exists():
+        pytest.skip("this ComfyUI is older than the family")
+    found = load_file(file)
     spec = FAMILIES[name].latent
     told = host.vae_config(kind, spec.channels)
     latent = found["latent"]

@@ -23,9 +23,9 @@ from paralleldit.parallel_backend.engine.model import build_family
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer
+from paralleldit.tests import tiny_wan, tiny_zimage
 from paralleldit.tests.comfyui import network_host as host
 from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
-from paralleldit.tests.tiny_wan import tiny_transformer
 from paralleldit.tests.unit.cross_attention_original_layout import original_weights
 from safetensors.torch import load_file, save_file
 
@@ -40,8 +40,12 @@ CASES = {
     "pixart-sigma": lambda: pixart(takes_size=False),
     "hunyuandit-1.1": lambda: hunyuandit(takes_size=True),
     "hunyuandit-1.2": lambda: hunyuandit(takes_size=False),
-    "wan": lambda: tiny_transformer(heads=1, text_width=20),
+    "wan": lambda: tiny_wan.tiny_transformer(heads=1, text_width=20),
+    "zimage": tiny_zimage.tiny_transformer,
 }
+STD = {"wan": 0.05, "zimage": None}
+"""Deviation of the weights, where it is not 0.15: None for those that the model has. Small queries and keys would show
+the epsilon of Z-Image's norms, which ComfyUI has smaller."""
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,9 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for name, make in CASES.items():
         model = make()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.15 if name != "wan" else 0.05)
+        if (std := STD.get(name, 0.15)) is not None:
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=std)
         weights = place / f"{name}.safetensors"
         tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if "pixart" in name else {}
         save_file(original_weights(dict(model.state_dict())) | tables, weights)
@@ -76,8 +81,11 @@ def test_prediction_equals_the_hosts(name, folder):
     positive = entries_of_side(messages, "positive", Inputs(tensors, family, sampling, latent.shape))
     alone = Axis("alone", [0], None, Ledger())
     predict = SequenceParallel(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
-    native = load_file(folder / f"{name}.host.safetensors")
-    torch.testing.assert_close(sampling.sigma(torch.tensor(host.TIMESTEP)), native["sigma"][0])
+    answer = folder / f"{name}.host.safetensors"
+    if not answer.exists():
+        pytest.skip("this ComfyUI is older than the family")
+    native = load_file(answer)
+    torch.testing.assert_close(sampling.sigma(torch.tensor(host.timestep(family.name))), native["sigma"][0])
     with torch.inference_mode():
         denoised = Guidance(predict, sampling, alone, positive, [], 1.0).denoised(latent, native["sigma"][0])
     error = (denoised - native["denoised"]).norm() / (latent - native["denoised"]).norm()

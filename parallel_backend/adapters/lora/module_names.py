@@ -16,7 +16,7 @@ from ...layout.stages import block_of
 
 WEIGHT, BIAS = ".weight", ".bias"
 DOTTED = {
-    "diffusers": ("transformer.", "base_model.model.", "unet.base_model.model.", "unet.", ""),
+    "diffusers": ("transformer.", "base_model.model.", "unet.base_model.model.", "unet.", "diffusion_model.", ""),
     "original": ("diffusion_model.", "model.diffusion_model.", "base_model.model.", ""),
 }
 """What may stand before a module's name, by whose name it is."""

@@ -183,5 +183,6 @@ ZIMAGE = FamilySpec(
     heads={"heads": HeadGroup("n_heads", lambda config: config["dim"] // config["n_heads"])},
     not_weights=("norm_final.weight",),
     host_config=host_config,
+    host_class="ZImage",
     published={"z-image": PUBLISHED, "z-image-turbo": PUBLISHED},
 )

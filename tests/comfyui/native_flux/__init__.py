@@ -1,7 +1,8 @@
 """Nodes for the tests only.
 
-A tiny diffusers Flux as a MODEL that ComfyUI itself samples, to compare with: ComfyUI's own loader takes every Flux for
-one of the full width. What a tiny vision model would say of a picture: ComfyUI knows none but those of full size.
+A tiny diffusers Flux, or a tiny file, as a MODEL that ComfyUI itself samples, to compare with: ComfyUI's own loader
+takes every Flux or Z-Image for one of the full width. What a tiny vision model would say of a picture: ComfyUI knows none
+but those of full size.
 """
 
 import json
@@ -11,6 +12,7 @@ import comfy.clip_vision
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
@@ -59,6 +61,27 @@ class NativeFluxLoader:
         return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device),)
 
 
+class NativeFileLoader:
+    """A model's file, by the config that ComfyUI's detection gives of one of the full width."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"file": ("STRING", {}), "config": ("STRING", {}), "kind": ("STRING", {})}}
+
+    def load(self, file, config, kind):
+        weights = comfy.utils.load_torch_file(folder_paths.get_full_path("diffusion_models", file))
+        model_config = getattr(comfy.supported_models, kind)(json.loads(config))
+        model_config.set_inference_dtype(torch.float32, None)
+        model = model_config.get_model(weights, "")
+        model.load_model_weights(weights, "")
+        device = comfy.model_management.get_torch_device()
+        return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device),)
+
+
 class TinyVision:
     RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
     FUNCTION = "embed"
@@ -76,4 +99,8 @@ class TinyVision:
         return (output,)
 
 
-NODE_CLASS_MAPPINGS = {"NativeFluxLoader": NativeFluxLoader, "TinyVision": TinyVision}
+NODE_CLASS_MAPPINGS = {
+    "NativeFluxLoader": NativeFluxLoader,
+    "NativeFileLoader": NativeFileLoader,
+    "TinyVision": TinyVision,
+}
