@@ -29,11 +29,11 @@ HEADS, TEXT, SIDE = 8, 64, 64
 
 def sites_of(model):
     """How many attention sites of all tokens there are in what `of_blocks` counts."""
-    return 3 if model == "sd3.5 medium" else 2
+    return {"sd3.5 medium": 3, "z-image": 4}.get(model, 2)
 
 
 def of_blocks(calls) -> Cost:
-    """What another depth adds: of Flux a double and a single block, of the others two blocks.
+    """What another depth adds: of Flux a double and a single block, of others two blocks, of Z-Image two refiners too.
 
     `calls(depth)` makes what is called.
     """
@@ -110,15 +110,17 @@ def one_rank(model) -> Cost:
         return of_blocks(own_calls(model))
 
 
-MORE_BYTES = {"wan 2.1": 1.02}
-"""Where a block of ours moves more than one of diffusers, for now: rotary is turned in fp32, there in bf16."""
+MORE_BYTES = {"wan 2.1": 1.02, "z-image": 1.01}
+"""Where a block of ours moves more than one of diffusers, for now: rotary is turned in fp32, there in bf16 (Wan); each
+joint block puts text and image together, there all of them do once (Z-Image)."""
+MORE_KERNELS = {"z-image": 2}
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_blocks_cost_no_more_than_those_of_diffusers(model):
     own, stock = one_rank(model), of_blocks(diffusers_calls(model))
     print(f"\n| {model} | {stock.kernels} / {own.kernels} | {stock.bytes / 1e6:.1f} / {own.bytes / 1e6:.1f} |")
-    assert own.kernels <= stock.kernels
+    assert own.kernels <= stock.kernels + MORE_KERNELS.get(model, 0)
     assert own.bytes <= stock.bytes * MORE_BYTES.get(model, 1)
 
 

@@ -1,8 +1,8 @@
 """Nodes for the tests only.
 
 A tiny diffusers Flux, or a tiny file, as a MODEL that ComfyUI itself samples, to compare with: ComfyUI's own loader
-takes every Flux or Z-Image for one of the full width. What a tiny vision model would say of a picture: ComfyUI knows none
-but those of full size.
+takes every Flux or Z-Image for one of the full width. What a tiny vision model would say of a picture: ComfyUI knows
+none but those of full size.
 """
 
 import json
