@@ -138,14 +138,15 @@ class SidecarInstance:
         """Explains a failed start: as `why`, after a search of the logs for known failures."""
         message, hint = self.why(patience=1.0)
         text = "\n".join([message, self.tail(), *(self.tail(rank) for rank in self.ranks)])
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        limited = (
+            "" if limit == resource.RLIM_INFINITY else f" Its memory is limited to {limit / 1e9:.1f} GB (ulimit -v)."
+        )
         for pattern, known, remedy in KNOWN_FAULTS:
             found = re.search(pattern, text)
             if found:
-                return known.format(*found.groups()), remedy
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            return f"{message} Its memory is limited to {limit / 1e9:.1f} GB (ulimit -v).", "Raise that limit."
-        return message, hint
+                return known.format(*found.groups()) + limited, remedy
+        return message + limited, hint
 
     def tail(self, rank: int | None = None) -> str:
         """The end of a rank's log, or of torchrun's."""

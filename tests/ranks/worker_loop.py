@@ -47,6 +47,7 @@ def loop_of(rank: int, asked: Sequence[Asked]) -> Rank:
     loop = Rank.__new__(Rank)
     vars(loop).update(
         rank=rank,
+        life=Path("/nonexistent"),
         device=torch.device("cpu"),
         can_regroup=True,
         control=ControlGroup(),

@@ -281,12 +281,20 @@ def test_the_rank_that_died_first_is_named(deaths, text):
         ("/usr/bin/python3: No module named parallel_backend.worker", "no module parallel_backend.worker"),
         ("DistNetworkError: ... EADDRINUSE ...", "port that the sidecar needs is taken"),
         ("OSError: [Errno 12] Cannot allocate memory", "not enough memory"),
+        ("OSError: [Errno 24] Too many open files: '/x'", "limit of open files"),
+        ("OSError: [Errno 28] No space left on device", "disk is full"),
         ("something else", "ended without a word"),
     ],
 )
 def test_a_failed_start_is_explained_from_the_logs(tmp_path, log, text):
     (tmp_path / records.AgentLog).write_text(f"Traceback ...\n{log}\n")
     assert text in instance.SidecarInstance(tmp_path).why_not_started()[0]
+
+
+def test_a_failed_start_names_the_limit_of_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance.resource, "getrlimit", lambda kind: (1_500_000_000, -1))
+    (tmp_path / records.AgentLog).write_text("ImportError: libtorch.so: failed to map segment from shared object\n")
+    assert "limited to 1.5 GB (ulimit -v)" in instance.SidecarInstance(tmp_path).why_not_started()[0]
 
 
 def test_a_process_is_not_taken_for_a_later_one_of_the_same_pid():

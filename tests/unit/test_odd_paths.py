@@ -134,3 +134,20 @@ def test_a_rank_that_waits_for_a_file_is_told_from_one_that_waits_for_others(tmp
     others.wait()
     watching.join()
     assert set(told) == {""}
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [("No such device (19)", "does not map files: copy it to another disk"), ("Cannot allocate memory", "ulimit -v")],
+)
+def test_a_file_that_cannot_be_mapped_says_what_to_do(tmp_path, monkeypatch, error, remedy):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+    def from_file(*args, **kwargs):
+        raise RuntimeError(f"unable to mmap 4 bytes from file: {error}")
+
+    monkeypatch.setattr(torch, "from_file", from_file)
+    with pytest.raises(UserError, match=r"Cannot map .*a\.safetensors") as refused:
+        open_checkpoint(tmp_path / "a.safetensors").tensor("a")
+    assert remedy in refused.value.hint
