@@ -83,8 +83,11 @@ class Prompter(host.Host):
         super().__init__(spec=spec, on_progress=self._step, say=lambda text: None)
         self.on_step: Callable[[int], None] = lambda step: None
         self.is_cancelled = False
+        self.has_begun = False
+        """Whether ranks have said anything of the last prompt, which they do once they have begun with it."""
 
     def _step(self, phase: str, step: int, total: int, preview: object) -> None:
+        self.has_begun = True
         self.on_step(step)
 
     def cancelled(self) -> bool:
@@ -92,6 +95,7 @@ class Prompter(host.Host):
 
     def send(self, what: str) -> None:
         """Raises one of `ERRORS`, or `Cancelled`."""
+        self.has_begun = False
         request = EncodeText(id=0, text=TextRef(path="/none"), prompt=what)
         client = session.client_for(RANKS)
         session.with_living(client, lambda client: session.ask(client, request))
@@ -146,7 +150,7 @@ def inject(fault: Fault, prompter: Prompter, chances: random.Random) -> Outcome:
     if fault.phase != "start":
         prompter.send("echo")
     began_with = lifecycle.current(slot)
-    with _judged(outcome, fault, injector):
+    with _judged(outcome, fault, prompter, injector):
         _prompt_with_fault(fault, prompter, injector, chances)
     prompter.on_step, prompter.is_cancelled = (lambda step: None), False
     try:
@@ -167,7 +171,7 @@ def living(life: SidecarInstance) -> list[records.Process]:
 
 
 @contextlib.contextmanager
-def _judged(outcome: Outcome, fault: Fault, injector: Injector) -> Iterator[None]:
+def _judged(outcome: Outcome, fault: Fault, prompter: Prompter, injector: Injector) -> Iterator[None]:
     try:
         yield
     except Cancelled:
@@ -176,7 +180,7 @@ def _judged(outcome: Outcome, fault: Fault, injector: Injector) -> Iterator[None
         outcome.error = f"{type(error).__name__}: {error}"
         outcome.seconds = time.monotonic() - injector.at if injector.at else None
         outcome.names_cause = fault.target in outcome.error.lower()
-        if isinstance(error, NotBegun) or fault.phase in ("start", "idle"):
+        if isinstance(error, NotBegun) or not prompter.has_begun:
             outcome.lost += 1
             outcome.lost_errors += (outcome.error,)
 
