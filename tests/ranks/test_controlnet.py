@@ -174,7 +174,7 @@ REFUSED = {
     "union without a mode": ("flux union", "flux union", {"mode": None}, None, "4 kinds"),
     "mode beyond": ("flux union", "flux union", {"mode": 4}, None, "the mode is 4"),
     "mode of no union": ("flux", "flux", {"mode": 1}, None, "no union"),
-    "no ControlNet": ("flux", "flux dev", {}, None, "no ControlNet that is known"),
+    "no ControlNet": ("flux", "flux dev", {}, None, "is a diffusion model; a ControlNet was asked for"),
     "latent instead of pixels": ("flux", "flux pixels", {}, [torch.zeros(1, 16, HEIGHT, WIDTH)], "[2, 3, 64, 48]"),
     "picture of another size": ("flux", "flux", {}, [torch.zeros(1, 16, 2, 2)], "[1, 16, 2, 2]"),
 }
