@@ -45,5 +45,7 @@ def _given(base: Mapping[str, str]) -> list[str]:
 
 def _places(entries: Sequence[str] | filter[str]) -> list[str]:
     """As absolute paths: the ranks work in another folder."""
-    places = (os.path.abspath(entry) for entry in entries)
-    return [place for place in dict.fromkeys(places) if OTHER_PACKS not in Path(place).parts]
+    places = [Path(os.path.abspath(entry)) for entry in entries]
+    own = (PACK, Path(sys.prefix), Path(sys.base_prefix))
+    kept = [place for place in places if OTHER_PACKS not in place.parts or any(map(place.is_relative_to, own))]
+    return list(dict.fromkeys(map(str, kept)))

@@ -62,6 +62,16 @@ def test_ranks_find_what_the_host_finds(options, env, edited, tmp_path: Path) ->
     assert arguments == ["an argument"]
 
 
+def test_an_environment_in_the_packs_own_folder_is_no_other_pack(monkeypatch) -> None:
+    pack = Path("/ComfyUI/custom_nodes/pack")
+    monkeypatch.setattr(interpreter, "PACK", pack)
+    monkeypatch.setattr(interpreter.sys, "prefix", str(pack / ".venv"))
+    packages = str(pack / ".venv" / "lib" / "site-packages")
+    monkeypatch.setattr(interpreter.sys, "path", [packages, "/ComfyUI/custom_nodes/another", "/ComfyUI"])
+    found = json.loads(interpreter.environment({}, sys.executable)[interpreter.PATH_VARIABLE])
+    assert found == [str(pack), packages, "/ComfyUI"]
+
+
 def test_another_python_has_its_own_path_and_the_packs() -> None:
     env = interpreter.environment({"PYTHONPATH": f"here{os.pathsep}/there"}, "/usr/bin/another")
     assert json.loads(env[interpreter.PATH_VARIABLE]) == [str(PACK)]
