@@ -205,6 +205,7 @@ def main(folder: Path, ranks: list[int]) -> None:
 
     comfy.options.enable_args_parsing()
     importlib.import_module("utils.install_util")  # ComfyUI's nodes put another `utils` first on the path
+    import comfy.samplers
     import server
     from paralleldit.launcher import lifecycle
     from paralleldit.launcher.spec import SidecarSpec
@@ -223,7 +224,9 @@ def main(folder: Path, ranks: list[int]) -> None:
     loader = NODE_CLASS_MAPPINGS["ParallelDiTLoader"]()
     for name in MODELS:
         check_with_newer_management(loader, folder / f"{name}.safetensors", native[name])
-    cases = CASES | sweep(tuple(SAMPLER_NAMES), tuple(SCHEDULER_NAMES))
+    # An older ComfyUI lacks some samplers, and samples by another in their place.
+    known = tuple(name for name in SAMPLER_NAMES if name in comfy.samplers.KSampler.SAMPLERS)
+    cases = CASES | sweep(known, tuple(SCHEDULER_NAMES))
     errors = {}
     for count in ranks:
         for name, case in cases.items():

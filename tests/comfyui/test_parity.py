@@ -97,7 +97,7 @@ def errors(tmp_path_factory) -> dict[str, list[float]]:
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     command = [python, "-W", "ignore", str(Path(host.__file__)), str(folder), *map(str, host.RANKS)]
     env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, env=env)
     assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-5000:]}"
     errors = json.loads((folder / "errors.json").read_text())
     print("\n".join(table(errors)))
@@ -125,6 +125,8 @@ def test_latents_equal_native(errors, name):
 
 @pytest.mark.parametrize("sampler_name", SAMPLER_NAMES)
 def test_every_sampler_and_scheduler_equals_native(errors, sampler_name):
+    if f"{sampler_name} {SCHEDULER_NAMES[0]} [1]" not in errors:
+        pytest.skip(f"this ComfyUI has no sampler {sampler_name}")
     for scheduler in SCHEDULER_NAMES:
         stock, sampler = errors[f"{sampler_name} {scheduler} [1]"]
         assert max(stock, sampler) <= TOLERANCE, f"{scheduler}: KSampler {stock:.1e}, Parallel Sampler {sampler:.1e}"
