@@ -21,13 +21,12 @@ from ..files.states import FileState
 from ..layout.fitting import RunFacts, check_layout
 from ..layout.layout import Layout
 from ..protocol.messages import Predict, Sample
-from ..sampling.driver import not_finite
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.names import check_negative
 from ..sampling.noise import GaussianNoise
 from ..sampling.samplers import NoiseKind, find_sampler
 from ..sampling.schedules import part_of, sigmas_for
-from ..sampling.solver import Denoise, NoiseSource
+from ..sampling.solver import NoiseSource
 
 if TYPE_CHECKING:
     from ..run_context import Run
@@ -127,15 +126,11 @@ def warn_of_warmup(layout: Layout, steps: int, run: Run) -> None:
     )
 
 
-def fail_together(denoised: Tensor, call: Denoise, total: int, replicas: Axis) -> None:
-    """Raise the same `UserError` on every replica when one of them has a value that is not finite."""
+def over_replicas(noted: Tensor, replicas: Axis) -> Tensor:
+    """The largest of every replica's numbers `[N]`."""
     if replicas.size == 1:
-        return
-    are_finite = torch.stack([torch.isfinite(each).all() for each in (denoised, call.x)]).float()
-    of_replicas = replicas.all_gather(are_finite.view(1, 2), [1] * replicas.size, dim=0)
-    denoised_is_finite, latent_is_finite = of_replicas.bool().all(dim=0).tolist()
-    if not denoised_is_finite:
-        raise not_finite(call, total, latent_is_finite=latent_is_finite)
+        return noted
+    return replicas.all_gather(noted.float().unsqueeze(0), [1] * replicas.size, dim=0).amax(dim=0)
 
 
 def needed(name: str, tensors: Mapping[str, Tensor]) -> Tensor:

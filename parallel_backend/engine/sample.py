@@ -19,18 +19,19 @@ from ..layout.layout import patches_of
 from ..layout.split import split_sizes
 from ..layout.stages import Stage
 from ..protocol.messages import Sample
-from ..sampling.driver import SamplingJob, StepContext, check_result, latent_mask
+from ..sampling.driver import SamplingJob, StepContext, latent_mask
 from ..sampling.driver import run as run_sampler
+from ..sampling.finite import check_result
+from ..sampling.late import Late
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.noise import initial_noises
 from ..sampling.samplers import find_sampler
-from ..sampling.solver import Denoise
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
 from ..strategies.select import strategy_of
 from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
-from .checks import fail_together, is_latent, latents_of, noise_of, sigmas_of, warn_of_warmup
+from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
 
 if TYPE_CHECKING:
@@ -84,21 +85,24 @@ def sample(
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
         strategy.begin_step(step.index)
-        denoised = guidance.denoised(x, sigma)
-        fail_together(denoised, Denoise(x, sigma, step.index, step.evaluation), step.total, mesh.data)
-        return denoised
+        return guidance.denoised(x, sigma)
+
+    reports = _Reports(run)
 
     def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
-        run.progress("sample", step + 1, total, preview(denoised))
+        reports.add(step + 1, total, preview(denoised))
 
     def on_piped_step(done: int, total: int, picture: Tensor) -> None:
-        run.progress("sample", done, total, preview(picture))
+        reports.add(done, total, preview(picture))
+
+    def together(noted: Tensor) -> Tensor:
+        return over_replicas(noted, mesh.data)
 
     warn_of_warmup(request.layout, steps, run)
     if mesh.pipefusion.size == 1:
         leave = strategy.forget
         try:
-            sampled = run_sampler(model, job, on_step, guidance.negative)
+            sampled = run_sampler(model, job, on_step, guidance.negative, together)
             leave = strategy.finish
         except (Cancelled, UserError):
             leave = strategy.finish
@@ -123,10 +127,34 @@ def sample(
             has_lone_stages=request.layout.has_lone_stages,
         )
         sampled = pipeline.run(run, on_piped_step)
+    reports.finish()
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     check_result(whole, steps)
     parts = packing.unpack(whole)
     return _reply({spec.name: family.process_out(parts[spec.name], spec) for spec in family.latents})
+
+
+class _Reports:
+    """Reports the steps of a run; one whose preview is on its way from the device, when the next step is reported."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._held: tuple[int, int, Late] | None = None
+
+    def add(self, done: int, total: int, preview: Tensor | None) -> None:
+        self.finish()
+        if preview is None:
+            self._run.progress("sample", done, total)
+            return
+        self._held = done, total, Late(preview.detach())
+        if self._held[2].is_here:
+            self.finish()
+
+    def finish(self) -> None:
+        """Reports what is held."""
+        if self._held is not None:
+            (done, total, late), self._held = self._held, None
+            self._run.progress("sample", done, total, late.wait())
 
 
 def _reply(latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class HunyuanDiT(CrossAttentionFamily):
             for number, (layer, text) in enumerate(zip(model.blocks, self.texts, strict=True))
         ]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
+        self._sizes = lru_cache(maxsize=32)(self._compute_sizes)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -83,12 +84,10 @@ class HunyuanDiT(CrossAttentionFamily):
         )
         tokens_2 = condition["tokens_2"].to(self.dtype)[:, : model.config["text_len_t5"]]
         assert condition.size is not None
-        height, width = condition.size
-        sizes = [height, width, *(condition.target_size or (height, width)), 0, 0]
         modulation = model.time_extra_emb(
             timestep,
             tokens_2.expand(batch, -1, -1),
-            timestep.new_tensor([sizes]).expand(batch, -1).contiguous(),
+            self._sizes(condition.size, condition.target_size or condition.size).expand(batch, -1).contiguous(),
             torch.zeros(batch, dtype=torch.int64, device=timestep.device),
             hidden_dtype=self.dtype,
         )
@@ -110,6 +109,10 @@ class HunyuanDiT(CrossAttentionFamily):
 
     def add_residual(self, state: State, block: int, residual: Tensor) -> State:
         return replace(state, skips={**state.skips, block: state.skips[block] + residual})
+
+    def _compute_sizes(self, size: tuple[int, int], target_size: tuple[int, int]) -> Tensor:
+        """`[1, 6]`, with the corner of a crop that is none. Copied to the device once: every copy waits for it."""
+        return torch.tensor([[*size, *target_size, 0, 0]], dtype=torch.float32, device=self.device)
 
     def _compute_rotary(self, grid: Grid) -> Tensor:
         """Rotations `[S, 1, D / 2, 2]`: the picture fills the longer side of the square of the training."""

@@ -41,6 +41,7 @@ class PixArt(CrossAttentionFamily):
         self.out_channels = self.transformer.out_channels
         self.blocks = [_as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
         self._positions = lru_cache(maxsize=8)(self._compute_positions)
+        self._sizes = lru_cache(maxsize=32)(self._compute_sizes)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -69,11 +70,8 @@ class PixArt(CrossAttentionFamily):
         picture = {"resolution": None, "aspect_ratio": None}
         if model.use_additional_conditions:
             assert condition.size is not None
-            height, width = condition.size
-            picture = {
-                "resolution": timestep.new_tensor([[height, width]], dtype=torch.float32).expand(batch, -1),
-                "aspect_ratio": timestep.new_tensor([[height / width]], dtype=torch.float32).expand(batch, -1),
-            }
+            sizes = self._sizes(*condition.size).expand(batch, -1)
+            picture = {"resolution": sizes[:, :2], "aspect_ratio": sizes[:, 2:]}
         block_modulation, modulation = model.adaln_single(timestep, picture, batch_size=batch, hidden_dtype=self.dtype)
         bias, mask = None, condition.get("mask")
         if mask is not None:
@@ -89,6 +87,10 @@ class PixArt(CrossAttentionFamily):
         model, image = self.transformer, state["image"][:, predicted["image"]]
         shift, scale = (model.scale_shift_table[None] + state.modulation[:, None]).chunk(2, dim=1)
         return {"image": self.latent_tokens(model.proj_out(model.norm_out(image) * (1 + scale) + shift))}
+
+    def _compute_sizes(self, height: int, width: int) -> Tensor:
+        """`[1, 3]`: height and width, and their ratio. Copied to the device once: every copy waits for it."""
+        return torch.tensor([[height, width, height / width]], dtype=torch.float32, device=self.device)
 
     def _compute_positions(self, grid: Grid) -> Tensor:
         """Sines and cosines of each token's row and column, `[S, h]`, spread over the side that it was trained on."""

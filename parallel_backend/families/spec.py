@@ -75,7 +75,14 @@ class LatentSpec:
 
 
 def _by_channel(numbers: Sequence[float], latent: Tensor) -> Tensor:
-    return latent.new_tensor(numbers).view(-1, *[1] * (latent.ndim - 2))
+    key = tuple(numbers), latent.dtype, latent.device
+    if key not in _by_device:
+        _by_device[key] = latent.new_tensor(numbers)
+    return _by_device[key].view(-1, *[1] * (latent.ndim - 2))
+
+
+_by_device: dict[tuple[object, ...], Tensor] = {}
+"""Numbers of VAEs on the devices of latents: copied there once, since a copy waits for the device."""
 
 
 def _check_numbers(spec: LatentSpec) -> None:

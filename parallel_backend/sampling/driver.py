@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UserError
+from .finite import FiniteCheck, Together
 from .model_sampling import ModelSampling
 from .noise import NoiseKind, SlicedNoise, mask_noise, noise_source
 from .samplers import Sampler, find_sampler
@@ -54,11 +55,17 @@ class SamplingJob:
 
 
 def run(
-    model: Model, job: SamplingJob, on_step: OnStep | None = None, negative: Callable[[], Tensor] = no_negative
+    model: Model,
+    job: SamplingJob,
+    on_step: OnStep | None = None,
+    negative: Callable[[], Tensor] = no_negative,
+    together: Together = lambda noted: noted,
 ) -> Tensor:
     """Samples and returns the latent of the job's `part`, fp32, in the model's space: `check_result` is for the whole.
 
     `negative()`: what the negative prompt alone predicts in the newest call of the model, for the samplers of CFG++.
+
+    `together`: over ranks that sample other pictures of the batch, so that all raise in the same call.
 
     Raises UserError for an unknown sampler, too few steps, sigmas that do not descend, tensors that do not fit, or a
     prediction that is not finite.
@@ -69,19 +76,22 @@ def run(
     start = prepare(job)
     held, sigmas, total = start.held, start.sigmas, start.total
     noise = SlicedNoise(start.noise, [lambda draw: draw[job.part]]).part(0)
+    check = FiniteCheck(total, together)
     solver = start.sampler.function(start.x, sigmas, SolverContext(job.model_sampling, noise, negative))
 
     def predict(call: Denoise) -> Tensor:
         step = StepContext(call.step, total, call.evaluation)
         x = call.x if held is None else held.before(call.x, call.sigma)
         denoised = model(x, call.sigma, step).float()
-        check_finite(denoised, call, total)
+        check.note(denoised, call)
         denoised = denoised if held is None else held.after(denoised)
         if on_step is not None and call.evaluation == 0:
             on_step(call.step, total, denoised, call.x, call.sigma)
         return denoised
 
-    return job.model_sampling.inverse_noise_scaling(sigmas[-1], drive(solver, predict))
+    sampled = drive(solver, predict)
+    check.finish()
+    return job.model_sampling.inverse_noise_scaling(sigmas[-1], sampled)
 
 
 @dataclass(frozen=True)
@@ -217,33 +227,4 @@ def check_log_snr(sampler: Sampler, sigmas: Tensor, model_sampling: ModelSamplin
             f"The sampler {sampler.name} steps in the logarithm of signal over noise, of which there is none at these "
             f"sigmas of this model: {[round(float(s), 6) for s in sigmas]}.",
             "Take sigmas that are made for this model (of a flow all but the first are below 1), or the sampler euler.",
-        )
-
-
-def check_finite(denoised: Tensor, call: Denoise, total: int) -> None:
-    """Raises UserError naming the step and the sigma when a prediction holds NaN or infinity."""
-    if not torch.isfinite(denoised).all():
-        raise not_finite(call, total, latent_is_finite=bool(torch.isfinite(call.x).all()))
-
-
-def not_finite(call: Denoise, total: int, *, latent_is_finite: bool) -> UserError:
-    """The error message for a prediction that holds NaN or infinity."""
-    where = f"step {call.step + 1} of {total} (sigma {float(call.sigma):.4g})"
-    if not latent_is_finite:
-        return UserError(f"The latent is not finite at {where}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER)
-    return UserError(
-        f"The model's prediction is not finite at {where}: it holds NaN or infinite values.",
-        "Load the model in bfloat16 or float32 instead of float16, lower cfg, or check the file of the model.",
-    )
-
-
-SAMPLER_BROKE_DOWN = "the sampler's own numbers broke down, not the model's."
-USE_ANOTHER_SAMPLER = "Use another scheduler (beta or simple), fewer steps, or another sampler (euler)."
-
-
-def check_result(latent: Tensor, total: int) -> None:
-    """Raises UserError when the last step made the sampled latent not finite."""
-    if not torch.isfinite(latent).all():
-        raise UserError(
-            f"The latent is not finite after step {total} of {total}: {SAMPLER_BROKE_DOWN}", USE_ANOTHER_SAMPLER
         )

@@ -14,6 +14,7 @@ import torchsde
 from torch import Tensor
 
 from ..errors import UserError
+from .late import sent_to
 from .solver import NoiseSource
 
 Cut = Callable[[Tensor], Tensor]
@@ -102,7 +103,7 @@ class BrownianNoise:
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         low, high = (min(max(float(s), self._start), self._end) for s in sorted((sigma, sigma_next)))
         increment = cast(Tensor, self._path(low, high)) / (sigma_next - sigma).abs().sqrt().cpu()
-        return (increment if sigma < sigma_next else -increment).to(self._like)
+        return sent_to(increment if sigma < sigma_next else -increment, self._like)
 
 
 class NoiseKind(Enum):

@@ -63,9 +63,13 @@ class Guidance:
         """The prompts that this rank evaluates in every step, if all entries of the run count in every step."""
         return [entry.condition for entry in self._evaluated(self._entries)]
 
+    def clock(self, sigma: Tensor) -> float:
+        """The transformer's clock at `sigma` (0-d, on the CPU)."""
+        return float(self.model_sampling.timestep(sigma).float())
+
     def timestep(self, sigma: Tensor, x: Tensor) -> Tensor:
-        """The transformer's clock `[B]` at `sigma` (0-d)."""
-        return self.model_sampling.timestep(sigma.to(x.device)).float().expand(x.shape[0])
+        """The transformer's clock `[B]` at `sigma` (0-d, on the CPU), made on the device of `x`: nothing is copied."""
+        return torch.full((x.shape[0],), self.clock(sigma), dtype=torch.float32, device=x.device)
 
     def next_timestep(self, sigma: Tensor, x: Tensor) -> Tensor | None:
         """The transformer's clock `[B]` at the level that follows `sigma` in the run.
@@ -74,12 +78,15 @@ class Guidance:
         """
         if self.sigmas is None:
             return None
-        places = (self.sigmas[:-1] == sigma.cpu()).nonzero()
+        places = (self.sigmas[:-1] == sigma).nonzero()
         return self.timestep(self.sigmas[places[0, 0] + 1], x) if len(places) else None
 
     def denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The guided prediction of the clean latent for the noisy `x` `[B, C, ...]` at `sigma` (0-d), in fp32."""
-        latent = self.model_sampling.calculate_input(sigma.to(x.device), x)
+        """The guided prediction of the clean latent for the noisy `x` `[B, C, ...]` at `sigma`, in fp32.
+
+        `sigma` is 0-d and on the CPU: a number to the device, which is never asked for it.
+        """
+        latent = self.model_sampling.calculate_input(sigma, x)
         timestep = self.timestep(sigma, x)
         evaluated = self._evaluated(self._counting(sigma))
         following = self.next_timestep(sigma, x)
@@ -92,7 +99,6 @@ class Guidance:
         Elementwise where no entry has an area: `x` may then be the strip of the latent that `cut` cuts out of it.
         """
         counting = self._counting(sigma)
-        sigma = sigma.to(x.device)
         shares = self._shares(counting)
         # Beyond the rank's share are outputs that were computed to keep step with the other ranks.
         own = [

@@ -26,7 +26,9 @@ from ...families.blocks import run_blocks
 from ...families.family import TokenFamily
 from ...families.state import Evaluation
 from ...layout.stages import Stage
-from ...sampling.driver import SamplingJob, check_result, not_finite, prepare
+from ...sampling.driver import SamplingJob, prepare
+from ...sampling.finite import check_result, not_finite
+from ...sampling.late import Late
 from ...sampling.strips import StripSamplers, calls_of
 from ...tokens.grid import Packing
 from ...tokens.plan import TokenPlan
@@ -85,7 +87,7 @@ class PipeFusion:
         conditions, ranks = guidance.own_conditions, mesh.sequence.size
         self.plans = [TokenPlan(family.segments(each, self.grids), ranks, patches) for each in conditions]
         self.attention = PatchAttention(attention, self.plans)
-        clocks = [float(guidance.timestep(call.sigma, self.latent)[0]) for call in self.calls]
+        clocks = [guidance.clock(call.sigma) for call in self.calls]
         self.controls = StagedControls(family, conditions, clocks, self.grids, attention, ranks, patches)
         self.samplers = StripSamplers(self.start, job, self.strips) if self.stage.is_last else None
         self.transport = Transport(
@@ -93,6 +95,7 @@ class PipeFusion:
         )
         self.announced = 0
         self.failures = torch.zeros(4, dtype=torch.int64, device=family.device)
+        self._noted: Late | None = None
         self.has_lone_stages = has_lone_stages
         self.fault: tuple[str, str] | None = None
         """Why this stage stopped computing: a message and a hint."""
@@ -102,7 +105,7 @@ class PipeFusion:
 
         Raises on all ranks, at the start of the same step: `Cancelled`, `UserError` for a value that is not finite or a
         lone stage that failed. No stage waits for another to agree on that, so what happens in one step is acted upon
-        after the next at the latest.
+        after the next at the latest; what a device computed, one step later.
         """
         self.family.sites.attention = self.attention
         try:
@@ -115,11 +118,11 @@ class PipeFusion:
         self.transport.connect()
         if self.samplers:
             self._announce(0, len(self.strips) - 1)
-        check = run.start_check(self.failures.tolist())
+        check = self._start_check(run)
         for number, unit in enumerate(self.units):
             if number and unit.patches[0] == 0 and self.calls[unit.call].evaluation == 0:
                 self._finish(run, check, number)
-                check = run.start_check(self.failures.tolist())
+                check = self._start_check(run)
             self.transport.expect(number)
             if self.stage.is_first:
                 self._receive_latent(unit, on_step)
@@ -202,8 +205,7 @@ class PipeFusion:
             state = family.resume(evaluation, streams)
         else:
             # The whole latent, as of now: a half token at its lower border takes its other half from the first row.
-            sigma = call.sigma.to(self.latent.device)
-            latent = self.guidance.model_sampling.calculate_input(sigma, self.latent)
+            latent = self.guidance.model_sampling.calculate_input(call.sigma, self.latent)
             evaluation = replace(evaluation, tokens=family.tokenise(self.packing.unpack(latent)))
             residuals = self.controls.make(unit.call, index, unit.patches, rank, evaluation)
             state = family.embed(evaluation)
@@ -246,6 +248,12 @@ class PipeFusion:
             asked = self.samplers.asked(unit.patches)
             self.transport.send_latent(torch.cat((asked, preview)) if len(preview) else asked)
             self.announced += 1
+
+    def _start_check(self, run: Run) -> Callable[[], list[int]]:
+        """Starts to agree on the failures up to now; of those on a device on the ones that it noted a step ago."""
+        now = Late(self.failures)
+        known, self._noted = (now if now.is_here else self._noted), now
+        return run.start_check(known.wait().tolist() if known else [0] * len(self.failures))
 
     def _finish(self, run: Run, check: Callable[[], list[int]], unit: int) -> None:
         """Leave the run before `unit`, with nothing on its way, when the check found a reason to."""
