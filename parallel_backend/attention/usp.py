@@ -85,10 +85,11 @@ class AttentionCore:
         # Tokens first: what comes from the ranks of the axis is then one tensor of all their tokens, without a copy.
         row = batch * dim
         sizes = [length * len(share) * row for share in shares]
-        outgoing = x.new_empty(sum(sizes))
-        for target, share in zip(outgoing.split(sizes), shares, strict=True):
-            part = x[:, :, share.start : share.stop]
-            target.view(length, len(share), batch, dim).copy_(part.permute(1, 2, 0, 3))
+        packed = [
+            x[:, :, heads.start : heads.stop].unflatten(2, (ranks, -1)).permute(2, 1, 3, 0, 4).reshape(-1)
+            for ranks, heads in _runs(shares)
+        ]
+        outgoing = packed[0] if len(packed) == 1 else torch.cat(packed)
         exchange = self.ulysses.start_all_to_all(outgoing, sizes, [extent * len(own) * row for extent in lengths])
         own_serves = None if serves is None else self._own_serves(serves, own)
         return Sent(x, streams, exchange, sum(lengths), len(own), own_serves)
@@ -236,6 +237,19 @@ class AttentionCore:
             partial = _in_frames(partial, keys.places)
             partial_lse = _in_frames(partial_lse.unsqueeze(-1), keys.places).squeeze(-1)
         return _merge(out, lse, partial, partial_lse + keys.log_weight if keys.log_weight else partial_lse)
+
+
+def _runs(shares: Sequence[range]) -> list[tuple[int, range]]:
+    """Ranks that follow each other with equally many heads, those of one behind those of the one before: how many ranks
+    they are, and all of their heads. Each such run is packed at once. Ranks without heads are left out."""
+    runs: list[tuple[int, range]] = []
+    for share in filter(None, shares):
+        ranks, heads = runs[-1] if runs else (0, range(0))
+        if ranks and heads.stop == share.start and len(heads) == ranks * len(share):
+            runs[-1] = ranks + 1, range(heads.start, share.stop)
+        else:
+            runs.append((1, share))
+    return runs
 
 
 def _for_queries(keys: OwnKeys, block: Tensor | tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

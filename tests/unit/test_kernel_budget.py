@@ -126,24 +126,23 @@ def test_blocks_cost_no_more_than_those_of_diffusers(model):
 
 @dataclass(frozen=True)
 class Added:
-    """What a layout may add at each site of all tokens. `goal`: how few kernels it should be, where it is more."""
+    """What a layout may add at each site of all tokens."""
 
     layout: Layout
     collectives: int
     kernels: int
-    goal: int | None = None
 
     def __str__(self) -> str:
         return str(self.layout)
 
 
 ADDED = (
-    Added(Layout(ulysses_degree=2), collectives=4, kernels=7),
-    Added(Layout(ulysses_degree=4), collectives=4, kernels=13, goal=8),
-    Added(Layout(ulysses_degree=8), collectives=4, kernels=25, goal=8),
+    Added(Layout(ulysses_degree=2), collectives=4, kernels=4),
+    Added(Layout(ulysses_degree=4), collectives=4, kernels=4),
+    Added(Layout(ulysses_degree=8), collectives=4, kernels=4),
     Added(Layout(ring_degree=2), collectives=1, kernels=11),
     Added(Layout(ring_degree=4), collectives=3, kernels=27),
-    Added(Layout(ulysses_degree=2, ring_degree=2), collectives=5, kernels=18),
+    Added(Layout(ulysses_degree=2, ring_degree=2), collectives=5, kernels=15),
     Added(Layout(distrifusion_degree=2), collectives=1, kernels=4),
     Added(Layout(distrifusion_degree=4), collectives=1, kernels=6),
 )
@@ -162,11 +161,10 @@ EVERY_FAMILYS = (Layout(ulysses_degree=2), Layout(ulysses_degree=8))
     ids=str,
 )
 def test_ranks_add_few_kernels_and_collectives(model, added):
+    # Hops of a ring go to another rank, for which the pretended ranks want tensors of the CPU.
+    device, plain = CPU if added.layout.ring_degree > 1 else META, one_rank(model)
     with pretended_ranks(added.layout.ranks):
-        # Hops of a ring go to another rank, for which the pretended ranks want tensors of the CPU.
-        more = of_blocks(own_calls(model, added.layout, CPU if added.layout.ring_degree > 1 else META)) - one_rank(
-            model
-        )
+        more = of_blocks(own_calls(model, added.layout, device)) - plain
     print(f"\n| {added} | {model} | {more.kernels / sites_of(model):g} | {more.collectives / sites_of(model):g} |")
     assert more.kernels <= added.kernels * sites_of(model)
     assert more.collectives <= added.collectives * sites_of(model)
@@ -205,8 +203,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_lora_and_stored_formats_add_few_kernels_to_a_layer(model, change):
     make, allowed, _ = CHANGES[change]
+    plain = one_rank(model)
     with pretended_ranks(1):
-        more = of_blocks(own_calls(model, change=make)) - one_rank(model)
+        more = of_blocks(own_calls(model, change=make)) - plain
     fewer, all_of_them = (len(linears(kept_network_of(model, depth, META))) for depth in (1, 2))
     print(f"\n| {change} | {model} | {more.kernels / (all_of_them - fewer):.2f} |")
     assert more.kernels <= allowed * (all_of_them - fewer)
