@@ -376,12 +376,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         served = Served(Path(directory))
         probe(served, tally)
-        before, began = usage(), time.monotonic()
+        before, began, first = usage(), time.monotonic(), tally.group
 
         def on_group() -> None:
             if tally.group % SAVE_EVERY == 0:
                 _write(args.state, args.seed, tally)
-                rate = tally.group * GROUP / max(1e-9, time.monotonic() - began)
+                rate = (tally.group - first) * GROUP / max(1e-9, time.monotonic() - began)
                 print(f"{tally.group * GROUP} frames, {rate:.0f} a second, {usage()}", file=sys.stderr)
 
         run(served, tally, args.seed, args.frames // GROUP, on_group)

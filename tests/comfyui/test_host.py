@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import http.client
 import io
 import json
 import os
@@ -297,3 +298,27 @@ def test_status_and_unload_run_in_the_graph(host, demo):
     assert "2 ranks on cpu" in shown["20"]
     assert "Freed" in shown["21"]
     picture(host, host.run(demo_with(NAME, seed=5)))
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:{port}"}, 200),
+        ({"Host": "192.168.1.5:{port}"}, 200),
+        ({"Host": "comfy.example", "Referer": "https://comfy.example/", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "evil.example:{port}"}, 403),
+        ({"Host": "evil.example:{port}", "Origin": "http://evil.example:{port}"}, 403),
+        ({"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://127.0.0.1:9999"}, 403),
+    ],
+    ids=str,
+)
+def test_the_panel_answers_pages_of_this_comfyui_alone(host, headers, code):
+    headers = {name: value.format(port=host.port) for name, value in headers.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", host.port, timeout=60)
+    connection.request("GET", "/paralleldit/status", headers=headers)
+    answer = connection.getresponse()
+    told = answer.read()
+    assert (answer.status, b'"state"' in told) == (code, code == 200)
+    connection.close()
