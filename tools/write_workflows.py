@@ -39,6 +39,7 @@ HOST = {
     "CLIPTextEncode": (("CONDITIONING",), {"clip": "CLIP"}),
     "FluxGuidance": (("CONDITIONING",), {"conditioning": "CONDITIONING"}),
     "LoraLoaderModelOnly": (("MODEL",), {"model": "MODEL"}),
+    "ModelSamplingAuraFlow": (("MODEL",), {"model": "MODEL"}),
     "LoadImage": (("IMAGE", "MASK"), {}),
     "SaveImage": ((), {"images": "IMAGE"}),
     "SaveAnimatedWEBP": ((), {"images": "IMAGE"}),

@@ -25,6 +25,7 @@ HOST_OUTPUTS = {
     "DualCLIPLoader": ("CLIP",),
     "CLIPTextEncode": ("CONDITIONING",),
     "FluxGuidance": ("CONDITIONING",),
+    "ModelSamplingAuraFlow": ("MODEL",),
 }
 """Nodes of ComfyUI that run there only: the tests of the host compare their inputs with its own list."""
 
