@@ -74,7 +74,7 @@ def _check(side: str, entry: Mapping[str, Any], family: str) -> None:
     spec = FAMILIES[family]
     taken = {each.entry for each in spec.inputs} | ({"reference_latents"} if spec.takes_references else set())
     for key, advice in CANNOT_TRAVEL.items():
-        if entry.get(key) is not None and key not in taken:
+        if entry.get(key) is not None and key not in taken and key not in spec.unread:
             raise _refused(side, key, advice, key in IN_KSAMPLER)
     for each in spec.inputs:
         if each.entry and each.required and entry.get(each.entry) is None:

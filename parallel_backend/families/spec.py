@@ -199,6 +199,8 @@ class FamilySpec:
     inputs: tuple[Input, ...]
     encoders: str
     """The text encoders that make its conditioning, for messages."""
+    unread: tuple[str, ...] = ()
+    """Keys of an entry of CONDITIONING that ComfyUI's text encoders give, and its network does not look at."""
     landmarks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Keys that together occur in this family's files only: by layout ("original", "diffusers"), then by meaning."""
     reject: Callable[[Shapes, Mapping[str, str]], str | None] = lambda shapes, metadata: None

@@ -27,6 +27,7 @@ def model_of(family: str) -> ModelHandle:
         ("pixart-sigma", {"pooled_output": None}, {"tokens"}, None),
         ("pixart-alpha", {"pooled_output": torch.ones(1, 6), **SIZES}, {"tokens"}, (480, 640)),
         ("pixart-alpha", {"attention_mask": MASK, "width": 640}, {"tokens", "mask"}, None),
+        ("zimage", {"attention_mask": MASK, "pooled_output": None}, {"tokens"}, None),
         ("hunyuandit", HUNYUAN, {"tokens", "mask", "tokens_2", "mask_2"}, None),
         ("hunyuandit", {**HUNYUAN, **SIZES}, {"tokens", "mask", "tokens_2", "mask_2"}, (480, 640)),
     ],
@@ -36,7 +37,7 @@ def test_a_prompt_travels_with_what_its_model_takes(client, family, entry, names
     message, tensors = client.last(messages.Sample)
     assert {name for name in tensors if name != "latent"} == {f"positive.0.{name}" for name in names}
     assert message.positive[0].size == size
-    assert tensors["latent"].shape == (1, 4, 4, 4)
+    assert tensors["latent"].shape == (1, FAMILIES[family].latent.channels, 4, 4)
 
 
 def test_target_size_travels(client):

@@ -175,6 +175,7 @@ ZIMAGE = FamilySpec(
     latents=(LatentSpec(channels=16, scale=0.3611, shift=0.1159, channels_last=True),),
     inputs=(Input("tokens", 3, "text tokens", network="context"),),
     encoders="Qwen3 4B",
+    unread=("attention_mask",),
     landmarks=LANDMARKS,
     reject=reject,
     rules=RULES,
