@@ -68,6 +68,8 @@ class ComfyHost(Host):
 
         def on_progress(phase: str, step: int, total: int, preview: Tensor | None) -> None:
             picture = None
+            if phase == "compile":
+                self.show(f"compiling, block {step + 1} of {total}")
             if previewer is not None and preview is not None:
                 x0 = model.model.process_latent_in(preview).to(model.load_device)
                 picture = previewer.decode_latent_to_preview_image(PREVIEW_FORMAT, x0)

@@ -24,6 +24,7 @@ from ..layout.stages import Stage
 from ..protocol import messages
 from .agreement import all_or_none, check_agreement
 from .checks import batch_of, check_request, needed
+from .first_pass import can_leave, key_of, reporting
 from .meshes import Meshes
 from .model_store import ModelStore
 from .run_conditions import RunConditions
@@ -131,7 +132,7 @@ class Engine:
         from .sample import sample
 
         mesh, transformer = self._load_for(request, tensors, run)
-        family = self._begin(request, mesh, transformer, run)
+        family = self._begin(request, tensors, mesh, transformer, run)
         stage = Stage(mesh.pipefusion.rank, mesh.pipefusion.size)
         nets = self._controlnets(request.controls, family, stage, run)
         prompts = [prompt for entry in messages.entries_of(request) for prompt in entry.image_prompts]
@@ -163,7 +164,7 @@ class Engine:
             self._ready = Ready(_place(request, tensors), mesh, transformer, adapters, nets)
             run.check_cancelled()
         ready = self._ready
-        family = self._begin(request, ready.mesh, ready.transformer, run)
+        family = self._begin(request, tensors, ready.mesh, ready.transformer, run)
         ready.mesh.ledger.reset()
         return {}, predict(request, tensors, self._run_conditions, family, ready.mesh, run, ready.adapters, ready.nets)
 
@@ -204,12 +205,19 @@ class Engine:
         return mesh, transformer
 
     def _begin(
-        self, request: messages.Sample | messages.Predict, mesh: Mesh, transformer: Transformer, run: Run
+        self,
+        request: messages.Sample | messages.Predict,
+        tensors: dict[str, Tensor],
+        mesh: Mesh,
+        transformer: Transformer,
+        run: Run,
     ) -> Family:
         """The model's view, at the start of an evaluation or a run of them over `mesh`."""
         family = transformer.on(mesh)
         if request.layout.compile == "blocks":
-            transformer.compile_blocks(run)
+            blocks = transformer.compile_blocks(run)
+            if blocks is not None:
+                blocks.watch(key_of(request, tensors), reporting(run, leaves=can_leave(request)))
         return family
 
     def _ip_adapters(

@@ -20,6 +20,7 @@ from ..layout.model_part import WHOLE, ModelPart
 from ..strategies.sharded_weights import ShardedWeights
 from ..strategies.tensor import TensorParallel
 from ..weights.load import LoadedTransformer, load_transformer
+from .first_pass import FirstPass
 
 if TYPE_CHECKING:
     from ..run_context import Run
@@ -60,7 +61,7 @@ class Transformer:
         self._own = part.stage.blocks(self.family.block_parameters)
         self._plain = self.family.blocks
         self._blocks = self._gathered(self._plain)
-        self._compiled: Sequence[Block] | None = None
+        self._compiled: FirstPass | None = None
 
     def on(self, mesh: Mesh) -> Family:
         """The family, its parts meeting those of the ranks of `mesh`. All of them begin a run with this call."""
@@ -70,18 +71,20 @@ class Transformer:
             self._sharded.begin(mesh.replicas)
         return self.family
 
-    def compile_blocks(self, run: Run) -> None:
-        """Compute the run that `on` began with compiled blocks; with plain ones where more than plain LoRAs are on."""
+    def compile_blocks(self, run: Run) -> FirstPass | None:
+        """Compute the run that `on` began with compiled blocks, and return these; with plain ones, and return None,
+        where more than plain LoRAs are on."""
         if self.adapted.change_weights:
             run.log(
                 "info",
                 "Blocks under LoHa, LoKr, DoRA or whole differences are not compiled: every layer with one would be "
                 "compiled by itself.",
             )
-            return
+            return None
         keep_talk_out_of_compiled_blocks()
-        self._compiled = self._compiled or self._gathered(compiled(self._plain))
-        self.family.blocks = self._compiled
+        self._compiled = self._compiled or FirstPass(self._gathered(compiled(self._plain)), self._own)
+        self.family.blocks = self._compiled.blocks
+        return self._compiled
 
     def settle(self) -> None:
         """End what is under way to other ranks, which all do."""

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from .base import Challenge, Count, Index, Message, Welcome
 
-Phase = Literal["load", "encode text", "sample", "decode", "encode image"]
+Phase = Literal["load", "encode text", "compile", "sample", "decode", "encode image"]
 
 
 class Begun(Message):
