@@ -10,6 +10,7 @@ from ...parallel_backend.families.registry import FAMILIES
 from ...parallel_backend.layout.fitting import RunFacts, check_layout, layouts_that_fit
 from ...parallel_backend.layout.layout import Layout, parse_layout, patches_of
 from .options import add_command
+from .plan_memory import shapes_of, weight_bytes
 
 MODELS = {
     name: (spec, config)
@@ -32,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add(
         "--layout", metavar="NAME=VALUE,…", help="judge this one, e.g. ulysses_degree=4,cfg_degree=2; default: list all"
     )
+    add("--memory", action="store_true", help="say how much memory the weights take on each rank, in bf16")
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -53,8 +55,10 @@ def plan(args: argparse.Namespace) -> int:
         chosen = sorted(layouts_that_fit(Layout(), work), key=lambda layout: not layout.is_exact)
         if not chosen:
             raise UserError(f"No layout of {args.ranks} ranks fits.", "Use another number of ranks.")
+    shapes = shapes_of(spec, config) if args.memory else {}
     for layout in chosen:
-        print(f"{layout}: {describe(layout, work, args.steps)}")
+        memory = f", {weight_bytes(layout, spec, shapes) / 1e9:.1f} GB of weights per rank" if args.memory else ""
+        print(f"{layout}: {describe(layout, work, args.steps)}{memory}")
     if not args.layout:
         print(f"{len(chosen)} layouts fit", file=sys.stderr)
     return 0
