@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..families.state import State
+from ..families.state import Evaluation, State
 
 
 class BlockPolicy(Protocol):
@@ -23,8 +23,17 @@ class BlockPolicy(Protocol):
         ...
 
 
+class StepCache(Protocol):
+    """Gives each evaluation of a run its policy."""
+
+    def policy(self, evaluation: Evaluation) -> BlockPolicy: ...
+
+
 class ComputeAll:
-    """The policy without a cache: every block is computed."""
+    """Without a cache: every block is computed."""
+
+    def policy(self, evaluation: Evaluation) -> BlockPolicy:
+        return self
 
     def before(self, block: int, state: State) -> State | None:
         return None

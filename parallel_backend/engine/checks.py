@@ -53,6 +53,7 @@ def check_request(
         heads=spec.count_heads(model.config),
         can=spec.can,
         stepwise=isinstance(request, Predict),
+        has_cache=request.cache is not None,
     )
     if isinstance(request, Sample):
         sampler = find_sampler(request.sampler)

@@ -71,6 +71,7 @@ def _entry_of(entry: Conditioning, index: int, side: str, inputs: Inputs) -> Wei
         references=tuple(map(family.process_in, condition.references)),
         controls=tuple(inputs.controls[index] for index in entry.controls),
         image_prompts=image_prompts_of(asked, inputs.adapters, family, inputs.tensor, batch, inputs.model_sampling),
+        name=f"{side} {index}",
     )
     return WeightedPrompt(
         condition,

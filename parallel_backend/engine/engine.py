@@ -240,8 +240,7 @@ class Engine:
         return {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
 
     def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
-        self._run_conditions.end(request.run)
-        return {}, {}
+        return {"cache": self._run_conditions.end(request.run)}, {}
 
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
         from ..vae.decode import decode

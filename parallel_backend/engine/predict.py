@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..adapters.controlnet.residuals import given_residuals
 from ..attention.usp import make_attention
-from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import UserError
 from ..families.family import Family, with_tokens
@@ -57,7 +56,7 @@ def predict(
     for key, entry in request.run_conditions.items():
         condition = prompt_of(entry, f"{key}.0.", "prompt's", tensors, family, torch.Size((batch, *shape[1:])))
         run_conditions[key] = RunCondition(
-            condition,
+            replace(condition, name=key),
             entry.image_prompts,
             pictures_of(entry, f"{key}.0.", tensors, family),
             entry.controls,
@@ -80,7 +79,8 @@ def predict(
     if request.residuals:
         given = given_residuals(request.residuals, tensors, with_tokens(family, "A ControlNet"), shape)
     attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
-    strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
+    cache = run_conditions.cache_for(request, family, mesh)
+    strategy = strategy_of(request.layout, family, mesh, attention, packing, cache)
 
     sizes = split_sizes(batch, mesh.data.size)
     start = sum(sizes[: mesh.data.rank])

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..protocol.messages import ControlUse, ImagePromptUse, ModelRef
+from ..caches.first_block import FirstBlockCache
+from ..caches.policy import COMPUTE_ALL, StepCache
+from ..protocol.messages import ControlUse, ImagePromptUse, ModelRef, Predict
+from .step_caches import report, step_cache_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..distributed.mesh import Mesh
     from ..families.condition import Condition
+    from ..families.family import Family
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,33 @@ class RunConditions(dict[str, RunCondition]):
     def __init__(self) -> None:
         super().__init__()
         self._run: tuple[str, ModelRef] | None = None
+        self._caches: dict[tuple[object, ...], FirstBlockCache] = {}
+        """By what they are for. Other weights, and another mesh, have a cache of their own."""
 
     def begin(self, run: str, model: ModelRef) -> None:
         if self._run != (run, model):
             self.clear()
+            self._caches.clear()
             self._run = (run, model)
 
-    def end(self, run: str) -> None:
-        if self._run is not None and self._run[0] == run:
-            self.clear()
-            self._run = None
+    def cache_for(self, request: Predict, family: Family, mesh: Mesh) -> StepCache:
+        """The step cache of this evaluation; one that computes all blocks where the request names none.
+
+        Raises `UserError` for a family without blocks.
+        """
+        if request.cache is None:
+            return COMPUTE_ALL
+        use = request.cache, request.adapters, request.layout
+        if use not in self._caches:
+            self._caches[use] = step_cache_of(request.cache, family, mesh)
+        return self._caches[use]
+
+    def end(self, run: str) -> str:
+        """Forgets the run, if it is this one. Returns what its step caches have to report."""
+        if self._run is None or self._run[0] != run:
+            return ""
+        text = report(list(self._caches.values())) if self._caches else ""
+        self.clear()
+        self._caches.clear()
+        self._run = None
+        return text

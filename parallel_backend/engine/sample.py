@@ -33,6 +33,7 @@ from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
+from .step_caches import report, step_cache_of
 
 if TYPE_CHECKING:
     from ..run_context import Run
@@ -69,7 +70,8 @@ def sample(
     steps = len(job.sigmas) - 1
     if steps < 1:
         return _reply(latents)
-    strategy = strategy_of(request.layout, family, mesh, attention, packing, COMPUTE_ALL)
+    cache = step_cache_of(request.cache, family, mesh, model_sampling) if request.cache else None
+    strategy = strategy_of(request.layout, family, mesh, attention, packing, cache or COMPUTE_ALL)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
     cfg_pp = find_sampler(request.sampler).cfg_pp
@@ -85,6 +87,8 @@ def sample(
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
         strategy.begin_step(step.index)
+        if cache:
+            cache.at(float(sigma))
         return guidance.denoised(x, sigma)
 
     reports = _Reports(run)
@@ -109,6 +113,8 @@ def sample(
             raise
         finally:
             leave()
+        if cache:
+            run.log("info", report([cache]))
     else:
         assert isinstance(attention, AttentionCore)
         assert isinstance(family, TokenFamily)

@@ -80,7 +80,8 @@ class Condition:
     count. `guidance`: the distilled guidance scale (None: the model is given none). `size`, `target_size`: height and
     width of the picture, in pixels, for models that take them (every request gives a size). `references`: latents
     `[B, C, h, w]` that the model looks at, scaled as its own, and the rule of their positions. `controls` add to
-    the model's tokens; `image_prompts` are pictures that it attends to.
+    the model's tokens; `image_prompts` are pictures that it attends to. `name`: of the prompt in its run, by which step
+    caches tell evaluations.
     """
 
     tensors: Mapping[str, Tensor]
@@ -91,6 +92,7 @@ class Condition:
     reference_places: str = "offset"
     controls: tuple[ResidualSource, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
+    name: str = ""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -108,6 +108,8 @@ class HunyuanDiT(CrossAttentionFamily):
         return {"image": self.latent_tokens(model.proj_out(model.norm_out(image, state.modulation.float())))}
 
     def add_residual(self, state: State, block: int, residual: Tensor) -> State:
+        if block not in state.skips:
+            return state  # A step cache has passed over the block, and over the one that would take its skip.
         return replace(state, skips={**state.skips, block: state.skips[block] + residual})
 
     def _compute_sizes(self, size: tuple[int, int], target_size: tuple[int, int]) -> Tensor:

@@ -42,8 +42,8 @@ class RunFacts:
     `ranks`: that there are; `stepwise`: whether each step is asked for by itself, by a sampler elsewhere; `batch`:
     pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not evaluated unless the sampler is one of
     CFG++: `cfg_pp`; `blocks`, `heads`: of the model; `token_rows`: rows of image tokens; `whole_batch`: whether
-    `sampler` looks at the whole latent of the whole batch; `controls`: ControlNets; `entries`: of both sides; `can`:
-    which methods the model serves.
+    `sampler` looks at the whole latent of the whole batch; `controls`: ControlNets; `entries`: of both sides;
+    `has_cache`: whether there is a step cache; `can`: which methods the model serves.
     """
 
     ranks: int | None = None
@@ -59,6 +59,7 @@ class RunFacts:
     whole_batch: bool = False
     controls: int = 0
     entries: tuple[PromptFacts, ...] = ()
+    has_cache: bool = False
     can: Capabilities | None = None
 
 
@@ -340,6 +341,16 @@ def _references(layout: Layout, work: RunFacts) -> Misfit | None:
     )
 
 
+def _cache(layout: Layout, work: RunFacts) -> Misfit | None:
+    if layout.pipefusion_degree == 1 or not work.has_cache:
+        return None
+    return (
+        "A step cache decides by the first block whether the others are computed, but with "
+        f"pipefusion_degree={layout.pipefusion_degree} these are in stages that work on other strips by then.",
+        "Set pipefusion_degree to 1, or remove Parallel Cache.",
+    )
+
+
 RULES = (
     _stepwise,
     _cfg_degree,
@@ -354,6 +365,7 @@ RULES = (
     _patches,
     _sampler,
     _controls,
+    _cache,
     _areas,
     _time_ranges,
     _references,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.stale_kv import StaleAttention
 from ..attention.usp import AttentionCore
-from ..caches.policy import COMPUTE_ALL, BlockPolicy
+from ..caches.policy import COMPUTE_ALL, StepCache
 from ..distributed.mesh import Mesh
 from ..families.condition import Condition
 from ..families.family import TokenFamily
@@ -30,13 +30,13 @@ class DistriFusion(SequenceParallel):
         mesh: Mesh,
         core: AttentionCore,
         packing: Packing | None = None,
-        policy: BlockPolicy = COMPUTE_ALL,
+        cache: StepCache = COMPUTE_ALL,
         *,
         warmup_steps: int,
         in_turn: bool,
     ) -> None:
         self._stale = StaleAttention(core, mesh.distrifusion, in_turn=in_turn)
-        super().__init__(family, mesh.sequence, self._stale, packing, policy)
+        super().__init__(family, mesh.sequence, self._stale, packing, cache)
         self._warmup_steps = warmup_steps
         self._step = 0
         self._evaluations: Counter[int] = Counter()

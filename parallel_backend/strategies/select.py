@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..attention.site import Attention
 from ..attention.usp import AttentionCore
-from ..caches.policy import BlockPolicy
+from ..caches.policy import StepCache
 from ..distributed.mesh import Mesh
 from ..families.family import Family, TokenFamily
 from ..families.plain import PlainFamily
@@ -16,14 +16,14 @@ from .sequence import SequenceParallel
 
 
 def strategy_of(
-    layout: Layout, family: Family, mesh: Mesh, attention: Attention, packing: Packing, policy: BlockPolicy
+    layout: Layout, family: Family, mesh: Mesh, attention: Attention, packing: Packing, cache: StepCache
 ) -> SequenceParallel | RowParallel:
     """What predicts for whole latents."""
     if isinstance(family, PlainFamily):
         return RowParallel(family, mesh.sequence, attention)
     assert isinstance(family, TokenFamily)
     if mesh.distrifusion.size == 1:
-        return SequenceParallel(family, mesh.sequence, attention, packing, policy)
+        return SequenceParallel(family, mesh.sequence, attention, packing, cache)
     assert isinstance(attention, AttentionCore)
     in_turn = layout.refresh == "in_turn"
-    return DistriFusion(family, mesh, attention, packing, policy, warmup_steps=layout.warmup_steps, in_turn=in_turn)
+    return DistriFusion(family, mesh, attention, packing, cache, warmup_steps=layout.warmup_steps, in_turn=in_turn)

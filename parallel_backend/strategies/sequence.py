@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.site import Attention
-from ..caches.policy import COMPUTE_ALL, BlockPolicy
+from ..caches.policy import COMPUTE_ALL, StepCache
 from ..distributed.axis import Axis
 from ..families.blocks import run_blocks
 from ..families.condition import Condition
@@ -28,14 +28,14 @@ class SequenceParallel:
         axis: Axis,
         attention: Attention,
         packing: Packing | None = None,
-        policy: BlockPolicy = COMPUTE_ALL,
+        cache: StepCache = COMPUTE_ALL,
     ) -> None:
         """`axis`: the ranks that `attention` spans, Ulysses peers first. `packing`: of several latents."""
         self.family = family
         self.axis = axis
         self.attention = attention
         self.packing = packing or Packing({family.latent.name: ()})
-        self.policy = policy
+        self.cache = cache
 
     def begin_step(self, step: int) -> None:
         """Sets the step of the run that later predictions belong to. Exact methods do not use it."""
@@ -63,7 +63,7 @@ class SequenceParallel:
         family.sites.attention = self.attention
         state = family.embed(evaluation)
         state = replace(state, prompts=condition.prompts_at(timestep, self.attention))
-        state = run_blocks(family, state, family.blocks, policy=self.policy, residuals=residuals)
+        state = run_blocks(family, state, family.blocks, policy=self.cache.policy(evaluation), residuals=residuals)
         predicted = {spec.name: plan.predicted(spec.name, rank) for spec in family.latents}
         outputs = family.head(state, predicted)
         whole = {

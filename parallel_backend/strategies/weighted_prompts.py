@@ -76,7 +76,7 @@ class WeightedPrompt:
 
     def again(self) -> WeightedPrompt:
         """The same, for an evaluation that shares nothing with this one's."""
-        return replace(self, condition=replace(self.condition))
+        return replace(self, condition=replace(self.condition, name=f"{self.condition.name} again"))
 
     def counts_at(self, sigma: Tensor) -> bool:
         return not (sigma > self.start or sigma < self.end)

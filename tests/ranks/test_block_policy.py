@@ -21,6 +21,9 @@ class SkipsLater:
     def __init__(self):
         self.calls = Counter()
 
+    def policy(self, evaluation):
+        return self
+
     def before(self, block, state):
         self.calls[block] += 1
         return state if block == SKIPPED and self.calls[block] > 2 else None

@@ -17,6 +17,7 @@ from .references import (
     IPAdapterRef,
     LoraRef,
     ModelRef,
+    StepCache,
     TextRef,
     VaeRef,
     WeightChange,

@@ -102,6 +102,19 @@ class ImagePromptUse(Message):
     end: Percent = 1.0
 
 
+class StepCache(Message):
+    """The first-block cache (caches/first_block.py), from `start` to `end` of the run.
+
+    In a `Predict`, whose run the client knows, it is named while it is to work.
+    """
+
+    threshold: float = Field(ge=0.0, le=10.0)
+    max_skips: Index = 0
+    order: int = Field(default=0, ge=0, le=2)
+    start: Percent = 0.0
+    end: Percent = 1.0
+
+
 class WeightChange(Message):
     """A change of the parameter `key` (as the original model and ComfyUI name it), or of `rows` (start, length) of it.
 

@@ -8,7 +8,18 @@ from pydantic import Field, TypeAdapter
 
 from ...layout.layout import Layout
 from .base import Count, Index, Message
-from .references import Adapters, ControlUse, Digest, ImagePromptUse, ModelRef, Percent, Strength, TextRef, VaeRef
+from .references import (
+    Adapters,
+    ControlUse,
+    Digest,
+    ImagePromptUse,
+    ModelRef,
+    Percent,
+    StepCache,
+    Strength,
+    TextRef,
+    VaeRef,
+)
 
 OnOutOfMemory = Literal["error", "tiles"]
 
@@ -138,6 +149,7 @@ class Sample(Request):
     preview: bool = False
     adapters: Adapters = Adapters()
     controls: tuple[ControlUse, ...] = Field(default=(), max_length=16)
+    cache: StepCache | None = None
 
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -178,6 +190,7 @@ class Predict(Request):
     run_conditions: dict[Key, RunPrompt] = Field(default_factory=dict, max_length=256)
     adapters: Adapters = Adapters()
     residuals: dict[ResidualList, tuple[ResidualNumber | None, ...]] = Field(default_factory=dict)
+    cache: StepCache | None = None
 
 
 def entries_of(request: Request) -> tuple[Prompt, ...]:
