@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .cache import ParallelDiTCache
 from .controlnet import ParallelDiTControlNetApply, ParallelDiTControlNetLoader
 from .ip_adapter import ParallelDiTIPAdapter
 from .layout import ParallelDiTLayout
@@ -21,6 +22,7 @@ NODE_CLASS_MAPPINGS: dict[str, Any] = {
         ParallelDiTLoader,
         ParallelDiTLayout,
         ParallelDiTLora,
+        ParallelDiTCache,
         ParallelDiTControlNetLoader,
         ParallelDiTControlNetApply,
         ParallelDiTIPAdapter,
@@ -41,6 +43,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTLoader": "Parallel Loader",
     "ParallelDiTLayout": "Parallel Layout",
     "ParallelDiTLora": "Parallel LoRA",
+    "ParallelDiTCache": "Parallel Cache",
     "ParallelDiTControlNetLoader": "Parallel ControlNet Loader",
     "ParallelDiTControlNetApply": "Parallel ControlNet Apply",
     "ParallelDiTIPAdapter": "Parallel IP-Adapter",

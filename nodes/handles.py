@@ -12,7 +12,7 @@ from ..parallel_backend.families.registry import FAMILIES
 from ..parallel_backend.families.spec import FamilySpec, LatentSpec
 from ..parallel_backend.files.latents import latents_of
 from ..parallel_backend.layout.fitting import RunFacts
-from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, WeightChange
+from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, StepCache, WeightChange
 from .layout_choice import LayoutChoice
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ OWN_LOADER = "load the model with ComfyUI's own loader."
 class ModelHandle:
     """A model in the ranks. `family` and `config` (as diffusers names them) are derived from the checkpoint's header.
 
-    `loras`: the LoRA files that the ranks apply. `pictures`: the image prompts.
+    `loras`: the LoRA files that the ranks apply. `pictures`: the image prompts. `cache`: what skips blocks.
     """
 
     ref: ModelRef
@@ -57,6 +57,7 @@ class ModelHandle:
     config: dict[str, Any]
     loras: tuple[LoraRef, ...] = ()
     pictures: tuple[EncodedPicture, ...] = ()
+    cache: StepCache | None = None
 
     @property
     def spec(self) -> FamilySpec:
@@ -70,7 +71,13 @@ class ModelHandle:
     def facts(self, ranks: int) -> RunFacts:
         """What a layout for `ranks` must know of the model, whatever the run."""
         spec, config = self.spec, self.config
-        return RunFacts(ranks=ranks, blocks=spec.count_blocks(config), heads=spec.count_heads(config), can=spec.can)
+        return RunFacts(
+            ranks=ranks,
+            blocks=spec.count_blocks(config),
+            heads=spec.count_heads(config),
+            can=spec.can,
+            has_cache=self.cache is not None,
+        )
 
 
 def handle_of(model: Any) -> ModelHandle:

@@ -224,6 +224,7 @@ class ParallelDiTSampler:
             leftover_noise=return_with_leftover_noise == "enable",
             cpu_noise_offset=here.cpu_noise_offset,
             preview=here.wants_previews(model),
+            cache=handle.cache,
             controls=tuple(control.message for control in placed),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )

@@ -19,6 +19,7 @@ from ...parallel_backend.protocol.messages import (
     ImagePromptUse,
     Predict,
     RunPrompt,
+    StepCache,
     WeightChange,
 )
 from .. import host
@@ -30,6 +31,9 @@ from ..request.latent import names_of
 from ..request.network_inputs import entry_of_inputs, is_repeated, refuse_inputs, residuals_of
 from ..session import session, weight_delivery
 from ..session.activity import FAILURES
+
+WORDS = {ImagePromptUse: "IP-Adapter", ControlUse: "ControlNet", StepCache: "step cache"}
+"""What works for a part of a run."""
 
 END_S = 10.0
 """The time limit for the ranks to hear that a run is over. They forget it with the next one anyway."""
@@ -67,13 +71,13 @@ class _Run:
     """By the batch, and whether several conditions are asked for at once."""
     warned: bool = False
 
-    def is_active(self, use: ImagePromptUse | ControlUse, sigma: float | None) -> bool:
+    def is_active(self, use: ImagePromptUse | ControlUse | StepCache, sigma: float | None) -> bool:
         """Whether it works at the noise level `sigma`. Raises `UserError` where that would have to be known."""
         if (use.start, use.end) == (0.0, 1.0):
             return True
         if sigma is None:
             raise UserError(
-                f"The IP-Adapter works from {use.start:g} to {use.end:g} of the run, but the sampler does not say at "
+                f"The {WORDS[type(use)]} works from {use.start:g} to {use.end:g} of the run, but the sampler does not say at "
                 "which noise level it is.",
                 "Set start_percent to 0 and end_percent to 1, or use Parallel Sampler.",
             )
@@ -127,9 +131,12 @@ class StepwiseModel:
         if run is None or not run.sent or not run.client.alive:
             return
         try:
-            run.client.request(EndRun(id=0, run=run.key), timeout=END_S)
+            result, _ = run.client.request(EndRun(id=0, run=run.key), timeout=END_S)
         except FAILURES as error:
             host.logger.warning("The ranks could not be told that a run is over: %s", error)
+            return
+        if report := result.data.get("cache"):
+            host.current().say(str(report))
 
     def predict(
         self,
@@ -172,6 +179,7 @@ class StepwiseModel:
                 "ranks repeat the work of the others. Set cfg_degree to 0 to have the layout chosen for each."
             )
         changes = tuple(change.message for change in self.changes)
+        cache = run.handle.cache
         message = Predict(
             id=0,
             model=run.handle.ref,
@@ -180,6 +188,7 @@ class StepwiseModel:
             conditions=keys,
             adapters=Adapters(files=run.handle.loras, changes=changes),
             residuals=residuals,
+            cache=cache if cache and run.is_active(cache, sigma) else None,
         )
         tensors = {f"latent{name}": latent for name, latent in zip(names, latents, strict=True)}
         tensors |= {"timestep": timestep, **residual_tensors}

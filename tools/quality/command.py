@@ -2,10 +2,12 @@
 
     python tools/quality --layout ulysses_degree=2 --layout pipefusion_degree=2,num_patches=4,warmup_steps=1
     python tools/quality --preset pipefusion --sheet quality.png
+    python tools/quality --layout ulysses_degree=2 --cache 0.1 --cache threshold=0.2,order=1
 
 Every method samples the same captions from the same noise through real ranks; the serial run is one rank, and is itself
 compared with the stock diffusers pipeline. Prints a Markdown table: PSNR and SSIM (mean over the pictures) against the
-serial pictures, PSNR of the worst picture, and the share of the asked attributes that the demo model's checker finds.
+serial pictures, PSNR of the worst picture, the share of the asked attributes that the demo model's checker finds, the
+evaluations that a step cache computed in full, and how many times as fast as without a cache the layout sampled.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout, parse_layout
 from ..demo_model.checkpoint import TARGET
 from ..demo_model.evaluate import held_out
-from .methods import PRESETS, name_of
+from .methods import PRESETS, Method, parse_cache
 from .report import Row, sheet, table
 from .sampling import Diffusers, Made, Task, encode, sample, sidecar
 
-SERIAL = Layout()
+SERIAL = Method(Layout())
 LARGEST_ERROR = 1e-4
 """Of the serial latents, relative to plain diffusers, after all steps."""
 
@@ -42,14 +44,26 @@ def main() -> int:
     try:
         chosen = [layout for name in options.preset for layout in PRESETS[name]]
         chosen += [parse_layout(text) for text in options.layout]
-        made, error = run(task, [layout for layout in chosen if layout != SERIAL])
+        caches = [parse_cache(text) for text in options.cache]
+        layouts = list(dict.fromkeys([SERIAL.layout, *chosen]))
+        methods = [Method(layout, cache) for layout in layouts for cache in (None, *caches)]
+        made, error = run(task, methods)
     except UserError as problem:
         print(problem, file=sys.stderr)
         return 2
     if error > LARGEST_ERROR:
         print(f"The serial run differs from plain diffusers by {error:.1e}: nothing can be compared.", file=sys.stderr)
         return 1
-    serial, *rows = [Row("serial" if layout == SERIAL else name_of(layout), each.pictures) for layout, each in made]
+    seconds = {method.layout: each.seconds for method, each in made if method.cache is None}
+    serial, *rows = [
+        Row(
+            "serial" if method == SERIAL else str(method),
+            each.pictures,
+            each.whole if method.cache else None,
+            seconds[method.layout] / each.seconds if method.cache else None,
+        )
+        for method, each in made
+    ]
     print(f"{options.prompts} held-out captions, {task.size} px, {task.steps} steps of Euler, CFG {task.cfg:g}.")
     print(f"The serial latents equal plain diffusers' to {error:.0e} (relative).\n")
     print(table(serial, rows, scenes))
@@ -58,28 +72,27 @@ def main() -> int:
     return 0
 
 
-def run(task: Task, layouts: list[Layout]) -> tuple[list[tuple[Layout, Made]], float]:
-    """The serial run and every layout, in order, and the serial run's relative error to plain diffusers.
+def run(task: Task, methods: list[Method]) -> tuple[list[tuple[Method, Made]], float]:
+    """What every method makes, the serial one first, in order, and the serial run's relative error to plain diffusers.
 
     One sidecar is started for each number of ranks.
     """
     diffusers = Diffusers(task)
     sigmas = diffusers.sigmas()
-    wanted = [SERIAL, *layouts]
-    made: dict[Layout, Made] = {}
+    made: dict[Method, Made] = {}
     conditioning = None
-    for ranks in sorted({layout.ranks for layout in wanted}):
+    for ranks in sorted({method.layout.ranks for method in methods}):
         with sidecar(ranks) as client:
             if conditioning is None:
                 conditioning = encode(client, task)
-            for layout in wanted:
-                if layout.ranks == ranks and layout not in made:
-                    print(f"{name_of(layout)} ...", file=sys.stderr, flush=True)
-                    made[layout] = sample(client, layout, task, conditioning, sigmas)
+            for method in methods:
+                if method.layout.ranks == ranks:
+                    print(f"{method} ...", file=sys.stderr, flush=True)
+                    made[method] = sample(client, method, task, conditioning, sigmas)
     print("plain diffusers ...", file=sys.stderr, flush=True)
     expected = diffusers.latents()
     error = float((made[SERIAL].latents - expected).norm() / expected.norm())
-    return [(layout, made[layout]) for layout in dict.fromkeys(wanted)], error
+    return [(method, made[method]) for method in methods], error
 
 
 def parse_options() -> argparse.Namespace:
@@ -89,6 +102,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--layout", action="append", default=[], metavar="NAME=VALUE,...", help="a layout; may be given several times")
     add("--preset", action="append", default=[], choices=sorted(PRESETS), help="a list of layouts")
+    add("--cache", action="append", default=[], metavar="THRESHOLD,NAME=VALUE,...", help="a step cache for each layout")
     add("--prompts", type=int, default=16, help="number of held-out captions (default 16)")
     add("--size", type=int, default=256, help="side of the pictures in px (default 256)")
     add("--steps", type=int, default=20)

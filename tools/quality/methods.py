@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from itertools import product
 
+from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout
+from ...parallel_backend.protocol.messages import StepCache
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes the pictures of a column: the ranks' layout, and a step cache, if there is one."""
+
+    layout: Layout
+    cache: StepCache | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (name_of(self.layout), _cache_name(self.cache))))
+
 
 PRESETS: dict[str, tuple[Layout, ...]] = {
     "exact": (
@@ -32,3 +48,19 @@ def name_of(layout: Layout) -> str:
     if layout.distrifusion_degree > 1:
         name += f", refresh {layout.refresh}, W={layout.warmup_steps}"
     return name if layout.attention == "auto" else f"{name}, {layout.attention}"
+
+
+def parse_cache(text: str) -> StepCache:
+    """A cache from `name=value,...`, or from its threshold alone. Raises `UserError` for what is none."""
+    pairs = [part.split("=", 1) if "=" in part else ["threshold", part] for part in text.split(",")]
+    try:
+        return StepCache.model_validate_json(json.dumps({name: json.loads(value) for name, value in pairs}))
+    except ValueError as error:
+        raise UserError(f"{text!r} names no step cache: {error}", "Write it like threshold=0.1,order=1.") from error
+
+
+def _cache_name(cache: StepCache | None) -> str:
+    if cache is None:
+        return ""
+    given = {name: value for name, value in cache.model_dump(exclude_defaults=True).items() if name != "threshold"}
+    return ", ".join([f"cache {cache.threshold:g}", *(f"{name} {value:g}" for name, value in given.items())])

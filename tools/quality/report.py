@@ -20,10 +20,15 @@ GAP, HEADER, FONT_SIZE, CAPTION_WIDTH = 4, 50, 12, 150
 
 @dataclass(frozen=True)
 class Row:
-    """One method's pictures `[N, H, W, 3]` in 0..1."""
+    """One method's pictures `[N, H, W, 3]` in 0..1.
+
+    Of a step cache `whole`: evaluations computed in full, and all; `gain`: how many times as fast as without it.
+    """
 
     name: str
     pictures: Tensor
+    whole: tuple[int, int] | None = None
+    gain: float | None = None
 
 
 def to_bytes(pictures: Tensor) -> list[np.ndarray]:
@@ -32,7 +37,7 @@ def to_bytes(pictures: Tensor) -> list[np.ndarray]:
 
 def table(reference: Row, rows: Sequence[Row], scenes: Sequence[Scene]) -> str:
     """PSNR and SSIM against the reference, and the share of the asked attributes that the checker finds."""
-    columns = ["method", "PSNR (dB)", "worst", "SSIM", *FOUR, "all four"]
+    columns = ["method", "PSNR (dB)", "worst", "SSIM", *FOUR, "all four", "in full", "gain"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in (reference, *rows):
         found = shares(to_bytes(row.pictures), list(scenes))
@@ -42,7 +47,8 @@ def table(reference: Row, rows: Sequence[Row], scenes: Sequence[Scene]) -> str:
             decibels, similarity = (measure(row.pictures, reference.pictures) for measure in (psnr, ssim))
             nearness = [f"{decibels.mean():.1f}", f"{decibels.min():.1f}", f"{similarity.mean():.4f}"]
         attributes = [f"{100 * found[name]:.1f}%" if name in found else "" for name in (*FOUR, "asked")]
-        lines.append("| " + " | ".join([row.name, *nearness, *attributes]) + " |")
+        speed = [f"{row.whole[0]} of {row.whole[1]}" if row.whole else "", f"{row.gain:.2f}" if row.gain else ""]
+        lines.append("| " + " | ".join([row.name, *nearness, *attributes, *speed]) + " |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from ...launcher.client import Client
+from ...launcher.client import Client, Event
 from ...launcher.lifecycle import ensure_sidecar, stop
 from ...launcher.spec import SidecarSpec
-from ...parallel_backend.layout.layout import Layout
-from ...parallel_backend.protocol.messages import Conditioning, Decode, EncodeText, ModelRef, Sample, TextRef, VaeRef
+from ...parallel_backend.protocol.messages import (
+    Conditioning,
+    Decode,
+    EncodeText,
+    Log,
+    ModelRef,
+    Sample,
+    TextRef,
+    VaeRef,
+)
 from ...parallel_backend.sampling.noise import initial_noise
+from .methods import Method
 
 SAMPLER = "euler"
 
@@ -45,10 +55,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Made:
-    """Latents `[N, C, h, w]` and pictures `[N, H, W, 3]` in 0..1, both fp32."""
+    """Latents `[N, C, h, w]` and pictures `[N, H, W, 3]` in 0..1, both fp32.
+
+    `seconds`: that the ranks sampled; `whole`: what step caches reported, the evaluations computed in full and all.
+    """
 
     latents: Tensor
     pictures: Tensor
+    seconds: float
+    whole: tuple[int, int]
 
 
 @contextmanager
@@ -77,15 +92,16 @@ def encode(client: Client, task: Task) -> dict[str, Tensor]:
     }
 
 
-def sample(client: Client, layout: Layout, task: Task, conditioning: dict[str, Tensor], sigmas: Tensor) -> Made:
-    """All pictures of the task by one layout, of as many ranks as the sidecar has. Raises `UserError` if it cannot."""
-    latents, pictures = [], []
+def sample(client: Client, method: Method, task: Task, conditioning: dict[str, Tensor], sigmas: Tensor) -> Made:
+    """All pictures of the task by one method, of as many ranks as the sidecar has. Raises `UserError` if it cannot."""
+    latents, pictures, seconds, counts = [], [], 0.0, []
     for part in task.batches():
         numbers = range(len(task.captions))[part]
         request = Sample(
             id=0,
             model=ModelRef(path=str(task.model), weight_dtype="fp32"),
-            layout=layout,
+            layout=method.layout,
+            cache=method.cache,
             positive=(Conditioning(),),
             negative=(Conditioning(),),
             cfg=task.cfg,
@@ -99,11 +115,18 @@ def sample(client: Client, layout: Layout, task: Task, conditioning: dict[str, T
             "sigmas": sigmas,
             **{name: tensor[part] if name.startswith("positive") else tensor for name, tensor in conditioning.items()},
         }
-        latent = client.request(request, tensors)[1]["latent"]
+        result, sampled = client.request(request, tensors, lambda event, _: _note(event, counts))
+        latent, seconds = sampled["latent"], seconds + float(str(result.data["seconds"]))
         vae = VaeRef(path=str(task.model), weight_dtype="fp32")
         latents.append(latent)
         pictures.append(client.request(Decode(id=0, vae=vae), {"latent": latent})[1]["image"])
-    return Made(torch.cat(latents), torch.cat(pictures))
+    whole = sum(each for each, _ in counts), sum(each for _, each in counts)
+    return Made(torch.cat(latents), torch.cat(pictures), seconds, whole)
+
+
+def _note(event: Event, counts: list[tuple[int, int]]) -> None:
+    if isinstance(event, Log) and (found := re.search(r"(\d+) of (\d+) evaluations", event.text)):
+        counts.append((int(found[1]), int(found[2])))
 
 
 def latent_shape(task: Task, batch: int) -> tuple[int, int, int, int]:

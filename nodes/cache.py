@@ -1,0 +1,93 @@
+"""Parallel Cache: skips blocks of the model where they would change little."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from ..parallel_backend.protocol.messages import StepCache
+from . import host
+from .handles import handle_of
+from .widgets import SPAN, check_span, verdict
+
+ORDERS = {"same": 0, "linear": 1, "quadratic": 2}
+"""How what the skipped blocks add is predicted, and the order of the polynomial."""
+Prediction = Literal["same", "linear", "quadratic"]
+
+
+class ParallelDiTCache:
+    CATEGORY = "ParallelDiT"
+    DESCRIPTION = (
+        "Skips blocks where they would change little (first-block cache). Faster; the picture changes a little. The "
+        "sampler's node says how many evaluations were computed in full."
+    )
+    SEARCH_ALIASES = ("fbcache", "first block cache", "teacache", "easycache", "step cache", "speed up")
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The model with the cache, for a sampler.",)
+    FUNCTION = "add"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From Parallel Loader or Parallel LoRA."}),
+                "threshold": (
+                    "FLOAT",
+                    {
+                        "default": 0.1,
+                        "min": 0.0,
+                        "max": 2.0,
+                        "step": 0.01,
+                        "tooltip": "How much what the first block adds may have changed, relative to that, for "
+                        "the other blocks to be skipped. More skips more; 0 skips nothing.",
+                    },
+                ),
+            },
+            "optional": {
+                "prediction": (
+                    list(ORDERS),
+                    {
+                        "default": "same",
+                        "tooltip": "What skipped blocks add: the same as the last time, or what the last two or three "
+                        "times lead to.",
+                    },
+                ),
+                "max_skips": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 100,
+                        "tooltip": "The most evaluations in a row that are skipped. 0: any number.",
+                    },
+                ),
+                **SPAN,
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, start_percent: float = 0.0, end_percent: float = 1.0) -> bool | str:
+        return verdict(_check_span, start_percent, end_percent)
+
+    def add(
+        self,
+        model: Any,
+        threshold: float,
+        prediction: Prediction = "same",
+        max_skips: int = 0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+    ) -> tuple[Any]:
+        _check_span(start_percent, end_percent)
+        cache = StepCache(
+            threshold=threshold,
+            max_skips=max_skips,
+            order=ORDERS[prediction],
+            start=start_percent,
+            end=end_percent,
+        )
+        return (host.current().with_handle(model, replace(handle_of(model), cache=cache)),)
+
+
+def _check_span(start: float, end: float) -> None:
+    check_span(start, end, "the cache would never work")
