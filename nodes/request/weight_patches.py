@@ -57,7 +57,7 @@ def _change(key: str, patch: Any) -> SentChange | str:
         return f"a function of weights ({key})"
     if offset is not None and offset[0] != 0:
         return f"a change of columns ({key})"
-    if name == "lora" and value.weights[-1] is not None:
+    if name == "lora" and getattr(value, "weights", (None,))[-1] is not None:
         return f"reshape ({key})"
     parts = _parts(name, value)
     if parts is None:

@@ -49,13 +49,20 @@ def test_both_are_highest_for_equal_pictures_and_fall_with_noise():
 
 def test_table_has_a_row_per_method_and_no_nearness_for_the_reference():
     lines = table(Row("serial", pictures()), [Row("same", pictures()), Row("noisy", pictures(0.1))], SCENES).split("\n")
-    cells = {line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.strip("| ").split("|")] for line in lines}
+    split = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    cells = {first: [first, *others] for first, *others in split}
     assert list(cells)[2:] == ["serial", "same", "noisy"]
     assert cells["serial"][1:4] == ["", "", ""]
     assert cells["same"][1:4] == ["100.0", "100.0", "1.0000"]
     assert 15 < float(cells["noisy"][1]) < 25
     assert cells["same"][4:] == cells["serial"][4:]
     assert len({len(each) for each in cells.values()}) == 1
+
+
+def test_the_table_tells_what_a_step_cache_skipped_and_gained():
+    cached = Row("cached", pictures(0.1), whole=(12, 28), gain=1.9)
+    *_, whole, gain = table(Row("serial", pictures()), [cached], SCENES).split("\n")[-1][1:-1].split("|")
+    assert (whole.strip(), gain.strip()) == ("12 of 28", "1.90")
 
 
 def test_sheet_shows_every_picture_beside_its_caption():
