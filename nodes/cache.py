@@ -8,11 +8,14 @@ from typing import Any, Literal
 from ..parallel_backend.protocol.messages import StepCache
 from . import host
 from .handles import handle_of
-from .widgets import SPAN, check_span, verdict
+from .widgets import SPAN, allowed, check_span
 
 ORDERS = {"same": 0, "linear": 1, "quadratic": 2}
 """How what the skipped blocks add is predicted, and the order of the polynomial."""
 Prediction = Literal["same", "linear", "quadratic"]
+
+
+IDLE = "the cache would never work"
 
 
 class ParallelDiTCache:
@@ -66,8 +69,8 @@ class ParallelDiTCache:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, start_percent: float = 0.0, end_percent: float = 1.0) -> bool | str:
-        return verdict(_check_span, start_percent, end_percent)
+    def VALIDATE_INPUTS(cls, start_percent: float = 0.0, end_percent: float = 1.0) -> bool:
+        return allowed(check_span, start_percent, end_percent, IDLE)
 
     def add(
         self,
@@ -78,7 +81,7 @@ class ParallelDiTCache:
         start_percent: float = 0.0,
         end_percent: float = 1.0,
     ) -> tuple[Any]:
-        _check_span(start_percent, end_percent)
+        check_span(start_percent, end_percent, IDLE)
         cache = StepCache(
             threshold=threshold,
             max_skips=max_skips,
@@ -87,7 +90,3 @@ class ParallelDiTCache:
             end=end_percent,
         )
         return (host.current().with_handle(model, replace(handle_of(model), cache=cache)),)
-
-
-def _check_span(start: float, end: float) -> None:
-    check_span(start, end, "the cache would never work")

@@ -77,8 +77,8 @@ class _Run:
             return True
         if sigma is None:
             raise UserError(
-                f"The {WORDS[type(use)]} works from {use.start:g} to {use.end:g} of the run, but the sampler does not say at "
-                "which noise level it is.",
+                f"The {WORDS[type(use)]} works from {use.start:g} to {use.end:g} of the run, but the sampler does not "
+                "say at which noise level it is.",
                 "Set start_percent to 0 and end_percent to 1, or use Parallel Sampler.",
             )
         start, end = (float(self.percent_to_sigma(percent)) for percent in (use.start, use.end))
