@@ -10,7 +10,7 @@ from . import host
 from .handles import handle_of
 from .widgets import SPAN, allowed, check_span
 
-ORDERS = {"same": 0, "linear": 1, "quadratic": 2}
+ORDERS = {"linear": 1, "same": 0, "quadratic": 2}
 """How what the skipped blocks add is predicted, and the order of the polynomial."""
 Prediction = Literal["same", "linear", "quadratic"]
 
@@ -37,7 +37,7 @@ class ParallelDiTCache:
                 "threshold": (
                     "FLOAT",
                     {
-                        "default": 0.1,
+                        "default": 0.2,
                         "min": 0.0,
                         "max": 2.0,
                         "step": 0.01,
@@ -50,7 +50,7 @@ class ParallelDiTCache:
                 "prediction": (
                     list(ORDERS),
                     {
-                        "default": "same",
+                        "default": "linear",
                         "tooltip": "What skipped blocks add: the same as the last time, or what the last two or three "
                         "times lead to.",
                     },
@@ -76,7 +76,7 @@ class ParallelDiTCache:
         self,
         model: Any,
         threshold: float,
-        prediction: Prediction = "same",
+        prediction: Prediction = "linear",
         max_skips: int = 0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
