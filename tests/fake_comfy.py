@@ -24,6 +24,7 @@ class ModelPatcher:
         self.object_patches: dict[str, Any] = {}
         self.injections: dict[str, Any] = {}
         self.attachments: dict[str, Any] = {}
+        self.model_options: dict[str, Any] = {"transformer_options": {}}
 
     def detach(self, unpatch_all: bool = True) -> Any:
         if unpatch_all:
@@ -95,6 +96,7 @@ def install(monkeypatch: Any) -> Flag:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.ops": {"disable_weight_init": disable_weight_init},
         "comfy.samplers": {},
+        "comfy.supported_models": {},
         "comfy.utils": {"ProgressBar": lambda total: SimpleNamespace(update_absolute=lambda *_: flag.throw())},
         "folder_paths": {"folder_names_and_paths": {}, "models_dir": "models"},
         "latent_preview": {"get_previewer": lambda *_: None},
