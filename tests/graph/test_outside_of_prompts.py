@@ -182,7 +182,7 @@ class Vanishing:
 
     def __init__(self) -> None:
         self.files: dict[str, Any] = {
-            "settings": SimpleNamespace(ranks=2),
+            "settings": SimpleNamespace(ranks=2, gpus=()),
             "end": records.End(clean=False, message="Rank 1 died.", rank=1),
             "owner": records.this_process(),
         }
