@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -24,6 +25,7 @@ from paralleldit.parallel_backend.families.family import TokenFamily
 from paralleldit.parallel_backend.families.keys.flux import FLUX
 from paralleldit.parallel_backend.families.keys.hunyuandit import HUNYUANDIT
 from paralleldit.parallel_backend.families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
+from paralleldit.parallel_backend.families.keys.qwen_image import QWEN_IMAGE
 from paralleldit.parallel_backend.families.keys.sd3 import SD3
 from paralleldit.parallel_backend.families.keys.wan import WAN
 from paralleldit.parallel_backend.families.keys.zimage import ZIMAGE
@@ -45,6 +47,8 @@ class TinyModel:
     """`build(heads, depth)` makes the diffusers transformer, `condition(draw, batch, text)` a conditioning of `text`
     tokens. `depth`: how many there are of each kind of block; 2 where something depends on there being more than one.
 
+    `frames`: of its latents, where these have any.
+
     `denoise(model, latent, condition)` is the clean latent that the stock forward predicts at `sigma`, with code of its
     own around it.
     """
@@ -54,22 +58,23 @@ class TinyModel:
     condition: Callable[[Draw, int, int], Condition]
     sigma: float
     denoise: Callable[[Any, Tensor, Condition], Tensor]
+    frames: int = 1
 
     @property
     def family(self) -> type[TokenFamily]:
         return load_view(self.spec)
 
     def latent(self, draw: Draw, batch: int, height: int, width: int) -> Tensor:
-        """A drawn latent, of a video of `FRAMES` where the family samples videos."""
+        """A drawn latent."""
         spec = self.spec.latent
-        return draw(batch, spec.channels, *([FRAMES] if spec.dims == 3 else []), height, width)
+        return draw(batch, spec.channels, *([self.frames] if spec.dims == 3 else []), height, width)
 
     def make(self, heads: int, depth: int = 2) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(11)
             return self.build(heads, depth).eval()
 
-    @lru_cache(maxsize=16)  # noqa: B019 there are eight of this class, for as long as the process lives
+    @lru_cache(maxsize=16)  # noqa: B019 there are eleven of this class, for as long as the process lives
     def make_family(self, heads: int, dtype: torch.dtype = torch.float32, depth: int = 2) -> TokenFamily:
         """The same one at every call, as an engine keeps its models from one run to the next."""
         transformer = self.make(heads, depth)
@@ -283,7 +288,80 @@ def _wan() -> TinyModel:
         ).sample
         return latent - sigma * velocity[..., :height, :width]
 
-    return TinyModel(WAN, build, condition, sigma, denoise)
+    return TinyModel(WAN, build, condition, sigma, denoise, FRAMES)
+
+
+class CentredPositions(torch.nn.Module):
+    """Qwen-Image's positions by ComfyUI's rule, in the place of diffusers' own.
+
+    They are the same on even grids where no reference is larger than the picture.
+    """
+
+    def forward(
+        self, shapes: list[list[tuple[int, int, int]]], max_txt_seq_len: int, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        ids = []
+        for number, (frames, rows, columns) in enumerate(shapes[0]):
+            axes = (torch.arange(frames) + number, torch.arange(rows) - rows // 2, torch.arange(columns) - columns // 2)
+            ids.append(torch.cartesian_prod(*axes))
+        start = max(side // 2 for side in shapes[0][0][1:])
+        text = torch.arange(start, start + max_txt_seq_len)[:, None].expand(-1, 3)
+        return self._turned(torch.cat(ids)), self._turned(text)
+
+    def _turned(self, ids: Tensor) -> Tensor:
+        widths = (4, 6, 6)
+        angles = [
+            ids[:, axis, None] * 10000.0 ** -(torch.arange(0, width, 2) / width) for axis, width in enumerate(widths)
+        ]
+        angle = torch.cat(angles, dim=1)
+        return torch.polar(torch.ones_like(angle), angle)
+
+
+def _qwen_image(edits: bool) -> TinyModel:
+    """`edits`: with references, at time 0."""
+    sigma = 0.7
+
+    def build(heads: int, depth: int) -> QwenImageTransformer2DModel:
+        model = QwenImageTransformer2DModel(
+            num_layers=2 * depth,
+            attention_head_dim=16,
+            num_attention_heads=heads,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            zero_cond_t=edits,
+        )
+        for layer in model.transformer_blocks:
+            for attn in (f"norm_{added}{x}" for added in ("", "added_") for x in "qk"):
+                torch.nn.init.normal_(getattr(layer.attn, attn).weight, 1.0, 0.3)
+        torch.nn.init.normal_(model.txt_norm.weight, 1.0, 0.3)
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        references = (draw(1, 16, 1, 6, 4), draw(batch, 16, 1, 5, 9)) if edits else ()
+        return Condition({"tokens": draw(batch, text, 24)}, references=references)
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        batch, channels, frames, height, width = latent.shape
+        shapes, tokens = [], []
+        for picture in (latent, *condition.references):
+            whole = whole_patches(picture.expand(batch, *picture.shape[1:]))
+            rows, columns = whole.shape[-2] // 2, whole.shape[-1] // 2
+            shapes.append((picture.shape[2], rows, columns))
+            cells = whole.reshape(batch, channels, picture.shape[2], rows, 2, columns, 2).permute(0, 2, 3, 5, 1, 4, 6)
+            tokens.append(cells.reshape(batch, -1, channels * 4))
+        model.pos_embed = CentredPositions()
+        output = model(
+            hidden_states=torch.cat(tokens, dim=1),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            timestep=torch.full((batch,), sigma),
+            img_shapes=[shapes] * batch,
+        ).sample
+        frames, rows, columns = shapes[0]
+        cells = output[:, : frames * rows * columns].view(batch, frames, rows, columns, channels, 2, 2)
+        velocity = cells.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels, frames, rows * 2, columns * 2)
+        return latent - sigma * velocity[..., :height, :width]
+
+    return TinyModel(QWEN_IMAGE, build, condition, sigma, denoise)
 
 
 def _zimage() -> TinyModel:
@@ -343,18 +421,27 @@ def _mask(batch: int, text: int) -> Tensor:
 
 
 def tensors_of(side: str, condition: Condition) -> dict[str, Tensor]:
-    """The condition's tensors as a request carries them."""
-    return {f"{side}.0.{name}": value for name, value in condition.tensors.items()}
+    """The condition's tensors as a request carries them, where its references are the VAE's latents."""
+    references = {f"reference.{number}": latent for number, latent in enumerate(condition.references)}
+    return {f"{side}.0.{name}": value for name, value in {**condition.tensors, **references}.items()}
 
 
 def on_device(condition: Condition, device: torch.device, dtype: torch.dtype | None = None) -> Condition:
     """The condition with its tensors on `device`."""
-    return replace(condition, tensors={name: value.to(device, dtype) for name, value in condition.tensors.items()})
+    tensors = {name: value.to(device, dtype) for name, value in condition.tensors.items()}
+    return replace(
+        condition, tensors=tensors, references=tuple(each.to(device, dtype) for each in condition.references)
+    )
 
 
 def entry_of(condition: Condition) -> Conditioning:
     """The rest of the condition as a request carries it."""
-    return Conditioning(guidance=condition.guidance, size=condition.size, target_size=condition.target_size)
+    return Conditioning(
+        guidance=condition.guidance,
+        size=condition.size,
+        target_size=condition.target_size,
+        references=len(condition.references),
+    )
 
 
 def run_prompt_of(condition: Condition) -> RunPrompt:
@@ -379,4 +466,6 @@ TINY_MODELS = {
     "hunyuandit 1.2": _hunyuandit(takes_size=False),
     "wan 2.1": _wan(),
     "z-image": _zimage(),
+    "qwen-image": _qwen_image(edits=False),
+    "qwen-image edit": _qwen_image(edits=True),
 }

@@ -218,5 +218,5 @@ def unet_config(spec: FamilySpec, config: Mapping[str, Any]) -> dict[str, Any]:
     if spec.host_params is None:
         return said
     module, name = spec.host_params.split(":")
-    known = getattr(import_module(module), name).__dataclass_fields__
+    known = inspect.signature(getattr(import_module(module), name)).parameters
     return {key: value for key, value in said.items() if key in known or key == "image_model"}

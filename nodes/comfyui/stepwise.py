@@ -160,7 +160,7 @@ class StepwiseModel:
                 "The model was asked for a prediction by a node that is no sampler.",
                 f"Remove that node, or {OWN_LOADER}",
             )
-        refuse_inputs(inputs)
+        refuse_inputs(inputs, run.handle.spec)
         names = names_of(len(latents), run.handle.spec.latents, run.handle.family)
         residuals, residual_tensors = residuals_of(inputs.get("control"), run.handle.family)
         conditions = len(sides)

@@ -37,7 +37,6 @@ CANNOT_TRAVEL = {
 IN_KSAMPLER = ("hooks", "default")
 """What ComfyUI's own samplers do around the model, and so do with the model of Parallel Loader too."""
 OWN_SAMPLER = "use KSampler with this model, which does this too."
-REFERENCE_PLACES = ("offset", "index", "uxo")
 
 ENTRY_KEYS = {each.name: each.entry for spec in FAMILIES.values() for each in spec.inputs if each.entry}
 """Maps the names of a condition's tensors to their keys in an entry, the same for all families."""
@@ -72,10 +71,13 @@ def to_message(
 def _check(side: str, entry: Mapping[str, Any], family: str) -> None:
     """Raise `UserError` for what cannot travel, or is missing."""
     spec = FAMILIES[family]
-    taken = {each.entry for each in spec.inputs} | ({"reference_latents"} if spec.takes_references else set())
+    taken = {each.entry for each in spec.inputs} | ({"reference_latents"} if spec.reference_places else set())
     for key, advice in CANNOT_TRAVEL.items():
         if entry.get(key) is not None and key not in taken and key not in spec.unread:
             raise _refused(side, key, advice, key in IN_KSAMPLER)
+    places = _reference_places(entry)
+    if places is not None and places not in spec.reference_places:
+        raise _refused(side, f"reference_latents_method={places}", f"Use one of {', '.join(spec.reference_places)}")
     for each in spec.inputs:
         if each.entry and each.required and entry.get(each.entry) is None:
             raise UserError(
@@ -95,6 +97,11 @@ def _model_tensors(tokens: Tensor, entry: Mapping[str, Any], family: str) -> dic
     }
 
 
+def _reference_places(entry: Mapping[str, Any]) -> Any:
+    """The rule of the references' positions, as in ComfyUI of no use without any."""
+    return entry.get("reference_latents_method") if entry.get("reference_latents") else None
+
+
 def _are_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
@@ -110,15 +117,12 @@ def _message(side: str, entry: Mapping[str, Any], shape: Sequence[int], prompt: 
     strength = entry.get("strength", 1.0) * (entry.get("mask_strength", 1.0) if "mask" in entry else 1.0)
     if abs(strength) > MAX_STRENGTH:
         raise _refused(side, f"a strength of {strength:g}", f"Make it at most {MAX_STRENGTH:g}")
-    places = entry.get("reference_latents_method") or REFERENCE_PLACES[0]
-    if places not in REFERENCE_PLACES:
-        raise _refused(side, f"reference_latents_method={places}", f"Use one of {', '.join(REFERENCE_PLACES)}")
     return Conditioning(
         guidance=entry.get("guidance", DEFAULT_GUIDANCE),
         size=_size(side, entry, ""),
         target_size=_size(side, entry, "target_"),
         references=len(entry.get("reference_latents") or ()),
-        reference_places=places,
+        reference_places=_reference_places(entry),
         prompt=prompt,
         area=area_within(side, entry, shape),
         strength=strength,

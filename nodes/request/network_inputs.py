@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.registry import FAMILIES
+from ...parallel_backend.families.spec import FamilySpec
 from ...parallel_backend.protocol.messages import ResidualList, RunPrompt
 from ..handles import OWN_LOADER
-from .conditioning import REFERENCE_PLACES
 
 CANNOT_TRAVEL = {
     "attention_mask": ("an attention mask", "Use a style model without strength, or attention at strength 1"),
@@ -23,7 +23,7 @@ CANNOT_TRAVEL = {
 """Inputs of ComfyUI's networks that would change the picture, and what to do instead."""
 
 
-def refuse_inputs(inputs: Mapping[str, Any]) -> None:
+def refuse_inputs(inputs: Mapping[str, Any], spec: FamilySpec) -> None:
     """Raise `UserError` naming what a node gives the model and the ranks do not take."""
     for name, (what, advice) in CANNOT_TRAVEL.items():
         if inputs.get(name) is not None:
@@ -32,10 +32,10 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> None:
                 f"{advice}, or {OWN_LOADER}",
             )
     places = inputs.get("ref_latents_method")
-    if places is not None and places not in REFERENCE_PLACES:
+    if places is not None and places not in spec.reference_places:
         raise UserError(
             f"The model is given reference_latents_method={places}, which the ranks do not know.",
-            f"Use one of {', '.join(REFERENCE_PLACES)}, or {OWN_LOADER}",
+            f"Use one of {', '.join(spec.reference_places)}, or {OWN_LOADER}",
         )
 
 
@@ -101,7 +101,7 @@ def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> RunPrompt:
         size=size,
         target_size=target_size,
         references=len(inputs.get("ref_latents") or ()),
-        reference_places=inputs.get("ref_latents_method") or REFERENCE_PLACES[0],
+        reference_places=inputs.get("ref_latents_method"),
     )
 
 

@@ -144,17 +144,24 @@ def prompt_of(
 def _references_of(
     prompt: Prompt, prefix: str, side: str, tensors: Mapping[str, Tensor], family: Family, batch: int
 ) -> tuple[Tensor, ...]:
-    if prompt.references and not family.spec.takes_references:
+    if prompt.references and not family.spec.reference_places:
         raise UserError(
             f"The {side} conditioning has {prompt.references} reference pictures, which a {family.name} model does not "
             "look at.",
             "Remove the ReferenceLatent node.",
         )
+    if prompt.reference_places not in (None, *family.spec.reference_places):
+        raise UserError(
+            f"The {side} conditioning says reference_latents_method={prompt.reference_places}, which a {family.name} "
+            "model does not know.",
+            f"Use one of {', '.join(family.spec.reference_places)}.",
+        )
     references = [tensors.get(f"{prefix}reference.{number}") for number in range(prompt.references)]
+    dims = family.latent.dims
     for reference in references:
         fits = (
             reference is not None
-            and reference.ndim == 4
+            and reference.ndim == 2 + dims
             and reference.shape[0] in (1, batch)
             and reference.shape[1] == family.input_channels
             and reference.numel()
@@ -163,7 +170,7 @@ def _references_of(
             found = "is missing" if reference is None else f"has the shape {list(reference.shape)}"
             raise UserError(
                 f"The latent of a reference picture of the {side} conditioning {found}; this {family.name} model takes "
-                f"[1 or {batch}, {family.input_channels}, height, width].",
+                f"[1 or {batch}, {family.input_channels}, {'frames, ' * (dims == 3)}height, width].",
                 "Encode the picture with the VAE that belongs to the model.",
             )
     return tuple(reference.float().to(family.device) for reference in references if reference is not None)

@@ -79,9 +79,9 @@ class Condition:
     `tensors`: by the names of the family's inputs, such as `tokens` `[B, St, C]` with a `mask` `[B, St]` of those that
     count. `guidance`: the distilled guidance scale (None: the model is given none). `size`, `target_size`: height and
     width of the picture, in pixels, for models that take them (every request gives a size). `references`: latents
-    `[B, C, h, w]` that the model looks at, scaled as its own, and the rule of their positions. `controls` add to
-    the model's tokens; `image_prompts` are pictures that it attends to. `name`: of the prompt in its run, by which step
-    caches tell evaluations.
+    `[B, C, ..., h, w]` that the model looks at, scaled as its own; `reference_places`: the rule of their positions, by
+    default the model's own. `controls` add to the model's tokens; `image_prompts` are pictures that it attends to.
+    `name`: of the prompt in its run, by which step caches tell evaluations.
     """
 
     tensors: Mapping[str, Tensor]
@@ -89,7 +89,7 @@ class Condition:
     size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     references: tuple[Tensor, ...] = ()
-    reference_places: str = "offset"
+    reference_places: str | None = None
     controls: tuple[ResidualSource, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     name: str = ""

@@ -8,6 +8,7 @@ from typing import Any
 from .keys.flux import FLUX
 from .keys.hunyuandit import HUNYUANDIT
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
+from .keys.qwen_image import QWEN_IMAGE
 from .keys.sd3 import SD3
 from .keys.wan import WAN
 from .keys.zimage import ZIMAGE
@@ -23,6 +24,7 @@ FAMILIES: dict[str, FamilySpec] = {
         HUNYUANDIT,
         WAN,
         ZIMAGE,
+        QWEN_IMAGE,
     )
 }
 

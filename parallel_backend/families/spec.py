@@ -226,15 +226,16 @@ class FamilySpec:
     """The class of such models in ComfyUI's `supported_models`, where not every ComfyUI has it, or where only the width
     tells it from that of another family; None: it follows from `host_config`."""
     host_params: str | None = None
-    """Module and dataclass of ComfyUI that are given `host_config`, where older versions have fewer fields in it."""
+    """Module and class of ComfyUI that is given `host_config`, where older versions take fewer arguments."""
     host_reads: tuple[str, ...] = ()
     """Modules of ComfyUI's network, by their original names, whose weights its ControlNets copy."""
     residuals: Callable[[Config], Mapping[str, Sequence[int]]] | None = None
     """The blocks behind which ComfyUI adds the residuals of its lists "input" and "output"; None: it adds none."""
     all_residuals: bool = False
     """Whether ComfyUI takes a list only with a residual for each of these blocks."""
-    takes_references: bool = False
-    """Whether tokens of reference pictures may follow the picture's."""
+    reference_places: tuple[str, ...] = ()
+    """ComfyUI's names of the rules that its view knows for positions of reference pictures, whose tokens follow the
+    picture's; without any it takes none."""
     takes_next_time: bool = False
     """Whether the model is given the time of the noise level to which the sampler will step."""
     lora_names: tuple[LoraName, ...] = ()

@@ -48,7 +48,7 @@ KINDS = (
     _model("Chroma", _START + r"distilled_guidance_layer\."),
     _model("HunyuanVideo", _START + r"txt_in\.individual_token_refiner\."),
     _model("Qwen-Image 2.1", _START + r"txt_in\.text_norm\.weight$"),
-    _model("Qwen-Image", _START + r"txt_norm\.weight$", _START + r"img_in\.weight$"),
+    _model("another Qwen-Image", _START + r"txt_norm\.weight$", _START + r"img_in\.weight$"),
     _model("LTX-2", _START + r"audio_adaln_single\.linear\.weight$"),
     _model("LTX-Video", _START + r"adaln_single\.emb\.", _START + r"patchify_proj\.weight$"),
     _model("Z-Image or Lumina 2", _START + r"cap_embedder\.1\.weight$"),

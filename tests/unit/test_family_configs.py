@@ -11,15 +11,19 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from paralleldit.parallel_backend.adapters.lora.module_names import original_places
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.keys.flux import FLUX
+from paralleldit.parallel_backend.families.keys.qwen_image import QWEN_IMAGE
+from paralleldit.parallel_backend.families.keys.qwen_image import REFERENCES_AT_ZERO as QWEN_AT_ZERO
 from paralleldit.parallel_backend.families.keys.wan import LANDMARKS as WAN_LANDMARKS
 from paralleldit.parallel_backend.families.keys.wan import WAN
 from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.families.spec import FamilySpec, LatentSpec, Shapes
 from paralleldit.parallel_backend.files import detect, open_checkpoint
 from paralleldit.parallel_backend.files.key_map import ruled_map
+from paralleldit.tests.tiny_models import TINY_MODELS
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +33,7 @@ CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,
     "zimage": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    "qwen-image": SINGLE_FILE_LOADABLE_CLASSES["QwenImageTransformer2DModel"]["checkpoint_mapping_fn"],
 }
 """Those that diffusers has for the single files of a family."""
 LATENT = LatentSpec(4, scale=2.0, shift=1.0)
@@ -130,6 +135,35 @@ def test_a_neighbour_with_the_keys_of_a_family_is_refused_by_its_name(tmp_path, 
     monkeypatch.setitem(FAMILIES, "flux", by_kind)
     with pytest.raises(UserError, match=r"holds cousin, which is not served; Flux\.1 is"):
         detect(open_checkpoint(file))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (None, {}),
+        (None, {QWEN_AT_ZERO: (0,)}),
+        ("Qwen-Image Layered", {"time_text_embed.addition_t_embedding.weight": (2, 3072)}),
+        ("Mage-Flow", {"img_in.weight": (3072, 128), "proj_out.weight": (128, 3072)}),
+        ("a Qwen-Image that takes 132 values a token and predicts 64", {"img_in.weight": (3072, 132)}),
+    ],
+)
+def test_other_kinds_of_qwen_image_are_refused_by_their_names(kind, changes):
+    assert QWEN_IMAGE.reject({**shapes_of("qwen-image"), **changes}, {}) == kind
+
+
+def test_a_mark_or_a_config_says_that_references_are_at_time_zero(tmp_path):
+    weights = {name: torch.empty(shape) for name, shape in tiny_shapes("qwen-image edit").items()}
+    save_file(weights, tmp_path / "edit.safetensors")
+    save_file({**weights, QWEN_AT_ZERO: torch.empty(0)}, tmp_path / "edit 2511.safetensors")
+    for name, at_zero in (("edit", False), ("edit 2511", True)):
+        found = detect(open_checkpoint(tmp_path / f"{name}.safetensors"))
+        assert (found.family, found.config["zero_cond_t"]) == ("qwen-image", at_zero)
+        assert found.pieces(tiny_shapes("qwen-image edit")).keys() == weights.keys()
+    assert QWEN_IMAGE.derive_config("diffusers", tiny_shapes("qwen-image edit"), {"zero_cond_t": True})["zero_cond_t"]
+
+
+def tiny_shapes(model: str) -> Shapes:
+    return {name: tuple(value.shape) for name, value in TINY_MODELS[model].make(1, 1).state_dict().items()}
 
 
 WIDTH = 1536

@@ -20,6 +20,7 @@ KINDS = {
     "parallel_backend/files/ip_adapter.py": "kinds of IP-Adapter files",
     "parallel_backend/adapters/ip_adapter.py": "kinds of IP-Adapters",
     "parallel_backend/vae/": "kinds of autoencoders",
+    "parallel_backend/files/recognise.py": "kinds of files that are not served, relatives of families among them",
     "parallel_backend/sampling/model_sampling.py": "ComfyUI's kinds of noise levels, one of which is called flux",
     "cli/headless/conditioning_nodes.py": "ComfyUI's own nodes by their names, such as FluxGuidance",
     "cli/headless/core_nodes.py": "ComfyUI's own nodes by their names, such as EmptySD3LatentImage",

@@ -237,7 +237,7 @@ FLUX = FamilySpec(
     host_config=host_config,
     host_params="comfy.ldm.flux.model:FluxParams",
     residuals=residuals,
-    takes_references=True,
+    reference_places=("offset", "index", "uxo"),
     lora_names=LORA_NAMES,
     published={"flux-dev": {**SCHNELL, "guidance_embeds": True}, "flux-schnell": SCHNELL},
 )

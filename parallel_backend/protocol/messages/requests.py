@@ -58,16 +58,16 @@ class Schedule(Message):
     denoise: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
-ReferencePlaces = Literal["offset", "index", "uxo"]
-"""ComfyUI's names for the positions of reference pictures relative to the picture; families/flux.py defines them."""
+ReferencePlaces = Literal["offset", "index", "index_timestep_zero", "negative_index", "uxo"]
+"""ComfyUI's names for the positions of reference pictures relative to the picture; families/joint.py defines them."""
 
 
 class Prompt(Message):
     """The condition of one prediction. Tensors `<side>.<index>.tokens` [B or 1, St, C] and, if the model takes them,
     `….pooled` [B or 1, Cp], `….mask` [B or 1, St], the second text encoder's `….tokens_2` and `….mask_2`, and as many
-    `….reference.<number>` [B or 1, C, h, w] as there are `references`: latents of pictures to look at, scaled as the
-    request's latent is. For each of the `image_prompts` `….image.<number>` [B or 1, …], the picture as the IP-Adapter's
-    image encoder gives it.
+    `….reference.<number>` [B or 1, C, ..., h, w] as there are `references`: latents of pictures to look at, scaled as
+    the request's latent is. For each of the `image_prompts` `….image.<number>` [B or 1, …], the picture as the
+    IP-Adapter's image encoder gives it.
 
     `size` and `target_size`: height and width in pixels, for models that take them.
     """
@@ -76,7 +76,7 @@ class Prompt(Message):
     size: Size | None = None
     target_size: Size | None = None
     references: int = Field(default=0, ge=0, le=16)
-    reference_places: ReferencePlaces = "offset"
+    reference_places: ReferencePlaces | None = None
     image_prompts: tuple[ImagePromptUse, ...] = Field(default=(), max_length=16)
 
 

@@ -1,0 +1,103 @@
+"""What families share whose text and pictures, references among them, attend to each other at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention.site import KeySet
+from ..tokens.grid import Grid, Patch
+from ..tokens.rotary import Rotary
+from .condition import TimedImagePrompt
+from .family import Sites
+
+STREAMS = ("text", "image")
+"""The streams of every site, in this order."""
+
+
+class JointSite:
+    """The attention processor of a double block: projections, norms and rotary embedding here, the rest in `sites`.
+
+    Values, keys and queries are sent in that order, each while the next is computed. Picture prompts are given the
+    image's queries with their norm, and before their turn.
+    """
+
+    def __init__(self, sites: Sites, block: int, head_dim: int) -> None:
+        self.sites = sites
+        self.block = block
+        self.head_dim = head_dim
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None,
+        image_rotary_emb: Rotary,
+        prompts: tuple[TimedImagePrompt, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        text, image, attention = encoder_hidden_states, hidden_states, self.sites.attention
+        rotate = image_rotary_emb.rotate
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim))
+
+        value = attention.send(torch.cat((heads(attn.add_v_proj(text)), heads(attn.to_v(image))), dim=1), STREAMS)
+        text_key = attn.norm_added_k(heads(attn.add_k_proj(text)))
+        key = attention.send(rotate(torch.cat((text_key, attn.norm_k(heads(attn.to_k(image)))), dim=1)), STREAMS)
+        text_query, own_query = attn.norm_added_q(heads(attn.add_q_proj(text))), attn.norm_q(heads(attn.to_q(image)))
+        query = attention.send(rotate(torch.cat((text_query, own_query), dim=1)), STREAMS)
+        attended = attention((self.block, "joint"), query, KeySet(key, value)).flatten(2).to(image.dtype)
+        attended_text, attended_image = attended.split((text.shape[1], image.shape[1]), dim=1)
+        outputs = attn.to_out[0](attended_image), attn.to_add_out(attended_text)
+        added = [each.added((self.block, "joint"), self.block, [own_query], attention) for each in prompts]
+        # The block adds a third output to the image tokens when it is done with them.
+        return (*outputs, sum(added[1:], start=added[0])) if added else outputs
+
+
+class Place(NamedTuple):
+    """The positions of a picture's tokens: `first` on the first axis of positions, rows and columns on the others."""
+
+    first: int
+    top: int
+    left: int
+    rows: int
+    columns: int
+
+    def ids(self, device: torch.device) -> Tensor:
+        """`[rows * columns, 3]`, row by row."""
+        ids = torch.empty(self.rows, self.columns, 3, device=device)
+        ids[..., 0] = self.first
+        ids[..., 1] = torch.arange(self.top, self.top + self.rows, device=device)[:, None]
+        ids[..., 2] = torch.arange(self.left, self.left + self.columns, device=device)
+        return ids.flatten(0, 1)
+
+
+def places_of_references(references: Sequence[Tensor], rule: str, grid: Grid, patch: Patch) -> Iterator[Place]:
+    """The positions of `references` `[B, C, ..., h, w]` beside a picture of `grid`, by the `rule` of that name.
+
+    "index": each at the picture's own rows and columns, at the next position of the first axis; "index_timestep_zero"
+    likewise, and "negative_index" at the position before. "offset": all at position 1, each right of those before or
+    below them, whichever keeps the whole smaller. "uxo" (UNO, arXiv 2504.02160): each right below the one before, the
+    first right below the picture.
+    """
+    size = patch[1]
+    bottom = right = 0
+    for number, reference in enumerate(references, start=1):
+        height, width = reference.shape[-2:]
+        first = top = left = 0
+        if rule in ("index", "index_timestep_zero"):
+            first = number
+        elif rule == "negative_index":
+            first = -number
+        elif rule == "uxo":
+            top, left = grid.rows * size + bottom, grid.columns * size + right
+            bottom, right = bottom + height, right + width
+        else:
+            first = 1
+            top, left = (0, right) if height + bottom > width + right else (bottom, 0)
+            bottom, right = max(bottom, height + top), max(right, width + left)
+        yield Place(first, *(-(-cells // size) for cells in (top, left, height, width)))
