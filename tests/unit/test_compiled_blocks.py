@@ -30,6 +30,7 @@ from torch._dynamo.utils import counters
         ("hunyuandit 1.1", 2, "eager"),
         ("wan 2.1", 1, "eager"),
         ("z-image", 3, "eager"),
+        ("qwen-image", 1, "eager"),
     ],
 )
 def test_compiled_blocks_predict_the_same(monkeypatch, model, kinds, backend):
