@@ -22,8 +22,8 @@ BATCH = 2
 
 
 def timestep(family: str) -> float:
-    """That of the prediction; Z-Image is given the noise level itself."""
-    return 0.5 if family == "zimage" else 500.0
+    """That of the prediction; Z-Image and Qwen-Image are given the noise level itself."""
+    return 0.5 if family in ("zimage", "qwen-image") else 500.0
 
 
 def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -36,6 +36,9 @@ def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         return draw(BATCH, 16, 3, 9, 7), draw(BATCH, 9, 20), {}
     if family == "zimage":
         return draw(BATCH, 16, 9, 7), draw(BATCH, 9, 20), {}
+    if family == "qwen-image":
+        references = [draw(1, 16, 1, 6, 10), draw(1, 16, 1, 12, 5)]
+        return draw(BATCH, 16, 1, 9, 7), draw(BATCH, 9, 24), {"reference_latents": references}
     if family != "hunyuandit":
         return latent, draw(BATCH, 9, 20), {"width": 640, "height": 480}
     masks = {"attention_mask": torch.arange(6) < 4, "attention_mask_mt5xl": torch.arange(9) < 5}
@@ -51,13 +54,13 @@ def main(folder: Path) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    from paralleldit.nodes.comfyui.remote_model import host_knows, model_config
+    from paralleldit.nodes.comfyui.remote_model import host_knows, model_config, unet_config
     from paralleldit.parallel_backend.families.registry import FAMILIES
 
     for told in sorted(folder.glob("*.json")):
         handle = json.loads(told.read_text())
         spec = FAMILIES[handle["family"]]
-        if not host_knows(spec):
+        if not host_knows(spec) or unet_config(spec, handle["config"]) != spec.host_config(handle["config"]):
             continue
         config = model_config(spec, handle["config"])
         config.set_inference_dtype(torch.float32, None)
