@@ -91,7 +91,8 @@ class ParallelDiTLayout:
                     {
                         "default": "auto",
                         "advanced": True,
-                        "tooltip": "The attention kernel of the ranks. auto is PyTorch's own (sdpa).",
+                        "tooltip": "The attention kernel of the ranks. auto is the fastest that works on the GPU, else "
+                        "PyTorch's own (sdpa).",
                     },
                 ),
             },

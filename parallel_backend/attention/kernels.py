@@ -5,11 +5,13 @@ Tensors are `[B, H, S, D]`; queries and keys may differ in S. The log-sum-exp is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..layout.layout import AttentionKernel
+
+log = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -126,13 +130,13 @@ KERNELS: dict[str, Kernel] = {
 
 
 def select_kernel(name: AttentionKernel, device: torch.device, dtype: torch.dtype, *, with_lse: bool = False) -> Kernel:
-    """The kernel called `name`; "auto" is PyTorch's own choice (SDPA), which is exact on every device and dtype.
+    """The kernel called `name`; "auto" is `best_kernel`.
 
     `with_lse`: for a ring. Raises `UserError` when its package is not installed, or when it cannot run on `device`, in
     `dtype`, or in a ring.
     """
     if name == "auto":
-        return KERNELS["sdpa"]
+        return best_kernel(device, dtype, with_lse)
     kernel = KERNELS[name]
     others = "Choose attention=auto or sdpa."
     if kernel.package and find_spec(kernel.package) is None:
@@ -146,3 +150,59 @@ def select_kernel(name: AttentionKernel, device: torch.device, dtype: torch.dtyp
     if with_lse and (why := kernel.lacks_lse()):
         raise UserError(f"attention={name} cannot work in a ring, which needs a log-sum-exp: {why}.", others)
     return kernel
+
+
+FASTER_ON_HOPPER = ("flash3", "cudnn")
+"""What is faster than SDPA on GPUs of the Hopper generation and newer, the fastest first."""
+WIDTHS = (64, 72, 88, 128)
+"""Widths of heads that kernels are tried with; wider ones are left to SDPA."""
+ROUNDING = 0.02
+"""The largest relative difference between two kernels in half precision."""
+
+
+@cache
+def best_kernel(device: torch.device, dtype: torch.dtype, with_lse: bool) -> Kernel:
+    """The fastest kernel that is installed and agrees with SDPA on `device`; SDPA where there is none.
+
+    Tried once for a device and dtype, and said in the log.
+    """
+    if _is_hopper(device) and dtype in (torch.float16, torch.bfloat16):
+        for name in FASTER_ON_HOPPER:
+            kernel = KERNELS[name]
+            if (kernel.package and find_spec(kernel.package) is None) or not _agrees(name, device, dtype, with_lse):
+                continue
+            log.info("attention=auto computes with %s in %s", name, dtype)
+            return Kernel(_up_to_widest(kernel, "attend"), _up_to_widest(kernel, "attend_with_lse"))
+    log.info("attention=auto computes with sdpa in %s", dtype)
+    return KERNELS["sdpa"]
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _agrees(name: str, device: torch.device, dtype: torch.dtype, with_lse: bool) -> bool:
+    """Whether the kernel computes what SDPA does, in both layouts in which blocks and exchanges leave their tensors."""
+    kernel, draw = KERNELS[name], torch.Generator(device).manual_seed(0)
+    for width in WIDTHS:
+        # [S, H, B, D] and [B, S, H, D], as [B, H, S, D].
+        for sizes, order in (((77, 3, 2, width), (2, 1, 0, 3)), ((2, 77, 3, width), (0, 2, 1, 3))):
+            q, k, v = (torch.randn(sizes, generator=draw, device=device).to(dtype).permute(order) for _ in range(3))
+            expected = F.scaled_dot_product_attention(q, k, v)
+            try:
+                outputs = [kernel.attend_with_lse(q, k, v)[0]] if with_lse else []
+                outputs.append(kernel.attend(q, k, v))
+            except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                log.warning("attention=auto does without %s, which fails here: %s", name, error)
+                return False
+            if any(torch.dist(each.float(), expected.float()) > ROUNDING * expected.float().norm() for each in outputs):
+                log.warning("attention=auto does without %s, which does not agree with sdpa here", name)
+                return False
+    return True
+
+
+def _up_to_widest(kernel: Kernel, called: str) -> Callable[..., Any]:
+    """What is `called` so of the kernel, for heads of widths that it was tried with and those between; SDPA's for
+    others."""
+    attend, others = getattr(kernel, called), getattr(KERNELS["sdpa"], called)
+    return lambda q, k, v: (attend if q.shape[-1] <= WIDTHS[-1] and q.shape[-1] % 8 == 0 else others)(q, k, v)

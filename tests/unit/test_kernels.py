@@ -11,7 +11,7 @@ from paralleldit.parallel_backend.attention import kernels
 from paralleldit.parallel_backend.attention.kernels import KERNELS, select_kernel
 from paralleldit.parallel_backend.errors import UserError
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def first_version(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs):
@@ -66,3 +66,50 @@ def test_a_version_of_sage_without_log_sum_exp_is_refused_in_a_ring(install):
 def test_cudnn_is_refused_where_it_cannot_run(device, dtype, text):
     with pytest.raises(UserError, match=text):
         select_kernel("cudnn", torch.device(device), dtype)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Pretends that the CPU is a Hopper GPU, with a cuDNN that computes as `attend` does."""
+
+    def put(attend):
+        with_lse = lambda q, k, v: (attend(q, k, v), torch.zeros(q.shape[:3]))  # noqa: E731
+        monkeypatch.setitem(KERNELS, "cudnn", kernels.Kernel(attend, with_lse))
+        monkeypatch.setattr(kernels, "_is_hopper", lambda device: True)
+        kernels.best_kernel.cache_clear()
+
+    yield put
+    kernels.best_kernel.cache_clear()
+
+
+def fails(q, k, v):
+    raise RuntimeError("no engine")
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(
+    ("attend", "dtype", "chosen"),
+    [
+        (F.scaled_dot_product_attention, torch.bfloat16, "cudnn"),
+        (F.scaled_dot_product_attention, torch.float32, "sdpa"),
+        (lambda q, k, v: v * 2, torch.bfloat16, "sdpa"),
+        (fails, torch.bfloat16, "sdpa"),
+    ],
+    ids=["agrees", "fp32", "computes something else", "fails"],
+)
+def test_auto_is_the_fastest_kernel_that_agrees(hopper, caplog, attend, dtype, chosen, with_lse):
+    calls = []
+    hopper(lambda q, k, v: calls.append(q.shape[-1]) or attend(q, k, v))
+    with caplog.at_level("INFO"):
+        kernel = select_kernel("auto", CPU, dtype, with_lse=with_lse)
+        select_kernel("auto", CPU, dtype, with_lse=with_lse)
+    assert f"computes with {chosen}" in caplog.text
+    assert caplog.text.count("computes with") == 1
+    calls.clear()
+    for width in (64, 100, 256):
+        kernel.attend(*torch.zeros(3, 1, 1, 4, width, dtype=dtype))
+    assert calls == ([64] if chosen == "cudnn" else [])
+
+
+def test_auto_is_sdpa_where_there_is_no_gpu():
+    assert select_kernel("auto", CPU, torch.bfloat16) is KERNELS["sdpa"]
