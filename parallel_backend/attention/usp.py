@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.axis import Axis
@@ -283,6 +282,5 @@ def _in_frames(x: Tensor, places: int) -> Tensor:
 def _merge(out: Tensor | None, lse: Tensor | None, partial: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     if out is None or lse is None:
         return partial.float(), partial_lse.float()
-    difference = partial_lse - lse
-    out.lerp_(partial.float(), torch.sigmoid(difference).unsqueeze(-1))
-    return out, lse - F.logsigmoid(-difference)
+    out.lerp_(partial.float(), torch.sigmoid(partial_lse - lse).unsqueeze(-1))
+    return out, torch.logaddexp(lse, partial_lse)

@@ -140,9 +140,9 @@ ADDED = (
     Added(Layout(ulysses_degree=2), collectives=4, kernels=4),
     Added(Layout(ulysses_degree=4), collectives=4, kernels=4),
     Added(Layout(ulysses_degree=8), collectives=4, kernels=4),
-    Added(Layout(ring_degree=2), collectives=1, kernels=11),
-    Added(Layout(ring_degree=4), collectives=3, kernels=27),
-    Added(Layout(ulysses_degree=2, ring_degree=2), collectives=5, kernels=15),
+    Added(Layout(ring_degree=2), collectives=1, kernels=9),
+    Added(Layout(ring_degree=4), collectives=3, kernels=21),
+    Added(Layout(ulysses_degree=2, ring_degree=2), collectives=5, kernels=13),
     Added(Layout(distrifusion_degree=2), collectives=1, kernels=4),
     Added(Layout(distrifusion_degree=4), collectives=1, kernels=6),
 )
@@ -186,7 +186,7 @@ def with_lora(network):
 def with_fp8(network, scaled):
     store_linears(network)
     for layer in linears(network):
-        companions = {"weight_scale": layer.weight.new_empty((), dtype=torch.float32)} if scaled else {}
+        companions = {"weight_scale": layer.weight.new_empty(())} if scaled else {}
         layer.store(layer.weight.data.to(torch.float8_e4m3fn), BY_NAME["fp8_e4m3fn"], companions)
     return network
 
@@ -194,7 +194,7 @@ def with_fp8(network, scaled):
 CHANGES = {
     "LoRA": (with_lora, 2, 2),
     "fp8": (lambda network: with_fp8(network, scaled=False), 1, 1),
-    "scaled fp8": (lambda network: with_fp8(network, scaled=True), 3, 1),
+    "scaled fp8": (lambda network: with_fp8(network, scaled=True), 2, 1),
 }
 """A change of every linear layer, how many kernels it may add to each, and the goal."""
 
