@@ -21,7 +21,7 @@ from paralleldit.tests.ranks.stale_families import HEADS, relative_error, reques
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 
 STEPS = 8
-MODELS = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.2", "wan 2.1"]
+MODELS = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.2", "wan 2.1", "z-image"]
 LAYOUTS = [
     Layout(),
     Layout(ulysses_degree=2),
