@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -47,6 +48,11 @@ def check_patches(patcher: Any) -> None:
         )
 
 
+EXPONENTIAL, LINEAR = "ModelSamplingFlux + CONST", "ModelSamplingDiscreteFlow + CONST (multiplier 1)"
+SHIFTS = {(EXPONENTIAL, LINEAR): math.log, (LINEAR, EXPONENTIAL): math.exp}
+"""Of kinds with the same noise levels and clock, the model's own and the node's: the model's shift for the node's."""
+
+
 def patched_shift(patcher: Any) -> float | None:
     """The flow shift that a node such as ModelSamplingFlux has set; None where the model keeps its own."""
     patched = patcher.object_patches.get("model_sampling")
@@ -54,6 +60,8 @@ def patched_shift(patcher: Any) -> float | None:
         return None
     # A sampler of ComfyUI leaves the patched one in the model that all MODELs share, and keeps the model's own aside.
     own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
+    if (_kind(own), _kind(patched)) in SHIFTS:
+        return SHIFTS[_kind(own), _kind(patched)](patched.shift)
     if _kind(patched) != _kind(own):
         raise UserError(
             f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",

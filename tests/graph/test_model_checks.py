@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -87,3 +88,50 @@ def test_a_method_that_nothing_would_call_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="replaced forward_orig of the network, which would do nothing") as refused:
         model_checks.check_methods(network, own)
     assert "TeaCache" in refused.value.hint
+
+
+class CONST:
+    """ComfyUI's prediction type of flow models."""
+
+
+class ModelSamplingFlux:
+    """ComfyUI's clock of Flux.1 and Qwen-Image: exp(shift) is the factor."""
+
+
+class ModelSamplingDiscreteFlow:
+    """ComfyUI's clock of SD3 and AuraFlow: the shift is the factor."""
+
+
+def sampling(clock: type, shift: float, **more: float) -> Any:
+    """As ComfyUI's nodes make it, of a class with the clock and the type as its bases."""
+    made = type("ModelSamplingAdvanced", (clock, CONST), {})()
+    vars(made).update(shift=shift, **more)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("own", "patched", "shift"),
+    [
+        (sampling(ModelSamplingFlux, 1.15), sampling(ModelSamplingFlux, 2.0), 2.0),
+        (sampling(ModelSamplingFlux, 1.15), sampling(ModelSamplingDiscreteFlow, 3.1, multiplier=1.0), math.log(3.1)),
+        (sampling(ModelSamplingDiscreteFlow, 3.0, multiplier=1.0), sampling(ModelSamplingFlux, 1.15), math.exp(1.15)),
+    ],
+    ids=["of its own kind", "AuraFlow's on Qwen-Image", "Flux.1's on Z-Image"],
+)
+def test_a_shift_travels_in_the_terms_of_the_models_own_clock(own, patched, shift) -> None:
+    patcher = SimpleNamespace(
+        object_patches={"model_sampling": patched},
+        object_patches_backup={},
+        model=SimpleNamespace(model_sampling=own),
+    )
+    assert model_checks.patched_shift(patcher) == pytest.approx(shift)
+
+
+def test_another_clock_is_refused_by_both_names() -> None:
+    patcher = SimpleNamespace(
+        object_patches={"model_sampling": sampling(ModelSamplingDiscreteFlow, 3.0, multiplier=1000.0)},
+        object_patches_backup={},
+        model=SimpleNamespace(model_sampling=sampling(ModelSamplingFlux, 1.15)),
+    )
+    with pytest.raises(UserError, match=r"DiscreteFlow \+ CONST \(multiplier 1000\), .* as ModelSamplingFlux"):
+        model_checks.patched_shift(patcher)

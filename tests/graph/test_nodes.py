@@ -319,7 +319,10 @@ NAN = torch.full((1, 16, 4, 4), float("nan"))
         ({"positive": conditioning(control=object())}, ("ControlNet of ComfyUI's own",)),
         ({"positive": conditioning(hooks=object())}, ("carries hooks",)),
         ({"positive": conditioning(default=True)}, ("carries default", "KSampler")),
-        ({"positive": conditioning(reference_latents_method="far")}, ("reference_latents_method=far", "offset")),
+        (
+            {"positive": conditioning(reference_latents=[torch.zeros(1, 16, 4, 4)], reference_latents_method="far")},
+            ("reference_latents_method=far", "offset"),
+        ),
         ({"positive": conditioning(pooled_output=None)}, ("no pooled_output", "CLIP-L")),
         ({"model": object()}, ("not loaded by Parallel Loader",)),
     ],
