@@ -19,6 +19,7 @@ from ...launcher.instance import SidecarInstance
 from ...launcher.runtime_dir import Slot
 from ...launcher.spec import SidecarSpec
 from ...nodes import host
+from ...nodes.layout_choice import LayoutChoice
 from ...nodes.session import session
 from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol import records
@@ -97,7 +98,7 @@ class Prompter(host.Host):
         """Raises one of `ERRORS`, or `Cancelled`."""
         self.has_begun = False
         request = EncodeText(id=0, text=TextRef(path="/none"), prompt=what)
-        client = session.client_for(RANKS)
+        client = session.client_for(LayoutChoice(ranks=RANKS))
         session.with_living(client, lambda client: session.ask(client, request))
 
 
