@@ -1,5 +1,7 @@
 """A model whose VAE has a scale of its own, by channel too: a run is that of plain diffusers in that scale."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from paralleldit.parallel_backend.distributed.mesh import Mesh
@@ -51,7 +53,13 @@ def test_a_run_equals_plain_diffusers_in_the_vaes_own_scale(ranks, name):
     latent, condition = inputs(name)
     mean, std = (each.view(1, -1, *[1] * (latent.ndim - 2)) for each in by_channel(latent.shape[1]))
     sigma = torch.tensor(tiny.sigma)
-    inner = ((latent - mean) / std - SHIFT) * SCALE
+
+    def scaled(unscaled):
+        return ((unscaled - mean) / std - SHIFT) * SCALE
+
+    # References travel as the latent does, and are scaled in the ranks.
+    condition = replace(condition, references=tuple(map(scaled, condition.references)))
+    inner = scaled(latent)
     noise = initial_noise(latent.shape, torch.float32, SEED)
     sampling = tiny.make_family(HEADS).model_sampling(None)
     with torch.inference_mode():
