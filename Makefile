@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 # A machine without an NVIDIA driver gets the CPU build by its exact name, so that no index can answer with CUDA's.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo torch==2.13.0+cpu)
 
-# Tests wait for ranks, sidecars and time limits: three processes share two cores well. Each starts ranks of its own.
-TEST_PROCESSES ?= 3
+# Tests wait for ranks, sidecars and time limits: two processes share two cores well. Each starts ranks of its own.
+TEST_PROCESSES ?= 2
 
 .PHONY: demo test matrix check format bench chaos fuzz clean
 
