@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,12 +85,14 @@ def _run(part: Part, seconds: float) -> tuple[str, bool]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
     ) as process:
         try:
             output, _ = process.communicate(timeout=seconds)
             end = f"exit code {process.returncode} after {time.monotonic() - began:.0f} s"
         except subprocess.TimeoutExpired:
-            process.terminate()
+            # With its ranks, which would hold the pipe open.
+            os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             end = f"ended after its {seconds:.0f} s"
     lines = output.splitlines()[-LINES:]

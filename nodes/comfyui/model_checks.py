@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ...parallel_backend.errors import UserError
@@ -61,7 +61,7 @@ def patched_shift(patcher: Any) -> float | None:
     # A sampler of ComfyUI leaves the patched one in the model that all MODELs share, and keeps the model's own aside.
     own = patcher.object_patches_backup.get("model_sampling", patcher.model.model_sampling)
     if (_kind(own), _kind(patched)) in SHIFTS:
-        return SHIFTS[_kind(own), _kind(patched)](patched.shift)
+        return _converted(patched.shift, SHIFTS[_kind(own), _kind(patched)])
     if _kind(patched) != _kind(own):
         raise UserError(
             f"The model's sampling was replaced by {_kind(patched)}, but the ranks sample this model as {_kind(own)}.",
@@ -73,6 +73,16 @@ def patched_shift(patcher: Any) -> float | None:
             "Remove the node that replaced it.",
         )
     return float(patched.shift)
+
+
+def _converted(shift: float, convert: Callable[[float], float]) -> float:
+    try:
+        return convert(shift)
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"A node sets the flow shift to {shift:g}, at which this model has no noise levels.",
+            "Set it to a usual one: 3 of ModelSamplingAuraFlow and of ModelSamplingSD3, 1.15 of ModelSamplingFlux.",
+        ) from error
 
 
 def _kind(model_sampling: Any) -> str:

@@ -149,6 +149,7 @@ class _FirstBlockPolicy:
         if block > 1:
             return state
         remaining = self._cache.remaining(self._kept)
+        self._kept.evaluations += 1
         return state.with_streams(**{name: state[name] + more for name, more in remaining.items()})
 
     def after(self, block: int, before: State, after: State) -> None:
@@ -159,8 +160,6 @@ class _FirstBlockPolicy:
             self._skips = cache.may_skip(self._first, kept)
             kept.skipped = kept.skipped + 1 if self._skips else 0
             cache.whole += not self._skips
-            if self._skips:
-                kept.evaluations += 1
         elif block == cache.blocks - 1:
             kept.first = self._first
             base = self._behind_first

@@ -127,6 +127,25 @@ def test_a_shift_travels_in_the_terms_of_the_models_own_clock(own, patched, shif
     assert model_checks.patched_shift(patcher) == pytest.approx(shift)
 
 
+@pytest.mark.parametrize(
+    ("clock", "own", "shift"),
+    [
+        (ModelSamplingDiscreteFlow, ModelSamplingFlux, 0.0),
+        (ModelSamplingFlux, ModelSamplingDiscreteFlow, 1000.0),
+    ],
+    ids=["none at all", "beyond all numbers"],
+)
+def test_a_shift_without_noise_levels_is_refused_with_its_number(clock, own, shift) -> None:
+    more = {ModelSamplingDiscreteFlow: {"multiplier": 1.0}, ModelSamplingFlux: {}}
+    patcher = SimpleNamespace(
+        object_patches={"model_sampling": sampling(clock, shift, **more[clock])},
+        object_patches_backup={},
+        model=SimpleNamespace(model_sampling=sampling(own, 1.0, **more[own])),
+    )
+    with pytest.raises(UserError, match=f"the flow shift to {shift:g}"):
+        model_checks.patched_shift(patcher)
+
+
 def test_another_clock_is_refused_by_both_names() -> None:
     patcher = SimpleNamespace(
         object_patches={"model_sampling": sampling(ModelSamplingDiscreteFlow, 3.0, multiplier=1000.0)},

@@ -17,6 +17,8 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.tests.ranks.test_sidecar import HANG_S, PACK, alive, ask, launcher, pids_of, spec_in, wait_for
 from paralleldit.tools.chaos.faults import Fault, Prompter, inject
 
+pytestmark = pytest.mark.alone
+
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 

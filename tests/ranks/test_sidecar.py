@@ -23,6 +23,8 @@ from paralleldit.launcher.spec import SidecarSpec
 from paralleldit.parallel_backend.errors import Cancelled, UserError
 from paralleldit.parallel_backend.protocol import messages, records
 
+pytestmark = pytest.mark.alone
+
 PACK = Path(__file__).resolve().parents[2]
 HANG_S = 3.0
 
@@ -297,9 +299,7 @@ def test_a_start_that_fails_says_why(tmp_path, more, text):
         began = time.monotonic()
         with pytest.raises((SidecarError, UserError), match=text):
             ensure_sidecar(spec)
-        assert time.monotonic() - began < SidecarSpec(directory=tmp_path).start_timeout / 3, (
-            "it waited for ranks that cannot come"
-        )
+        assert time.monotonic() - began < 20
     life = current(spec.slot)
     assert life is None or alive(life) == []
 
