@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..attention.site import KeySet
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
-from ..tokens.grid import Grid, tokenise
-from ..tokens.plan import Places, Segment
+from ..tokens.plan import Places
 from ..tokens.rotary import Rotary, rotations
 from .blocks import Block
 from .condition import Condition, check_widths
-from .family import Sites, TokenFamily
-from .joint import STREAMS, JointSite, Place, places_of_references
+from .family import Sites
+from .joint import STREAMS, JointFamily, JointSite, Place, join, own_rotary, part, places_of_references
 from .keys.flux import FLUX
 from .state import Evaluation, State
 
@@ -38,8 +37,7 @@ class SingleBlock:
     def __call__(self, state: State) -> State:
         layer, attention = self.layer, self.sites.attention
         attn, rotary = layer.attn, cast(Rotary, state.rotary)
-        text, image = state["text"], state["image"]
-        hidden = torch.cat((text, image), dim=1)
+        hidden = join(state)
         normed, gate = layer.norm(hidden, emb=state.modulation)
 
         def heads(project: nn.Module) -> Tensor:
@@ -53,11 +51,10 @@ class SingleBlock:
         hidden = hidden + gate.unsqueeze(1) * layer.proj_out(torch.cat((attended, feed_forward), dim=2))
         if hidden.dtype == torch.float16:
             hidden = hidden.clip(-65504, 65504)
-        text, image = hidden.split((text.shape[1], image.shape[1]), dim=1)
-        return state.with_streams(text=text, image=image)
+        return part(state, hidden)
 
 
-class Flux(TokenFamily):
+class Flux(JointFamily):
     spec = FLUX
 
     def adopt_network(self) -> None:
@@ -86,26 +83,13 @@ class Flux(TokenFamily):
             return FluxFlow() if shift is None else FluxFlow(shift=shift)
         return DiscreteFlow(shift=1.0 if shift is None else shift, multiplier=1.0)
 
-    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        patch = self.latent.patch
-        references = [Segment(Grid.of(each.shape[2:], patch).count) for each in condition.references]
-        return {
-            "text": [Segment(condition["tokens"].shape[1])],
-            "image": [Segment.of(grids["image"], "image"), *references],
-        }
-
     def embed(self, evaluation: Evaluation) -> State:
-        model, condition, shard = self.transformer, evaluation.condition, evaluation.shard
-        tokens = evaluation.tokens["image"]
-        if condition.references:
-            pictures = (each.to(tokens).expand(evaluation.batch, -1, -1, -1) for each in condition.references)
-            tokens = torch.cat([tokens, *(tokenise(each, self.latent.patch) for each in pictures)], dim=1)
-        text = condition["tokens"][:, shard["text"]].to(self.dtype).expand(evaluation.batch, -1, -1)
-        image = model.x_embedder(tokens[:, shard["image"]].to(self.dtype))
-        return self.resume(evaluation, {"text": model.context_embedder(text), "image": image})
+        text = self.transformer.context_embedder(self.own_text(evaluation))
+        image = self.transformer.x_embedder(self.own_image(evaluation))
+        return self.resume(evaluation, {"text": text, "image": image})
 
     def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
-        model, condition, shard = self.transformer, evaluation.condition, evaluation.shard
+        model, condition = self.transformer, evaluation.condition
         timestep = evaluation.timestep.to(self.dtype) * 1000
         pooled = condition["pooled"].to(self.dtype).expand(evaluation.batch, -1)
         if not model.config["guidance_embeds"]:
@@ -120,8 +104,7 @@ class Flux(TokenFamily):
         picture, rule = Place(0, 0, 0, grid.rows, grid.columns), condition.reference_places or "offset"
         references = places_of_references(condition.references, rule, grid, self.latent.patch)
         rotary = self._rotary(text_length, (picture, *references))
-        own = torch.cat((rotary[:text_length][shard["text"]], rotary[text_length:][shard["image"]]))
-        return State(streams, modulation, Rotary(own))
+        return State(streams, modulation, own_rotary(rotary, text_length, evaluation.shard))
 
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]

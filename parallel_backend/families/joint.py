@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention.site import KeySet
-from ..tokens.grid import Grid, Patch
+from ..tokens.grid import Grid, Patch, tokenise
+from ..tokens.plan import Segment, Shard
 from ..tokens.rotary import Rotary
-from .condition import TimedImagePrompt
-from .family import Sites
+from .condition import Condition, TimedImagePrompt
+from .family import Sites, TokenFamily
+from .state import Evaluation, State
 
 STREAMS = ("text", "image")
 """The streams of every site, in this order."""
+
+
+class JointFamily(TokenFamily):
+    """Its streams are the text, and the picture with the tokens of its references behind its own."""
+
+    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
+        references = (Segment(Grid.of(each.shape[2:], self.latent.patch).count) for each in condition.references)
+        return {
+            "text": [Segment(condition["tokens"].shape[1])],
+            "image": [Segment.of(grids["image"], "image"), *references],
+        }
+
+    def own_text(self, evaluation: Evaluation) -> Tensor:
+        """The text's tokens in the shard, `[B, S, C]`, in the network's dtype."""
+        own = evaluation.condition["tokens"][:, evaluation.shard["text"]]
+        return own.to(self.dtype).expand(evaluation.batch, -1, -1)
+
+    def own_image(self, evaluation: Evaluation) -> Tensor:
+        """The tokens of the latent and of its references in the shard, `[B, S, C * pt * ph * pw]`, likewise."""
+        tokens = evaluation.tokens["image"]
+        if references := evaluation.condition.references:
+            latents = (each.to(tokens).expand(evaluation.batch, *each.shape[1:]) for each in references)
+            patch, channels_last = self.latent.patch, self.latent.channels_last
+            tokens = torch.cat([tokens, *(tokenise(each, patch, channels_last=channels_last) for each in latents)], 1)
+        return tokens[:, evaluation.shard["image"]].to(self.dtype)
+
+
+def own_rotary(rotations: Tensor, text_length: int, shard: Shard) -> Rotary:
+    """Of the tokens in the shard, from the `rotations` `[St + S, 1, D / 2, 2]` of all, the text's first."""
+    return Rotary(torch.cat((rotations[:text_length][shard["text"]], rotations[text_length:][shard["image"]])))
+
+
+def join(state: State) -> Tensor:
+    """Text and image as one sequence, `[B, St + S, h]`."""
+    return torch.cat((state["text"], state["image"]), dim=1)
+
+
+def part(state: State, joined: Tensor) -> State:
+    """The state with the streams that `join` would make `joined` of."""
+    text, image = joined.split((state["text"].shape[1], state["image"].shape[1]), dim=1)
+    return state.with_streams(text=text, image=image)
 
 
 class JointSite:

@@ -16,12 +16,12 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor
 
 from ..sampling.model_sampling import FluxFlow, ModelSampling
-from ..tokens.grid import Grid, tokenise
-from ..tokens.plan import Places, Segment
+from ..tokens.grid import Grid
+from ..tokens.plan import Places
 from ..tokens.rotary import Rotary, rotations_at
 from .condition import Condition, check_widths
-from .family import Sites, TokenFamily
-from .joint import JointSite, Place, places_of_references
+from .family import Sites
+from .joint import JointFamily, JointSite, Place, own_rotary, places_of_references
 from .keys.qwen_image import QWEN_IMAGE
 from .state import Evaluation, State
 
@@ -75,9 +75,7 @@ def _modulated(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
     return x * (1 + scale) + shift, gate
 
 
-class QwenImage(TokenFamily):
-    """A reference's tokens follow the picture's in its stream."""
-
+class QwenImage(JointFamily):
     spec = QWEN_IMAGE
 
     def adopt_network(self) -> None:
@@ -96,43 +94,26 @@ class QwenImage(TokenFamily):
     def model_sampling(self, shift: float | None) -> ModelSampling:
         return FluxFlow() if shift is None else FluxFlow(shift=shift)
 
-    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        references = [Segment(self._grid(each).count) for each in condition.references]
-        return {
-            "text": [Segment(condition["tokens"].shape[1])],
-            "image": [Segment.of(grids["image"], "image"), *references],
-        }
-
     def embed(self, evaluation: Evaluation) -> State:
-        model, condition, shard = self.transformer, evaluation.condition, evaluation.shard
-        tokens = evaluation.tokens["image"]
-        if condition.references:
-            pictures = (each.to(tokens).expand(evaluation.batch, *each.shape[1:]) for each in condition.references)
-            tokens = torch.cat([tokens, *(tokenise(each, self.latent.patch) for each in pictures)], dim=1)
-        text = condition["tokens"][:, shard["text"]].to(self.dtype).expand(evaluation.batch, -1, -1)
-        image = model.img_in(tokens[:, shard["image"]].to(self.dtype))
-        return self.resume(evaluation, {"text": model.txt_in(model.txt_norm(text)), "image": image})
+        text = self.transformer.txt_in(self.transformer.txt_norm(self.own_text(evaluation)))
+        return self.resume(evaluation, {"text": text, "image": self.transformer.img_in(self.own_image(evaluation))})
 
     def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
         condition, shard, grid = evaluation.condition, evaluation.shard, evaluation.grids["image"]
         text_length, references = condition["tokens"].shape[1], condition.references
         rule = condition.reference_places or self.reference_places
         places = places_of_references(references, rule, grid, self.latent.patch)
-        frames = (self._grid(reference).frames for reference in references)
+        frames = (Grid.of(reference.shape[2:], self.latent.patch).frames for reference in references)
         rotary = self._rotary(text_length, grid, tuple(zip(places, frames, strict=True)))
-        own = torch.cat((rotary[:text_length][shard["text"]], rotary[text_length:][shard["image"]]))
         times = Times(self._embedded(evaluation.timestep))
         if references and rule == "index_timestep_zero":
             of_references = torch.arange(len(rotary) - text_length, device=self.device)[shard["image"]] >= grid.count
             times = Times(times.now, self._embedded(torch.zeros_like(evaluation.timestep)), of_references[:, None])
-        return State(streams, times, Rotary(own))
+        return State(streams, times, own_rotary(rotary, text_length, shard))
 
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]
         return {"image": self.transformer.proj_out(self.transformer.norm_out(image, state.modulation.now))}
-
-    def _grid(self, latent: Tensor) -> Grid:
-        return Grid.of(latent.shape[2:], self.latent.patch)
 
     def _embedded(self, timestep: Tensor) -> Tensor:
         """`[B, h]`; the module looks at nothing but the dtype of its second argument."""

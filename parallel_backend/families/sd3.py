@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ..attention.site import KeySet, Sent
 from ..sampling.model_sampling import DiscreteFlow, ModelSampling
 from ..tokens.grid import Grid
-from ..tokens.plan import Places, Segment
+from ..tokens.plan import Places
 from .blocks import Block
 from .condition import Condition, TimedImagePrompt, check_widths
-from .family import Sites, TokenFamily
+from .family import Sites
+from .joint import STREAMS, JointFamily
 from .keys import sd3 as keys
 from .state import Evaluation, State
 
@@ -69,7 +70,7 @@ class Site:
             if text is None:
                 return attention.send(of_image, ("image",))
             of_text = normed(heads(text, text_project), text_norm)
-            return attention.send(torch.cat((of_text, of_image), dim=1), ("text", "image"))
+            return attention.send(torch.cat((of_text, of_image), dim=1), STREAMS)
 
         value = send(attn.to_v, None, attn.add_v_proj, None)
         key = send(attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k)
@@ -88,7 +89,7 @@ class Site:
         )
 
 
-class SD3(TokenFamily):
+class SD3(JointFamily):
     spec = keys.SD3
 
     def adopt_network(self) -> None:
@@ -110,22 +111,16 @@ class SD3(TokenFamily):
     def model_sampling(self, shift: float | None) -> ModelSampling:
         return DiscreteFlow(shift=SHIFT if shift is None else shift)
 
-    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        return {"text": [Segment(condition["tokens"].shape[1])], "image": [Segment.of(grids["image"], "image")]}
-
     def embed(self, evaluation: Evaluation) -> State:
-        own = evaluation.condition["tokens"][:, evaluation.shard["text"]]
-        text = self.transformer.context_embedder(own.to(self.dtype).expand(evaluation.batch, -1, -1))
+        text = self.transformer.context_embedder(self.own_text(evaluation))
         return self.resume(evaluation, {"text": text, "image": self.embed_image(evaluation)})
 
     def embed_image(self, evaluation: Evaluation) -> Tensor:
         """The image tokens in the shard, embedded and with their positions."""
-        own = evaluation.shard["image"]
         # A convolution whose stride is its size is a matrix over the values of a token.
         project = self.transformer.pos_embed.proj
-        tokens = evaluation.tokens["image"][:, own].to(self.dtype)
-        image = F.linear(tokens, project.weight.flatten(1), project.bias)
-        return image + self._positions(evaluation.grids["image"])[own]
+        image = F.linear(self.own_image(evaluation), project.weight.flatten(1), project.bias)
+        return image + self._positions(evaluation.grids["image"])[evaluation.shard["image"]]
 
     def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
         pooled = evaluation.condition["pooled"].to(self.dtype).expand(evaluation.batch, -1)

@@ -23,13 +23,13 @@ from ..tokens.rotary import Rotary, rotations_at
 from .blocks import Block
 from .condition import Condition, check_widths
 from .family import Sites, TokenFamily
+from .joint import STREAMS, Place, join, own_rotary, part
 from .keys.zimage import PAD_MULTIPLE, ZIMAGE
 from .state import Evaluation, State
 
 SHIFT = 3.0
 PATCH = "2-1"
 """The name of the layers for tokens of 2 x 2 cells of one frame."""
-JOINT = ("text", "image")
 
 
 class Site:
@@ -70,7 +70,7 @@ class ZImage(TokenFamily):
             self._install(of_image, (number, "image"), ("image",))
             self._install(of_text, (number, "text"), ("text",))
         for number, layer in enumerate(model.layers, len(refiners)):
-            self._install(layer, (number, "joint"), JOINT)
+            self._install(layer, (number, "joint"), STREAMS)
         self.blocks = [*(_refiner(*pair) for pair in refiners), *map(_joint, model.layers)]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
@@ -102,12 +102,12 @@ class ZImage(TokenFamily):
         return self.resume(evaluation, {"text": text, "image": self._fill(image, model.x_pad_token)[:, shard["image"]]})
 
     def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
-        model, shard = self.transformer, evaluation.shard
+        model = self.transformer
         sines = TimestepEmbedder.timestep_embedding(
             (1 - evaluation.timestep) * model.t_scale, model.t_embedder.frequency_embedding_size
         )
-        text, image = self._rotary(evaluation.condition["tokens"].shape[1], evaluation.grids["image"])
-        rotary = Rotary(torch.cat((text[shard["text"]], image[shard["image"]])))
+        text_length = _filled(evaluation.condition["tokens"].shape[1])
+        rotary = own_rotary(self._rotary(text_length, evaluation.grids["image"]), text_length, evaluation.shard)
         return State(streams, model.t_embedder.mlp(sines.to(self.dtype)), rotary)
 
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
@@ -118,17 +118,14 @@ class ZImage(TokenFamily):
         batch, count, _ = tokens.shape
         return torch.cat((tokens, pad.to(self.dtype).expand(batch, _filled(count) - count, -1)), dim=1)
 
-    def _compute_rotary(self, text: int, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Rotations `[S, 1, D / 2, 2]` of text and image: the text's are counted from 1, its pads too, and the image's
-        tokens, by their rows and columns, all follow it. Pads of the image are at 0."""
-        places = torch.zeros(_filled(text), 3, device=self.device)
-        places[:, 0] = torch.arange(1, len(places) + 1)
-        of_image = torch.zeros(_filled(grid.count), 3, device=self.device)
-        of_image[: grid.count, 0] = len(places) + 1
-        of_image[: grid.count, 1] = torch.arange(grid.rows).repeat_interleave(grid.columns)
-        of_image[: grid.count, 2] = torch.arange(grid.columns).repeat(grid.rows)
-        axes, theta = self.transformer.axes_dims, self.transformer.rope_theta
-        return rotations_at(places, axes, theta), rotations_at(of_image, axes, theta)
+    def _compute_rotary(self, text_length: int, grid: Grid) -> Tensor:
+        """Rotations `[St + S, 1, D / 2, 2]`: the text's tokens are counted from 1, its pads too, and the image's, by
+        their rows and columns, all follow it. Pads of the image are at 0."""
+        ids = torch.zeros(text_length + _filled(grid.count), 3, device=self.device)
+        ids[:text_length, 0] = torch.arange(1, text_length + 1)
+        picture = Place(text_length + 1, 0, 0, grid.rows, grid.columns)
+        ids[text_length:][: grid.count] = picture.ids(self.device)
+        return rotations_at(ids, self.transformer.axes_dims, self.transformer.rope_theta)
 
 
 def _filled(count: int) -> int:
@@ -150,9 +147,6 @@ def _refiner(of_image: Any, of_text: Any) -> Block:
 
 def _joint(layer: Any) -> Block:
     def block(state: State) -> State:
-        text, image = state["text"], state["image"]
-        both = layer(torch.cat((text, image), dim=1), None, state.rotary, state.modulation)
-        text, image = both.split((text.shape[1], image.shape[1]), dim=1)
-        return state.with_streams(text=text, image=image)
+        return part(state, layer(join(state), None, state.rotary, state.modulation))
 
     return block
