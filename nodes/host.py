@@ -39,10 +39,18 @@ class Host:
         say: Callable[[str], None] = logger.info,
     ) -> None:
         self.models = models
-        self.spec = spec or usual_spec()
+        self._spec = spec
         self.owned = owned
         self.say = say
         self._on_progress = on_progress
+
+    @property
+    def spec(self) -> SidecarSpec:
+        """The sidecar to use, where a layout does not ask for other ranks. Raises `UserError` for wrong settings."""
+        return self._spec or self._usual_spec()
+
+    def _usual_spec(self) -> SidecarSpec:
+        return usual_spec()
 
     cpu_noise_offset = 1
     """Added to the seed of a run, it gives that of a stochastic sampler's own noise, where it is drawn on a CPU."""

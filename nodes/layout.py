@@ -71,8 +71,8 @@ class ParallelDiTLayout:
                         "default": 0,
                         "min": 0,
                         "max": MAX_DEGREE,
-                        "tooltip": "Processes that work on a picture, one per GPU. 0: all GPUs, or 2 on a machine "
-                        "without GPU.",
+                        "tooltip": "Processes that work on a picture, one per GPU. 0: as many as ComfyUI's settings "
+                        "say; at first all GPUs, or 2 on a machine without GPU.",
                     },
                 ),
                 "ulysses_degree": degree(

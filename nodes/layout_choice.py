@@ -26,7 +26,7 @@ GIVEN = ("tensor_degree", "distrifusion_degree", "pipefusion_degree")
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """What the graph asks for. `ranks` 0 means all GPUs, or two ranks on CPU; a degree of 0 is chosen at the run.
+    """What the graph asks for. `ranks` 0 means the host's usual number; a degree of 0 is chosen at the run.
 
     `devices`: the GPUs of the ranks, as in "0,1"; empty: the first ones.
     """

@@ -80,6 +80,7 @@ def install(monkeypatch: Any) -> Flag:
     cpu = torch.device("cpu")
     modules: dict[str, dict[str, Any]] = {
         "comfy": {},
+        "comfy.cli_args": {"args": SimpleNamespace(multi_user=False)},
         "comfy.k_diffusion": {},
         "comfy.k_diffusion.sampling": {"default_noise_sampler": lambda x, seed: lambda *_: torch.zeros(1)},
         "comfy.lora": {},

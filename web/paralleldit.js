@@ -5,12 +5,14 @@ import { api } from "../../scripts/api.js";
 import { addFitLine } from "./layout_node.js";
 import { isNews, panelModel, withActivity } from "./panel_model.js";
 import { PanelView } from "./panel_view.js";
+import { settingsPage } from "./settings.js";
 import { translator, translatorFor } from "./texts.js";
 
 const EVENT = "paralleldit"; // of nodes/panel/routes.py
 const LOOK_MS = 5000;
 const TOAST_MS = 10_000;
 const IDLE_MS = 400; // a run of many requests is idle for moments only
+const TYPED_MS = 800; // an address is kept letter by letter
 
 let t = translator();
 let status = null;
@@ -20,6 +22,7 @@ let isAsking = false;
 let isStale = false;
 let idle = 0;
 let looking = 0;
+let typing = 0;
 const fitLines = new Set();
 
 async function loadTexts() {
@@ -107,8 +110,15 @@ function close() {
   view = null;
 }
 
+function settingChanged() {
+  clearTimeout(typing);
+  typing = setTimeout(look, TYPED_MS);
+}
+
 app.registerExtension({
   name: "ParallelDiT",
+
+  settings: settingsPage(settingChanged),
 
   async init() {
     const style = document.createElement("link");

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
@@ -17,6 +18,7 @@ import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
 from torch import Tensor
 
+from ...launcher.spec import SidecarSpec, usual_spec
 from ...parallel_backend.errors import Cancelled
 from ...parallel_backend.protocol.messages import Request, Sample, Schedule, VaeWork, Welcome
 from ..handles import SentChange
@@ -24,19 +26,21 @@ from ..host import Host, OnProgress, logger
 from ..request.weight_patches import changes_of
 from ..session import session
 from ..session.activity import FAILURES
-from . import model_checks, remote_model
+from . import model_checks, remote_model, settings
 from .ranks_memory import RanksMemory
 
 PREVIEW_FORMAT = "JPEG"
 ALL_MEMORY = 1e30
 """More bytes than there are."""
+SETTINGS_FILE = ("default", "comfy.settings.json")
+"""Of ComfyUI's only user, in the folder of its users."""
 
 
 class ComfyHost(Host):
     takes_paths = False
 
-    def __init__(self) -> None:
-        super().__init__(say=self._say)
+    def __init__(self, spec: SidecarSpec | None = None) -> None:
+        super().__init__(spec=spec, say=self._say)
         # Before 2026, ComfyUI drew it with the run's own seed.
         drawn = default_noise_sampler(torch.zeros(1), seed=0)(None, None)
         self.cpu_noise_offset = int(not torch.equal(drawn, torch.randn(1, generator=torch.Generator().manual_seed(0))))
@@ -45,6 +49,12 @@ class ComfyHost(Host):
     def _say(self, text: str) -> None:
         logger.info(text)
         self.show(text)
+
+    def _usual_spec(self) -> SidecarSpec:
+        """That of the settings' page. With several users it is none of them who decides, but the environment."""
+        if comfy.cli_args.args.multi_user:
+            return usual_spec()
+        return settings.spec_of(Path(folder_paths.get_user_directory(), *SETTINGS_FILE))
 
     def kept(self, tensor: Tensor) -> Tensor:
         # ComfyUI before 2026 has no --fp16-intermediates.

@@ -215,9 +215,8 @@ def main(folder: Path, ranks: list[int]) -> None:
     from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 
     server.PromptServer.instance = SimpleNamespace(last_node_id=None)
-    here = ComfyHost()
+    here = ComfyHost(SidecarSpec(device="cpu", directory=folder / "runtime"))
     here.takes_paths = True
-    here.spec = SidecarSpec(device="cpu", directory=folder / "runtime")
     host.use(here)
     native = {name: native_model(folder / f"{name}.json") for name in MODELS}
     control = {name: with_controls(folder / name, name, native[name.split(", ")[0]]) for name in CONTROLLED}

@@ -48,8 +48,7 @@ FAULTS = (
 def flag(client, monkeypatch) -> fake_comfy.Flag:
     """The interrupt flag of a stand-in for ComfyUI, with a sidecar that runs."""
     flag = fake_comfy.install(monkeypatch)
-    comfy_host = import_module("paralleldit.nodes.comfyui.host").ComfyHost()
-    comfy_host.spec = host.current().spec
+    comfy_host = import_module("paralleldit.nodes.comfyui.host").ComfyHost(host.current().spec)
     comfy_host.folders = host.current().folders
     host.use(comfy_host)
 
