@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import FluxTransformer2DModel
-from paralleldit.parallel_backend.families.keys.flux import rotary_axes
+from paralleldit.parallel_backend.families.keys.shapes import rotary_axes
 from torch import nn
 
 HIDDEN, HEAD_DIM = 64, 32

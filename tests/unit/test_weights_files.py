@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.families.keys.flux import HEAD_NORM, LANDMARKS, rotary_axes
+from paralleldit.parallel_backend.families.keys.flux import HEAD_NORM, LANDMARKS
+from paralleldit.parallel_backend.families.keys.shapes import rotary_axes
 from paralleldit.parallel_backend.files import detect, open_checkpoint
 from paralleldit.parallel_backend.files.safetensors import read_header
 from paralleldit.parallel_backend.weights.load import load_transformer

@@ -8,69 +8,55 @@ from typing import Any
 from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, LoraName, Rule, Shapes, count_blocks
+from .layers import (
+    FINAL_LAYER,
+    attention_cuts,
+    embedder,
+    feed_forward,
+    feed_forward_cuts,
+    projections,
+    text_projections,
+)
+from .shapes import count_channels, count_heads, landmark_shapes, rotary_axes
 
 NORM = {"scale": "weight", "weight": "weight"}
 """Black Forest Labs' files say `scale`, what ComfyUI has saved since 2026 says `weight`."""
 
+LAYERS = ("in_layer", "out_layer")
+
 RULES = (
     Rule("img_in", ("x_embedder",)),
     Rule("txt_in", ("context_embedder",)),
-    Rule("time_in.in_layer", ("time_text_embed.timestep_embedder.linear_1",)),
-    Rule("time_in.out_layer", ("time_text_embed.timestep_embedder.linear_2",)),
-    Rule("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
-    Rule("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
-    Rule("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
-    Rule("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
+    *embedder("time_in", "time_text_embed.timestep_embedder", LAYERS),
+    *embedder("vector_in", "time_text_embed.text_embedder", LAYERS),
+    *embedder("guidance_in", "time_text_embed.guidance_embedder", LAYERS),
     Rule("double_blocks.{i}.img_mod.lin", ("transformer_blocks.{i}.norm1.linear",)),
     Rule("double_blocks.{i}.txt_mod.lin", ("transformer_blocks.{i}.norm1_context.linear",)),
-    Rule(
-        "double_blocks.{i}.img_attn.qkv",
-        (
-            "transformer_blocks.{i}.attn.to_q",
-            "transformer_blocks.{i}.attn.to_k",
-            "transformer_blocks.{i}.attn.to_v",
-        ),
-    ),
-    Rule(
-        "double_blocks.{i}.txt_attn.qkv",
-        (
-            "transformer_blocks.{i}.attn.add_q_proj",
-            "transformer_blocks.{i}.attn.add_k_proj",
-            "transformer_blocks.{i}.attn.add_v_proj",
-        ),
-    ),
+    Rule("double_blocks.{i}.img_attn.qkv", projections("transformer_blocks.{i}.attn")),
+    Rule("double_blocks.{i}.txt_attn.qkv", text_projections("transformer_blocks.{i}.attn")),
     Rule("double_blocks.{i}.img_attn.norm.query_norm", ("transformer_blocks.{i}.attn.norm_q",), suffixes=NORM),
     Rule("double_blocks.{i}.img_attn.norm.key_norm", ("transformer_blocks.{i}.attn.norm_k",), suffixes=NORM),
     Rule("double_blocks.{i}.txt_attn.norm.query_norm", ("transformer_blocks.{i}.attn.norm_added_q",), suffixes=NORM),
     Rule("double_blocks.{i}.txt_attn.norm.key_norm", ("transformer_blocks.{i}.attn.norm_added_k",), suffixes=NORM),
     Rule("double_blocks.{i}.img_attn.proj", ("transformer_blocks.{i}.attn.to_out.0",)),
     Rule("double_blocks.{i}.txt_attn.proj", ("transformer_blocks.{i}.attn.to_add_out",)),
-    Rule("double_blocks.{i}.img_mlp.0", ("transformer_blocks.{i}.ff.net.0.proj",)),
-    Rule("double_blocks.{i}.img_mlp.2", ("transformer_blocks.{i}.ff.net.2",)),
-    Rule("double_blocks.{i}.txt_mlp.0", ("transformer_blocks.{i}.ff_context.net.0.proj",)),
-    Rule("double_blocks.{i}.txt_mlp.2", ("transformer_blocks.{i}.ff_context.net.2",)),
+    *feed_forward("double_blocks.{i}.img_mlp", "transformer_blocks.{i}.ff"),
+    *feed_forward("double_blocks.{i}.txt_mlp", "transformer_blocks.{i}.ff_context"),
     Rule("single_blocks.{i}.modulation.lin", ("single_transformer_blocks.{i}.norm.linear",)),
     Rule(
         "single_blocks.{i}.linear1",
-        (
-            "single_transformer_blocks.{i}.attn.to_q",
-            "single_transformer_blocks.{i}.attn.to_k",
-            "single_transformer_blocks.{i}.attn.to_v",
-            "single_transformer_blocks.{i}.proj_mlp",
-        ),
+        (*projections("single_transformer_blocks.{i}.attn"), "single_transformer_blocks.{i}.proj_mlp"),
     ),
     Rule("single_blocks.{i}.norm.query_norm", ("single_transformer_blocks.{i}.attn.norm_q",), suffixes=NORM),
     Rule("single_blocks.{i}.norm.key_norm", ("single_transformer_blocks.{i}.attn.norm_k",), suffixes=NORM),
     Rule("single_blocks.{i}.linear2", ("single_transformer_blocks.{i}.proj_out",)),
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),  # shift, scale -> scale, shift
-    Rule("final_layer.linear", ("proj_out",)),
+    *FINAL_LAYER,
 )
 
 CUTS = (
-    Cut(r"attn\.(to_[qkv]|add_[qkv]_proj)", "column", ("heads",)),
-    Cut(r"attn\.(to_out\.0|to_add_out)", "row", ("heads",)),
-    Cut(r"(ff|ff_context)\.net\.0\.proj|proj_mlp", "column"),
-    Cut(r"(ff|ff_context)\.net\.2", "row"),
+    *attention_cuts("attn"),
+    *feed_forward_cuts("(ff|ff_context)"),
+    Cut("proj_mlp", "column"),
     Cut("proj_out", "row", ("heads", "features")),
     Cut(r"(norm1|norm1_context|norm)\.linear", "gathered"),
 )
@@ -110,42 +96,27 @@ def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> d
 
     That is patch_size (1 if not declared) and axes_dims_rope (see `rotary_axes`).
     """
-    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    head_norm = next((shapes[key] for name in NORM if (key := f"{HEAD_NORM[layout]}.{name}") in shapes), ())
-    if len(head_norm) != 1 or any(len(size) != 2 for size in shape.values()):
-        raise UserError(f"The tensors of this Flux model have unexpected shapes: {shape | {'head_norm': head_norm}}.")
-    (hidden, in_channels), (head_dim,) = shape["image"], head_norm
-    if head_dim == 0 or hidden == 0 or hidden % head_dim:
-        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim}.")
+    name = next((name for name in NORM if f"{HEAD_NORM[layout]}.{name}" in shapes), None)
+    if name is None:
+        raise UserError(f"The Flux model has no {HEAD_NORM[layout]}.weight.", "Is it a complete model?")
+    landmarks = {**LANDMARKS[layout], "head_norm": f"{HEAD_NORM[layout]}.{name}"}
+    shape = landmark_shapes("Flux", shapes, landmarks, {"head_norm": 1})
+    (hidden, in_channels), (head_dim,) = shape["image"], shape["head_norm"]
     double, single, guidance = BLOCKS[layout]
     patch_size = declared.get("patch_size", 1)
-    if type(patch_size) is not int or patch_size < 1 or shape["output"][0] % patch_size**2:
-        raise UserError(f"patch_size {patch_size!r} does not divide the {shape['output'][0]} output channels.")
     return {
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "out_channels": shape["output"][0] // patch_size**2,
+        "out_channels": count_channels(shape["output"][0], patch_size),
         "num_layers": count_blocks(shapes, double),
         "num_single_layers": count_blocks(shapes, single),
         "attention_head_dim": head_dim,
-        "num_attention_heads": hidden // head_dim,
+        "num_attention_heads": count_heads(hidden, head_dim),
         "joint_attention_dim": shape["text"][1],
         "pooled_projection_dim": shape["pooled"][1],
         "guidance_embeds": guidance in shapes,
         "axes_dims_rope": rotary_axes(head_dim, declared.get("axes_dims_rope")),
     }
-
-
-def rotary_axes(head_dim: int, declared: Any = None) -> tuple[int, int, int]:
-    """Rotary dims of index, row and column. Undeclared: row and column get the largest even number up to 7/16 head_dim.
-
-    That gives Flux.1's (16, 56, 56) for 128, (8, 28, 28) for 64, (4, 14, 14) for 32.
-    """
-    side = head_dim * 7 // 16 // 2 * 2
-    axes = tuple(declared) if isinstance(declared, list | tuple) else (head_dim - 2 * side, side, side)
-    if len(axes) != 3 or any(type(axis) is not int or axis < 2 or axis % 2 for axis in axes) or sum(axes) != head_dim:
-        raise UserError(f"axes_dims_rope {axes} are not three even numbers that add up to the head dim {head_dim}.")
-    return axes
 
 
 PATCH = 2

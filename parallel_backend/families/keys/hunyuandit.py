@@ -8,15 +8,14 @@ from typing import Any
 from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
+from .layers import FINAL_LAYER, attention_cuts, embedder, feed_forward, feed_forward_cuts, projections
+from .shapes import count_heads, landmark_shapes
 
 RULES = (
     Rule("x_embedder.proj", ("pos_embed.proj",)),
-    Rule("mlp_t5.0", ("text_embedder.linear_1",)),
-    Rule("mlp_t5.2", ("text_embedder.linear_2",)),
-    Rule("t_embedder.mlp.0", ("time_extra_emb.timestep_embedder.linear_1",)),
-    Rule("t_embedder.mlp.2", ("time_extra_emb.timestep_embedder.linear_2",)),
-    Rule("extra_embedder.0", ("time_extra_emb.extra_embedder.linear_1",)),
-    Rule("extra_embedder.2", ("time_extra_emb.extra_embedder.linear_2",)),
+    *embedder("mlp_t5", "text_embedder"),
+    *embedder("t_embedder.mlp", "time_extra_emb.timestep_embedder"),
+    *embedder("extra_embedder", "time_extra_emb.extra_embedder"),
     Rule("style_embedder", ("time_extra_emb.style_embedder",)),
     Rule("pooler", ("time_extra_emb.pooler",), suffixes={"positional_embedding": "positional_embedding"}),
     *(Rule(f"pooler.{part}_proj", (f"time_extra_emb.pooler.{part}_proj",)) for part in "qkvc"),
@@ -25,26 +24,22 @@ RULES = (
     # The original numbers its norms in another order.
     Rule("blocks.{i}.norm2", ("blocks.{i}.norm3",)),
     Rule("blocks.{i}.norm3", ("blocks.{i}.norm2",)),
-    Rule("blocks.{i}.attn1.Wqkv", tuple(f"blocks.{{i}}.attn1.to_{part}" for part in "qkv")),
+    Rule("blocks.{i}.attn1.Wqkv", projections("blocks.{i}.attn1")),
     Rule("blocks.{i}.attn2.q_proj", ("blocks.{i}.attn2.to_q",)),
-    Rule("blocks.{i}.attn2.kv_proj", tuple(f"blocks.{{i}}.attn2.to_{part}" for part in "kv")),
+    Rule("blocks.{i}.attn2.kv_proj", projections("blocks.{i}.attn2", "kv")),
     *(
         Rule(f"blocks.{{i}}.{attn}.{part}_norm", (f"blocks.{{i}}.{attn}.norm_{part}",))
         for attn in ("attn1", "attn2")
         for part in "qk"
     ),
     *(Rule(f"blocks.{{i}}.{attn}.out_proj", (f"blocks.{{i}}.{attn}.to_out.0",)) for attn in ("attn1", "attn2")),
-    Rule("blocks.{i}.mlp.fc1", ("blocks.{i}.ff.net.0.proj",)),
-    Rule("blocks.{i}.mlp.fc2", ("blocks.{i}.ff.net.2",)),
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),  # shift, scale -> scale, shift
-    Rule("final_layer.linear", ("proj_out",)),
+    *feed_forward("blocks.{i}.mlp", "blocks.{i}.ff", ("fc1", "fc2")),
+    *FINAL_LAYER,
 )
 
 CUTS = (
-    Cut(r"attn[12]\.to_[qkv]", "column", ("heads",)),
-    Cut(r"attn[12]\.to_out\.0", "row", ("heads",)),
-    Cut(r"ff\.net\.0\.proj", "column"),
-    Cut(r"ff\.net\.2", "row"),
+    *attention_cuts("attn[12]"),
+    *feed_forward_cuts("ff"),
     Cut(r"norm1\.linear|skip_linear", "gathered"),
 )
 
@@ -78,18 +73,14 @@ DIMS = {"patch": 4, "head_norm": 1}
 
 def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of HunyuanDiT2DModel from the shapes."""
-    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    if any(len(size) != DIMS.get(fact, 2) for fact, size in shape.items()):
-        raise UserError(f"The tensors of this HunyuanDiT model have unexpected shapes: {shape}.")
+    shape = landmark_shapes("HunyuanDiT", shapes, LANDMARKS[layout], DIMS)
     (hidden, channels, patch, _), (head_dim,) = shape["patch"], shape["head_norm"]
-    if not hidden or not head_dim or hidden % head_dim:
-        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim}.")
     layers = count_blocks(shapes, "blocks")
     if layers % 2:
         raise UserError(f"The model has {layers} blocks; those of the second half mirror those of the first.")
     text_length_2 = shape["pooled_positions"][0] - 1
     return {
-        "num_attention_heads": hidden // head_dim,
+        "num_attention_heads": count_heads(hidden, head_dim),
         "attention_head_dim": head_dim,
         "hidden_size": hidden,
         "in_channels": channels,

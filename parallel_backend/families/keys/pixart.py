@@ -8,42 +8,33 @@ from typing import Any
 
 from ...errors import UserError
 from ...layout.stages import BlockList
-from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
+from ..spec import Config, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
+from .layers import attention_cuts, embedder, feed_forward, feed_forward_cuts, projections
+from .shapes import count_channels, landmark_shapes
 
 HEADS = 16
 """The heads of every published model; no shape depends on their number."""
 TABLE = {"scale_shift_table": "scale_shift_table"}
-EMBEDDERS = {
-    "t_embedder.mlp": "adaln_single.emb.timestep_embedder",
-    "csize_embedder.mlp": "adaln_single.emb.resolution_embedder",
-    "ar_embedder.mlp": "adaln_single.emb.aspect_ratio_embedder",
-}
 
 RULES = (
     Rule("x_embedder.proj", ("pos_embed.proj",)),
-    Rule("y_embedder.y_proj.fc1", ("caption_projection.linear_1",)),
-    Rule("y_embedder.y_proj.fc2", ("caption_projection.linear_2",)),
-    *(Rule(f"{source}.0", (f"{target}.linear_1",)) for source, target in EMBEDDERS.items()),
-    *(Rule(f"{source}.2", (f"{target}.linear_2",)) for source, target in EMBEDDERS.items()),
+    *embedder("y_embedder.y_proj", "caption_projection", ("fc1", "fc2")),
+    *embedder("t_embedder.mlp", "adaln_single.emb.timestep_embedder"),
+    *embedder("csize_embedder.mlp", "adaln_single.emb.resolution_embedder"),
+    *embedder("ar_embedder.mlp", "adaln_single.emb.aspect_ratio_embedder"),
     Rule("t_block.1", ("adaln_single.linear",)),
     Rule("blocks.{i}", ("transformer_blocks.{i}",), suffixes=TABLE),
-    Rule("blocks.{i}.attn.qkv", tuple(f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv")),
+    Rule("blocks.{i}.attn.qkv", projections("transformer_blocks.{i}.attn1")),
     Rule("blocks.{i}.attn.proj", ("transformer_blocks.{i}.attn1.to_out.0",)),
     Rule("blocks.{i}.cross_attn.q_linear", ("transformer_blocks.{i}.attn2.to_q",)),
-    Rule("blocks.{i}.cross_attn.kv_linear", tuple(f"transformer_blocks.{{i}}.attn2.to_{part}" for part in "kv")),
+    Rule("blocks.{i}.cross_attn.kv_linear", projections("transformer_blocks.{i}.attn2", "kv")),
     Rule("blocks.{i}.cross_attn.proj", ("transformer_blocks.{i}.attn2.to_out.0",)),
-    Rule("blocks.{i}.mlp.fc1", ("transformer_blocks.{i}.ff.net.0.proj",)),
-    Rule("blocks.{i}.mlp.fc2", ("transformer_blocks.{i}.ff.net.2",)),
+    *feed_forward("blocks.{i}.mlp", "transformer_blocks.{i}.ff", ("fc1", "fc2")),
     Rule("final_layer.linear", ("proj_out",)),
     Rule("final_layer", ("",), suffixes=TABLE),
 )
 
-CUTS = (
-    Cut(r"attn[12]\.to_[qkv]", "column", ("heads",)),
-    Cut(r"attn[12]\.to_out\.0", "row", ("heads",)),
-    Cut(r"ff\.net\.0\.proj", "column"),
-    Cut(r"ff\.net\.2", "row"),
-)
+CUTS = (*attention_cuts("attn[12]"), *feed_forward_cuts("ff"))
 
 SIGMA_LANDMARKS = {
     "original": {
@@ -80,21 +71,17 @@ def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> d
     That is the number of heads (16 if not declared), and the side that positions are spread over (that of the table of
     positions where the file holds it, else 128 cells).
     """
-    shape = {fact: shapes[key] for fact, key in SIGMA_LANDMARKS[layout].items()}
-    if len(shape["patch"]) != 4 or any(len(size) != 2 for fact, size in shape.items() if fact != "patch"):
-        raise UserError(f"The tensors of this PixArt model have unexpected shapes: {shape}.")
+    shape = landmark_shapes("PixArt", shapes, SIGMA_LANDMARKS[layout], {"patch": 4})
     hidden, channels, patch, _ = shape["patch"]
     heads = declared.get("num_attention_heads", HEADS)
     if type(heads) is not int or heads < 1 or not hidden or hidden % heads:
         raise UserError(f"The hidden size {hidden} is not a multiple of {heads!r} heads.")
-    if not patch or shape["output"][0] % patch**2:
-        raise UserError(f"The patch size {patch} does not divide the {shape['output'][0]} output channels.")
     sample_size = declared.get("sample_size") or _table_side(shapes) * patch or SAMPLE_SIZE
     return {
         "num_attention_heads": heads,
         "attention_head_dim": hidden // heads,
         "in_channels": channels,
-        "out_channels": shape["output"][0] // patch**2,
+        "out_channels": count_channels(shape["output"][0], patch),
         "num_layers": count_blocks(shapes, BLOCKS[layout]),
         "cross_attention_dim": shape["cross"][1],
         "caption_channels": shape["caption"][1],

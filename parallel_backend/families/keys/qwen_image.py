@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Shapes, count_blocks
-from .flux import rotary_axes
+from .layers import attention_cuts, feed_forward_cuts
+from .shapes import count_channels, count_heads, landmark_shapes, rotary_axes
 from .wan import MEAN, STD
 
 CUTS = (
-    Cut(r"attn\.(to_[qkv]|add_[qkv]_proj)", "column", ("heads",)),
-    Cut(r"attn\.(to_out\.0|to_add_out)", "row", ("heads",)),
-    Cut(r"(img|txt)_mlp\.net\.0\.proj", "column"),
-    Cut(r"(img|txt)_mlp\.net\.2", "row"),
+    *attention_cuts("attn"),
+    *feed_forward_cuts("(img|txt)_mlp"),
     Cut(r"(img|txt)_mod\.1", "gathered"),  # a third of the model's weights
 )
 
@@ -53,19 +51,15 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
 
     That is axes_dims_rope (see `rotary_axes`), and zero_cond_t, of which ComfyUI's files have a mark.
     """
-    shape = {fact: shapes[key] for fact, key in LANDMARKS.items()}
-    if any(len(size) != DIMS.get(fact, 2) for fact, size in shape.items()):
-        raise UserError(f"The tensors of this Qwen-Image model have unexpected shapes: {shape}.")
+    shape = landmark_shapes("Qwen-Image", shapes, LANDMARKS, DIMS)
     (hidden, in_channels), (head_dim,) = shape["image"], shape["head_norm"]
-    if head_dim == 0 or hidden == 0 or hidden % head_dim:
-        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim}.")
     return {
         "patch_size": PATCH[1],
         "in_channels": in_channels,
-        "out_channels": shape["output"][0] // (PATCH[1] * PATCH[2]),
+        "out_channels": count_channels(shape["output"][0], PATCH[1]),
         "num_layers": count_blocks(shapes, "transformer_blocks"),
         "attention_head_dim": head_dim,
-        "num_attention_heads": hidden // head_dim,
+        "num_attention_heads": count_heads(hidden, head_dim),
         "joint_attention_dim": shape["text"][1],
         "axes_dims_rope": rotary_axes(head_dim, declared.get("axes_dims_rope")),
         "zero_cond_t": REFERENCES_AT_ZERO in shapes or declared.get("zero_cond_t") is True,

@@ -9,6 +9,16 @@ from typing import Any
 from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
+from .layers import (
+    FINAL_LAYER,
+    attention_cuts,
+    embedder,
+    feed_forward,
+    feed_forward_cuts,
+    projections,
+    text_projections,
+)
+from .shapes import count_channels, count_heads, landmark_shapes
 
 HEAD_DIM = 64
 """The head width of every published model, unless a config.json or the norms of the heads give another."""
@@ -17,10 +27,8 @@ RULES = (
     Rule("pos_embed", ("pos_embed.pos_embed",), suffixes={"": ""}),
     Rule("x_embedder.proj", ("pos_embed.proj",)),
     Rule("context_embedder", ("context_embedder",)),
-    Rule("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
-    Rule("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
-    Rule("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
-    Rule("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
+    *embedder("t_embedder.mlp", "time_text_embed.timestep_embedder"),
+    *embedder("y_embedder.mlp", "time_text_embed.text_embedder"),
     Rule("joint_blocks.{i}.x_block.adaLN_modulation.1", ("transformer_blocks.{i}.norm1.linear",)),
     Rule("joint_blocks.{i}.context_block.adaLN_modulation.1", ("transformer_blocks.{i}.norm1_context.linear",)),
     # Of the last block's text only shift and scale are left, which diffusers keeps as scale and shift.
@@ -29,12 +37,9 @@ RULES = (
         ("transformer_blocks.{last}.norm1_context.linear",),
         swap_halves=True,
     ),
-    Rule("joint_blocks.{i}.x_block.attn.qkv", tuple(f"transformer_blocks.{{i}}.attn.to_{part}" for part in "qkv")),
-    Rule("joint_blocks.{i}.x_block.attn2.qkv", tuple(f"transformer_blocks.{{i}}.attn2.to_{part}" for part in "qkv")),
-    Rule(
-        "joint_blocks.{i}.context_block.attn.qkv",
-        tuple(f"transformer_blocks.{{i}}.attn.add_{part}_proj" for part in "qkv"),
-    ),
+    Rule("joint_blocks.{i}.x_block.attn.qkv", projections("transformer_blocks.{i}.attn")),
+    Rule("joint_blocks.{i}.x_block.attn2.qkv", projections("transformer_blocks.{i}.attn2")),
+    Rule("joint_blocks.{i}.context_block.attn.qkv", text_projections("transformer_blocks.{i}.attn")),
     Rule("joint_blocks.{i}.x_block.attn.ln_q", ("transformer_blocks.{i}.attn.norm_q",)),
     Rule("joint_blocks.{i}.x_block.attn.ln_k", ("transformer_blocks.{i}.attn.norm_k",)),
     Rule("joint_blocks.{i}.context_block.attn.ln_q", ("transformer_blocks.{i}.attn.norm_added_q",)),
@@ -44,19 +49,14 @@ RULES = (
     Rule("joint_blocks.{i}.x_block.attn.proj", ("transformer_blocks.{i}.attn.to_out.0",)),
     Rule("joint_blocks.{i}.context_block.attn.proj", ("transformer_blocks.{i}.attn.to_add_out",)),
     Rule("joint_blocks.{i}.x_block.attn2.proj", ("transformer_blocks.{i}.attn2.to_out.0",)),
-    Rule("joint_blocks.{i}.x_block.mlp.fc1", ("transformer_blocks.{i}.ff.net.0.proj",)),
-    Rule("joint_blocks.{i}.x_block.mlp.fc2", ("transformer_blocks.{i}.ff.net.2",)),
-    Rule("joint_blocks.{i}.context_block.mlp.fc1", ("transformer_blocks.{i}.ff_context.net.0.proj",)),
-    Rule("joint_blocks.{i}.context_block.mlp.fc2", ("transformer_blocks.{i}.ff_context.net.2",)),
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),  # shift, scale -> scale, shift
-    Rule("final_layer.linear", ("proj_out",)),
+    *feed_forward("joint_blocks.{i}.x_block.mlp", "transformer_blocks.{i}.ff", ("fc1", "fc2")),
+    *feed_forward("joint_blocks.{i}.context_block.mlp", "transformer_blocks.{i}.ff_context", ("fc1", "fc2")),
+    *FINAL_LAYER,
 )
 
 CUTS = (
-    Cut(r"attn2?\.(to_[qkv]|add_[qkv]_proj)", "column", ("heads",)),
-    Cut(r"attn2?\.(to_out\.0|to_add_out)", "row", ("heads",)),
-    Cut(r"(ff|ff_context)\.net\.0\.proj", "column"),
-    Cut(r"(ff|ff_context)\.net\.2", "row"),
+    *attention_cuts("attn2?"),
+    *feed_forward_cuts("(ff|ff_context)"),
     Cut(r"(norm1|norm1_context)\.linear", "gathered"),
 )
 
@@ -78,7 +78,7 @@ LANDMARKS = {
         "output": "proj_out.weight",
     },
 }
-DIMS = {"image": 4, "positions": 3, "text": 2, "pooled": 2, "joint": 2, "output": 2}
+DIMS = {"image": 4, "positions": 3}
 BLOCKS = {
     "original": ("joint_blocks", "x_block.attn.ln_q.weight", "x_block.attn2.qkv.weight"),
     "diffusers": ("transformer_blocks", "attn.norm_q.weight", "attn2.to_q.weight"),
@@ -90,29 +90,22 @@ def derive_config(layout: str, shapes: Shapes, declared: Mapping[str, Any]) -> d
 
     That is sample_size, and attention_head_dim of a model without norms in its heads.
     """
-    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    if any(len(shape[fact]) != dims for fact, dims in DIMS.items()):
-        raise UserError(f"The tensors of this Stable Diffusion 3 model have unexpected shapes: {shape}.")
+    shape = landmark_shapes("Stable Diffusion 3", shapes, LANDMARKS[layout], DIMS)
     blocks, head_norm, second_site = BLOCKS[layout]
     hidden, channels, patch, _ = shape["image"]
     count, side = count_blocks(shapes, blocks), math.isqrt(shape["positions"][1])
     normed = shapes.get(f"{blocks}.0.{head_norm}")
     head_dim = normed[0] if normed else declared.get("attention_head_dim", HEAD_DIM)
-    if type(head_dim) is not int or head_dim < 1 or hidden % head_dim:
-        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim!r}.")
-    if side**2 != shape["positions"][1] or not patch or shape["output"][0] % patch**2:
-        raise UserError(
-            f"{shape['positions'][1]} positions are no square, or the patch size {patch} "
-            f"does not divide the {shape['output'][0]} output channels."
-        )
+    if side**2 != shape["positions"][1]:
+        raise UserError(f"{shape['positions'][1]} positions are no square.")
     return {
         "sample_size": declared.get("sample_size", 128),
         "patch_size": patch,
         "in_channels": channels,
-        "out_channels": shape["output"][0] // patch**2,
+        "out_channels": count_channels(shape["output"][0], patch),
         "num_layers": count,
         "attention_head_dim": head_dim,
-        "num_attention_heads": hidden // head_dim,
+        "num_attention_heads": count_heads(hidden, head_dim),
         "joint_attention_dim": shape["text"][1],
         "caption_projection_dim": shape["text"][0],
         "pooled_projection_dim": shape["pooled"][1],

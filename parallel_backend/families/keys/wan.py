@@ -9,6 +9,8 @@ from typing import Any
 from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, Input, LatentSpec, Rule, Shapes, count_blocks
+from .layers import attention_cuts, embedder, feed_forward, feed_forward_cuts
+from .shapes import count_channels, count_heads, landmark_shapes, neighbour
 
 HEAD_DIM = 128
 """The head width of every published model: norms are over all heads, so that no shape depends on it."""
@@ -17,10 +19,8 @@ TABLE = {"modulation": "scale_shift_table"}
 SITES = {"self_attn": "attn1", "cross_attn": "attn2"}
 
 RULES = (
-    Rule("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
-    Rule("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
-    Rule("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
-    Rule("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
+    *embedder("text_embedding", "condition_embedder.text_embedder"),
+    *embedder("time_embedding", "condition_embedder.time_embedder"),
     Rule("time_projection.1", ("condition_embedder.time_proj",)),
     Rule("blocks.{i}", ("blocks.{i}",), suffixes=TABLE),
     *(
@@ -36,19 +36,16 @@ RULES = (
     *(Rule(f"blocks.{{i}}.{site}.o", (f"blocks.{{i}}.{attn}.to_out.0",)) for site, attn in SITES.items()),
     # The original counts its norms in another order; the two others of a block have no weights.
     Rule("blocks.{i}.norm3", ("blocks.{i}.norm2",)),
-    Rule("blocks.{i}.ffn.0", ("blocks.{i}.ffn.net.0.proj",)),
-    Rule("blocks.{i}.ffn.2", ("blocks.{i}.ffn.net.2",)),
+    *feed_forward("blocks.{i}.ffn", "blocks.{i}.ffn"),
     Rule("head", ("",), suffixes=TABLE),
     Rule("head.head", ("proj_out",)),
 )
 """`patch_embedding` has one name in both layouts."""
 
 CUTS = (
-    Cut(r"attn[12]\.to_[qkv]", "column", ("heads",)),
+    *attention_cuts("attn[12]"),
     Cut(r"attn[12]\.norm_[qk]", "norm", ("heads",)),
-    Cut(r"attn[12]\.to_out\.0", "row", ("heads",)),
-    Cut(r"ffn\.net\.0\.proj", "column"),
-    Cut(r"ffn\.net\.2", "row"),
+    *feed_forward_cuts("ffn"),
 )
 
 LANDMARKS = {
@@ -98,9 +95,8 @@ BY_CHANNELS = {(36, 16): "Wan 2.2 I2V", (48, 16): "Wan Fun Control", (48, 48): "
 
 def reject(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
     """Which other kind of Wan it is: by its keys, by what its file says of itself, by its channels."""
-    for key, kind in NEIGHBOURS.items():
-        if key in shapes:
-            return kind
+    if kind := neighbour(NEIGHBOURS, shapes):
+        return kind
     said = _said(metadata)
     if said.get("causal_ar"):
         return "Wan Causal Forcing"
@@ -129,19 +125,20 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
 
     That is the width of a head (128 if not declared) and the norms' eps.
     """
-    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    if any(len(size) != DIMS.get(fact, 2) for fact, size in shape.items()) or shape["patch"][2:] != PATCH:
-        raise UserError(f"The tensors of this Wan model have unexpected shapes: {shape}.")
-    hidden, channels, *_ = shape["patch"]
+    shape = landmark_shapes("Wan", shapes, LANDMARKS[layout], DIMS)
+    hidden, channels, *patch = shape["patch"]
+    if tuple(patch) != PATCH:
+        raise UserError(f"This Wan model has tokens of {tuple(patch)} cells, not of {PATCH}.")
     head_dim = declared.get("attention_head_dim", HEAD_DIM)
-    if type(head_dim) is not int or head_dim < 6 or head_dim % 2 or not hidden or hidden % head_dim:
-        raise UserError(f"The hidden size {hidden} is not a multiple of an even head dim {head_dim!r}.")
+    heads = count_heads(hidden, head_dim)
+    if head_dim < 6 or head_dim % 2:
+        raise UserError(f"The head dim {head_dim} is no even number of at least 6, as rotary embeddings need it.")
     return {
         "patch_size": PATCH,
-        "num_attention_heads": hidden // head_dim,
+        "num_attention_heads": heads,
         "attention_head_dim": head_dim,
         "in_channels": channels,
-        "out_channels": shape["output"][0] // (PATCH[1] * PATCH[2]),
+        "out_channels": count_channels(shape["output"][0], PATCH[1]),
         "text_dim": shape["text"][1],
         "freq_dim": shape["time"][1],
         "ffn_dim": shape["features"][0],

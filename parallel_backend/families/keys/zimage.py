@@ -8,33 +8,34 @@ from typing import Any
 from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, Cut, FamilySpec, HeadGroup, Input, LatentSpec, Rule, Shapes, count_blocks
+from .layers import attention_cuts, projections
+from .shapes import count_heads, landmark_shapes, neighbour, rotary_axes
 
 PATCH = 2
 """Rows and columns of latent cells to a token."""
 PAD_MULTIPLE = 32
 """Text and image are each filled up to a multiple of as many tokens, which are attended to."""
-STACKS = ("noise_refiner", "context_refiner", "layers")
+ATTENTIONS = tuple(f"{stack}.{{i}}.attention" for stack in ("noise_refiner", "context_refiner", "layers"))
 
 RULES = (
     Rule("x_embedder", ("all_x_embedder.2-1",)),
     Rule("final_layer.linear", ("all_final_layer.2-1.linear",)),
     Rule("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
     *(
-        Rule(f"{stack}.{{i}}.attention.{source}", tuple(f"{stack}.{{i}}.attention.{target}" for target in targets))
-        for stack in STACKS
-        for source, targets in (
-            ("qkv", ("to_q", "to_k", "to_v")),
-            ("out", ("to_out.0",)),
-            ("q_norm", ("norm_q",)),
-            ("k_norm", ("norm_k",)),
+        rule
+        for attention in ATTENTIONS
+        for rule in (
+            Rule(f"{attention}.qkv", projections(attention)),
+            Rule(f"{attention}.out", (f"{attention}.to_out.0",)),
+            Rule(f"{attention}.q_norm", (f"{attention}.norm_q",)),
+            Rule(f"{attention}.k_norm", (f"{attention}.norm_k",)),
         )
     ),
 )
 """All others have one name in both layouts."""
 
 CUTS = (
-    Cut(r"attention\.to_[qkv]", "column", ("heads",)),
-    Cut(r"attention\.to_out\.0", "row", ("heads",)),
+    *attention_cuts("attention"),
     Cut(r"feed_forward\.w[13]", "column"),
     Cut(r"feed_forward\.w2", "row"),
     Cut(r"adaLN_modulation\.0", "gathered"),
@@ -70,7 +71,7 @@ NEIGHBOURS = {
 
 def reject(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
     """Which other model of this architecture it is."""
-    return next((kind for key, kind in NEIGHBOURS.items() if key in shapes), None)
+    return neighbour(NEIGHBOURS, shapes)
 
 
 def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, Any]:
@@ -78,16 +79,11 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
 
     That is rotary_axes and what is the same in all published models.
     """
-    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    if any(len(size) != DIMS.get(fact, 2) for fact, size in shape.items()):
-        raise UserError(f"The tensors of this Z-Image model have unexpected shapes: {shape}.")
-    (hidden, text), (head_dim,) = shape["text"], shape["norm"]
-    if not head_dim or not hidden or hidden % head_dim or shape["features"][0] != int(hidden / 3 * 8):
-        raise UserError(
-            f"The hidden size {hidden} does not fit heads of {head_dim} channels, or not {shape['features'][0]} "
-            "features."
-        )
-    heads = hidden // head_dim
+    shape = landmark_shapes("Z-Image", shapes, LANDMARKS[layout], DIMS)
+    (hidden, text), (head_dim,), (features, _) = shape["text"], shape["norm"], shape["features"]
+    heads = count_heads(hidden, head_dim)
+    if features != int(hidden / 3 * 8):
+        raise UserError(f"The hidden size {hidden} goes with {int(hidden / 3 * 8)} features; there are {features}.")
     return {
         "all_patch_size": (PATCH,),
         "all_f_patch_size": (1,),
@@ -103,21 +99,9 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
         "siglip_feat_dim": None,
         "rope_theta": declared.get("rope_theta", 256.0),
         "t_scale": declared.get("t_scale", 1000.0),
-        "axes_dims": rotary_axes(head_dim, declared.get("axes_dims")),
+        "axes_dims": rotary_axes(head_dim, declared.get("axes_dims"), side=3 / 8),
         "axes_lens": tuple(declared.get("axes_lens", AXES_LENGTHS)),
     }
-
-
-def rotary_axes(head_dim: int, declared: Any = None) -> tuple[int, int, int]:
-    """Channels of a head that turn by the token's place, row and column.
-
-    Undeclared: row and column get the largest even number up to 3/8 head_dim, which makes (32, 48, 48) of 128.
-    """
-    side = head_dim * 3 // 8 // 2 * 2
-    axes = tuple(declared) if isinstance(declared, list | tuple) else (head_dim - 2 * side, side, side)
-    if len(axes) != 3 or any(type(axis) is not int or axis < 2 or axis % 2 for axis in axes) or sum(axes) != head_dim:
-        raise UserError(f"axes_dims {axes} are not three even numbers that add up to the head dim {head_dim}.")
-    return axes
 
 
 AXES_LENGTHS = (1024, 512, 512)
