@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
+    HunyuanVideoTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -24,6 +25,7 @@ from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.families.family import TokenFamily
 from paralleldit.parallel_backend.families.keys.flux import FLUX
 from paralleldit.parallel_backend.families.keys.hunyuandit import HUNYUANDIT
+from paralleldit.parallel_backend.families.keys.hunyuanvideo import HUNYUANVIDEO
 from paralleldit.parallel_backend.families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from paralleldit.parallel_backend.families.keys.qwen_image import QWEN_IMAGE
 from paralleldit.parallel_backend.families.keys.sd3 import SD3
@@ -398,6 +400,46 @@ def _zimage() -> TinyModel:
     return TinyModel(ZIMAGE, build, condition, sigma, denoise)
 
 
+def _hunyuanvideo() -> TinyModel:
+    sigma = 0.7
+
+    def build(heads: int, depth: int) -> HunyuanVideoTransformer3DModel:
+        model = HunyuanVideoTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=16,
+            num_layers=depth,
+            num_single_layers=depth,
+            text_embed_dim=24,
+            pooled_projection_dim=12,
+            rope_axes_dim=(4, 6, 6),
+        )
+        for name, parameter in model.named_parameters():
+            if "attn.norm" in name:
+                torch.nn.init.normal_(parameter, 1.0, 0.3)
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        # Those of a batch are of one length.
+        mask = {"mask": _mask(1, text).expand(batch, -1)} if batch > 1 else {}
+        tensors = {"tokens": draw(batch, text, 24), "pooled": draw(batch, 12)}
+        return Condition(tensors | mask, guidance=GUIDANCE)
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        batch, *_, height, width = latent.shape
+        mask = condition.get("mask")
+        velocity = model(
+            hidden_states=whole_patches(latent),
+            timestep=torch.full((batch,), sigma * 1000),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            encoder_attention_mask=torch.ones(batch, condition["tokens"].shape[1]) if mask is None else mask,
+            pooled_projections=condition["pooled"].expand(batch, -1),
+            guidance=torch.full((batch,), GUIDANCE * 1000),
+        ).sample
+        return latent - sigma * velocity[..., :height, :width]
+
+    return TinyModel(HUNYUANVIDEO, build, condition, sigma, denoise, FRAMES)
+
+
 TIMESTEP = 500
 
 
@@ -468,4 +510,5 @@ TINY_MODELS = {
     "z-image": _zimage(),
     "qwen-image": _qwen_image(edits=False),
     "qwen-image edit": _qwen_image(edits=True),
+    "hunyuanvideo": _hunyuanvideo(),
 }

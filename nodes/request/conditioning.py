@@ -13,8 +13,6 @@ from ...parallel_backend.protocol.messages import Conditioning
 from ..handles import OWN_LOADER
 from .regions import area_within
 
-DEFAULT_GUIDANCE = 3.5
-
 MAX_STRENGTH = 100.0
 CANNOT_TRAVEL = {
     "gligen": "Give each prompt an area or a mask",
@@ -25,6 +23,8 @@ CANNOT_TRAVEL = {
     "attention_mask": "Use a text encoder node that gives no attention mask",
     "reference_latents": "Remove the reference picture",
     "concat_latent_image": "Use a noise mask with a model that is not an inpainting model",
+    "guiding_frame_index": "Remove the node that gives the model a first frame",
+    "ref_latent": "Remove the node that gives the model a picture to begin with",
     "concat_mask": "Use a noise mask with a model that is not an inpainting model",
     "noise_concat": "Remove the node that adds latents to the model's input",
     "cross_attn_controlnet": "Remove the ControlNet",
@@ -60,7 +60,7 @@ def to_message(
         tensors = _model_tensors(tokens, entry, family)
         owner = next((number for number, known in enumerate(own) if _are_same(known, tensors)), index)
         own.append(tensors)
-        messages.append(_message(side, entry, shape, None if owner == index else owner))
+        messages.append(_message(side, entry, family, shape, None if owner == index else owner))
         if owner == index:
             bodies |= {f"{side}.{index}.{name}": repeated(tensor, shape[0]) for name, tensor in tensors.items()}
         if "mask" in entry:
@@ -113,12 +113,14 @@ def repeated(tensor: Tensor, batch: int) -> Tensor:
     return tensor.repeat(-(-batch // len(tensor)), *[1] * (tensor.ndim - 1))[:batch]
 
 
-def _message(side: str, entry: Mapping[str, Any], shape: Sequence[int], prompt: int | None) -> Conditioning:
+def _message(
+    side: str, entry: Mapping[str, Any], family: str, shape: Sequence[int], prompt: int | None
+) -> Conditioning:
     strength = entry.get("strength", 1.0) * (entry.get("mask_strength", 1.0) if "mask" in entry else 1.0)
     if abs(strength) > MAX_STRENGTH:
         raise _refused(side, f"a strength of {strength:g}", f"Make it at most {MAX_STRENGTH:g}")
     return Conditioning(
-        guidance=entry.get("guidance", DEFAULT_GUIDANCE),
+        guidance=entry.get("guidance", FAMILIES[family].guidance),
         size=_size(side, entry, ""),
         target_size=_size(side, entry, "target_"),
         references=len(entry.get("reference_latents") or ()),

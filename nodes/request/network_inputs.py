@@ -19,14 +19,17 @@ CANNOT_TRAVEL = {
     "style": ("a style", "Remove the node that sets it"),
     "time_dim_concat": ("latents behind its own frames", "Remove the node that adds them (Phantom)"),
     "context_latents": ("latents to look at", "Remove the node that adds them"),
+    "guiding_frame_index": ("a first frame", "Remove the node that sets it"),
+    "ref_latent": ("a picture to begin with", "Remove the node that sets it"),
 }
 """Inputs of ComfyUI's networks that would change the picture, and what to do instead."""
 
 
 def refuse_inputs(inputs: Mapping[str, Any], spec: FamilySpec) -> None:
     """Raise `UserError` naming what a node gives the model and the ranks do not take."""
+    taken = {each.network for each in spec.inputs}
     for name, (what, advice) in CANNOT_TRAVEL.items():
-        if inputs.get(name) is not None:
+        if name not in taken and inputs.get(name) is not None:
             raise UserError(
                 f"The model is given {what}, which cannot be sent to the ranks.",
                 f"{advice}, or {OWN_LOADER}",

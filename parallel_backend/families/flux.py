@@ -8,50 +8,17 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from diffusers.models.transformers.transformer_flux import (
-    FluxSingleTransformerBlock,
-    FluxTransformer2DModel,
-)
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from ..attention.site import KeySet
 from ..sampling.model_sampling import DiscreteFlow, FluxFlow, ModelSampling
 from ..tokens.plan import Places
-from ..tokens.rotary import Rotary, rotations
+from ..tokens.rotary import rotations
 from .blocks import Block
 from .condition import Condition, check_widths
-from .family import Sites
-from .joint import STREAMS, JointFamily, JointSite, Place, join, own_rotary, part, places_of_references
+from .joint import JointFamily, JointSite, Place, SingleBlock, own_rotary, places_of_references
 from .keys.flux import FLUX
 from .state import Evaluation, State
-
-
-class SingleBlock:
-    """A single block with its feed-forward between sending and attending: the exchange goes on behind it."""
-
-    def __init__(self, layer: FluxSingleTransformerBlock, sites: Sites, block: int) -> None:
-        self.layer = layer
-        self.sites = sites
-        self.block = block
-
-    def __call__(self, state: State) -> State:
-        layer, attention = self.layer, self.sites.attention
-        attn, rotary = layer.attn, cast(Rotary, state.rotary)
-        hidden = join(state)
-        normed, gate = layer.norm(hidden, emb=state.modulation)
-
-        def heads(project: nn.Module) -> Tensor:
-            return project(normed).unflatten(-1, (-1, attn.head_dim))
-
-        value = attention.send(heads(attn.to_v), STREAMS)
-        key = attention.send(rotary.rotate(attn.norm_k(heads(attn.to_k))), STREAMS)
-        query = attention.send(rotary.rotate(attn.norm_q(heads(attn.to_q))), STREAMS)
-        feed_forward = layer.act_mlp(layer.proj_mlp(normed))
-        attended = attention((self.block, "joint"), query, KeySet(key, value)).flatten(2).to(hidden.dtype)
-        hidden = hidden + gate.unsqueeze(1) * layer.proj_out(torch.cat((attended, feed_forward), dim=2))
-        if hidden.dtype == torch.float16:
-            hidden = hidden.clip(-65504, 65504)
-        return part(state, hidden)
 
 
 class Flux(JointFamily):
@@ -63,7 +30,8 @@ class Flux(JointFamily):
         double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
         for number, layer in enumerate(double):
             cast(Any, layer.attn).set_processor(JointSite(self.sites, number, layer.attn.head_dim))
-        singles = [SingleBlock(layer, self.sites, number) for number, layer in enumerate(single, len(double))]
+        head_dim = self.transformer.config["attention_head_dim"]
+        singles = [SingleBlock(layer, self.sites, number, head_dim) for number, layer in enumerate(single, len(double))]
         self.blocks = [*map(_double_block, double), *singles]
         self.prompt_sites = range(len(double))
         self._rotary = lru_cache(maxsize=32)(self._compute_rotary)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.site import KeySet
 from ..tokens.grid import Grid, Patch, tokenise
@@ -99,6 +99,35 @@ class JointSite:
         added = [each.added((self.block, "joint"), self.block, [own_query], attention) for each in prompts]
         # The block adds a third output to the image tokens when it is done with them.
         return (*outputs, sum(added[1:], start=added[0])) if added else outputs
+
+
+class SingleBlock:
+    """A single block with its feed-forward between sending and attending: the exchange goes on behind it."""
+
+    def __init__(self, layer: Any, sites: Sites, block: int, head_dim: int) -> None:
+        self.layer = layer
+        self.sites = sites
+        self.block = block
+        self.head_dim = head_dim
+
+    def __call__(self, state: State) -> State:
+        layer, attention = self.layer, self.sites.attention
+        attn, rotary = layer.attn, cast(Rotary, state.rotary)
+        hidden = join(state)
+        normed, gate = layer.norm(hidden, emb=state.modulation)
+
+        def heads(project: nn.Module) -> Tensor:
+            return project(normed).unflatten(-1, (-1, self.head_dim))
+
+        value = attention.send(heads(attn.to_v), STREAMS)
+        key = attention.send(rotary.rotate(attn.norm_k(heads(attn.to_k))), STREAMS)
+        query = attention.send(rotary.rotate(attn.norm_q(heads(attn.to_q))), STREAMS)
+        feed_forward = layer.act_mlp(layer.proj_mlp(normed))
+        attended = attention((self.block, "joint"), query, KeySet(key, value)).flatten(2).to(hidden.dtype)
+        hidden = hidden + gate.unsqueeze(1) * layer.proj_out(torch.cat((attended, feed_forward), dim=2))
+        if hidden.dtype == torch.float16:
+            hidden = hidden.clip(-65504, 65504)
+        return part(state, hidden)
 
 
 class Place(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 
 from .keys.flux import FLUX
 from .keys.hunyuandit import HUNYUANDIT
+from .keys.hunyuanvideo import HUNYUANVIDEO
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from .keys.qwen_image import QWEN_IMAGE
 from .keys.sd3 import SD3
@@ -25,6 +26,7 @@ FAMILIES: dict[str, FamilySpec] = {
         WAN,
         ZIMAGE,
         QWEN_IMAGE,
+        HUNYUANVIDEO,
     )
 }
 

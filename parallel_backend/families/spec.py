@@ -199,6 +199,8 @@ class FamilySpec:
     inputs: tuple[Input, ...]
     encoders: str
     """The text encoders that make its conditioning, for messages."""
+    guidance: float = 3.5
+    """The distilled guidance scale that ComfyUI gives a model of a prompt that says none."""
     unread: tuple[str, ...] = ()
     """Keys of an entry of CONDITIONING that ComfyUI's text encoders give, and its network does not look at."""
     landmarks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

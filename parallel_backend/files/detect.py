@@ -13,7 +13,8 @@ from .key_map import Piece, identity_map, ruled_map
 from .quantization import FORMAT, refuse_unread
 from .recognise import refuse_others
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "")
+"""Behind "model.model." ComfyUI saves HunyuanVideo."""
 
 
 @dataclass(frozen=True)

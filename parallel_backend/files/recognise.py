@@ -46,7 +46,12 @@ KINDS = (
     ),
     _model("Flux.2 (Black Forest Labs)", _START + r"double_stream_modulation_img\.lin(ear)?\.weight$"),
     _model("Chroma", _START + r"distilled_guidance_layer\."),
-    _model("HunyuanVideo", _START + r"txt_in\.individual_token_refiner\."),
+    _model("HunyuanVideo 1.5", _START + r"cond_type_embedding\.weight$"),
+    _model(
+        "HunyuanImage",
+        _START + r"txt_in\.individual_token_refiner\.",
+        _START + r"byt5_in\.",
+    ),
     _model("Qwen-Image 2.1", _START + r"txt_in\.text_norm\.weight$"),
     _model("another Qwen-Image", _START + r"txt_norm\.weight$", _START + r"img_in\.weight$"),
     _model("LTX-2", _START + r"audio_adaln_single\.linear\.weight$"),

@@ -18,8 +18,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Model,
     T5EncoderModel,
@@ -100,13 +102,16 @@ class TextFamily:
     encode: Encode
 
 
+def _clip_length(clip: LoadedEncoder) -> int:
+    return min(clip.tokenizer.model_max_length, clip.encoder.config.max_position_embeddings)
+
+
 def _encode_flux(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
     clip, t5 = parts
-    clip_length = min(clip.tokenizer.model_max_length, clip.encoder.config.max_position_embeddings)
     return TextConditioning(
         # Flux was trained without masking the padding of either encoder.
         tokens=t5.encoder(t5.ids(prompt_2, max_length)).last_hidden_state,
-        pooled=clip.encoder(clip.ids(prompt, clip_length)).pooler_output,
+        pooled=clip.encoder(clip.ids(prompt, _clip_length(clip))).pooler_output,
     )
 
 
@@ -158,6 +163,34 @@ def _encode_zimage(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str,
     hidden = qwen.encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
     # The model fills the text up itself.
     return TextConditioning(tokens=hidden[:, mask[0].bool()])
+
+
+HUNYUANVIDEO_SYSTEM = (
+    "Describe the video by detailing the following aspects: 1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:"
+)
+HUNYUANVIDEO_ASKED = (
+    "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+HUNYUANVIDEO_BEFORE = 95
+"""How many tokens of Llama 3 stand before the prompt."""
+
+
+def _encode_hunyuanvideo(
+    parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int
+) -> TextConditioning:
+    llama, clip = parts
+    asked = HUNYUANVIDEO_ASKED.format(HUNYUANVIDEO_SYSTEM, prompt_2)
+    ids, mask = llama.ids_and_mask(asked, HUNYUANVIDEO_BEFORE + max_length)
+    hidden = llama.encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
+    counts = mask[0].bool()
+    counts[:HUNYUANVIDEO_BEFORE] = False
+    return TextConditioning(
+        tokens=hidden[:, counts], pooled=clip.encoder(clip.ids(prompt, _clip_length(clip))).pooler_output
+    )
 
 
 def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
@@ -214,5 +247,15 @@ FAMILIES = (
         main_part=0,
         default_length=512,
         encode=_encode_zimage,
+    ),
+    TextFamily(
+        pipelines=("HunyuanVideoPipeline",),
+        parts=(
+            EncoderSpec("text_encoder", "tokenizer", ("llama",), LlamaModel, PreTrainedTokenizerFast),
+            EncoderSpec("text_encoder_2", "tokenizer_2", ("clip_text_model",), CLIPTextModel, CLIPTokenizer),
+        ),
+        main_part=0,
+        default_length=256,
+        encode=_encode_hunyuanvideo,
     ),
 )

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    from paralleldit.tests import tiny_sd3, tiny_wan, tiny_zimage
+    from paralleldit.tests import tiny_hunyuanvideo, tiny_sd3, tiny_wan, tiny_zimage
     from paralleldit.tests.comfyui.host import prepare
     from paralleldit.tests.tiny_flux import write_pipeline
 
@@ -27,14 +27,25 @@ def base(tmp_path_factory) -> Path:
     video = write_video_vae(pipelines / "video")
     wan = tiny_wan.tiny_transformer()
     piped_wan = tiny_wan.write_pipeline(pipelines / "wan", wan)
+    hunyuanvideo = tiny_hunyuanvideo.tiny_transformer()
+    piped_hunyuanvideo = tiny_hunyuanvideo.write_pipeline(pipelines / "hunyuanvideo", hunyuanvideo)
     zimage = tiny_zimage.tiny_transformer()
     piped_zimage = tiny_zimage.write_pipeline(pipelines / "zimage", zimage)
     files = [
         tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3),
         tiny_wan.write_original(pipelines / "wan.safetensors", wan),
+        tiny_hunyuanvideo.write_original(pipelines / "hunyuanvideo.safetensors", hunyuanvideo),
         tiny_zimage.write_original(pipelines / "zimage.safetensors", zimage),
     ]
-    pipes = {"tiny": tiny, "guided": guided, "sd3": piped_sd3, "video": video, "wan": piped_wan, "zimage": piped_zimage}
+    pipes = {
+        "tiny": tiny,
+        "guided": guided,
+        "sd3": piped_sd3,
+        "video": video,
+        "wan": piped_wan,
+        "hunyuanvideo": piped_hunyuanvideo,
+        "zimage": piped_zimage,
+    }
     prepare(folder / "base", pipes, files)
     write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3, zimage)
     write_ip_adapters(folder / "base" / "models" / "ipadapter", tiny / "transformer", sd3)

@@ -34,6 +34,9 @@ def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     if family == "wan":
         # Of odd sides.
         return draw(BATCH, 16, 3, 9, 7), draw(BATCH, 9, 20), {}
+    if family == "hunyuanvideo":
+        # Its patches are whole in ComfyUI.
+        return draw(BATCH, 16, 3, 8, 6), draw(BATCH, 9, 24), {"pooled_output": draw(BATCH, 12), "guidance": 4.5}
     if family == "zimage":
         return draw(BATCH, 16, 9, 7), draw(BATCH, 9, 20), {}
     if family == "qwen-image":

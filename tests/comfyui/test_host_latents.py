@@ -75,6 +75,7 @@ CASES = {
     "wan, shift": Case("wan", "wan.safetensors", {"cfg": 1.0}, nodes=VIDEO | SD3_SHIFTED, links={"model": ["20", 0]}),
     "wan, masked": Case("wan", "wan.safetensors", {"cfg": 2.0}, nodes=FRAME_MASKED, links={"latent_image": ["23", 0]}),
     "wan, a picture": Case("wan", "wan.safetensors", {"cfg": 2.0, "denoise": 0.7}),
+    "hunyuanvideo": Case("hunyuanvideo", "hunyuanvideo.safetensors", {"cfg": 2.0}, 2, VIDEO),
     "sd3, shift": Case("sd3", "sd3.safetensors", {"cfg": 2.0}, nodes=SD3_SHIFTED, links={"model": ["20", 0]}),
 }
 ZIMAGE_SHIFTED = {"20": {"class_type": "ModelSamplingAuraFlow", "inputs": {"shift": 5.0}}}

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side
 from paralleldit.parallel_backend.engine.model import build_family
+from paralleldit.parallel_backend.families.keys.hunyuanvideo import HUNYUANVIDEO
 from paralleldit.parallel_backend.families.keys.qwen_image import REFERENCES_AT_ZERO
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
@@ -27,6 +29,7 @@ from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests import tiny_wan, tiny_zimage
 from paralleldit.tests.comfyui import network_host as host
 from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
+from paralleldit.tests.original_layout import originals_of
 from paralleldit.tests.tiny_models import TINY_MODELS
 from paralleldit.tests.unit.cross_attention_original_layout import original_weights
 from safetensors.torch import load_file, save_file
@@ -44,12 +47,20 @@ CASES = {
     "hunyuandit-1.2": lambda: hunyuandit(takes_size=False),
     "wan": lambda: tiny_wan.tiny_transformer(heads=1, text_width=20),
     "zimage": tiny_zimage.tiny_transformer,
+    "hunyuanvideo": lambda: TINY_MODELS["hunyuanvideo"].make(2, 1),
     "qwen-image": lambda: TINY_MODELS["qwen-image"].make(2, 1),
     "qwen-image edit": lambda: TINY_MODELS["qwen-image edit"].make(2, 1),
 }
-STD = {"wan": 0.05, "zimage": None, "qwen-image": None, "qwen-image edit": None}
+STD = {"wan": 0.05, "zimage": None, "hunyuanvideo": None, "qwen-image": None, "qwen-image edit": None}
 """Deviation of the weights, where it is not 0.15: None for those that the model has. Small queries and keys would show
 the epsilon of Z-Image's norms, which ComfyUI has smaller."""
+
+WEIGHTS = {
+    "hunyuanvideo": partial(originals_of, HUNYUANVIDEO),
+    "qwen-image": dict,
+    "qwen-image edit": dict,
+}
+"""What makes the weights of a file, where that is not `original_weights`."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
                 torch.nn.init.normal_(parameter, std=std)
         weights = place / f"{name}.safetensors"
         tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if "pixart" in name else {}
-        weights_of = dict if "qwen" in name else original_weights
+        weights_of = WEIGHTS.get(name, original_weights)
         marks = {REFERENCES_AT_ZERO: torch.empty(0)} if name == "qwen-image edit" else {}
         save_file(weights_of(dict(model.state_dict())) | tables | marks, weights)
         loaded = load_transformer(weights, device="cpu")

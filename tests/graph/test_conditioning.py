@@ -28,6 +28,12 @@ def model_of(family: str) -> ModelHandle:
         ("pixart-alpha", {"pooled_output": torch.ones(1, 6), **SIZES}, {"tokens"}, (480, 640)),
         ("pixart-alpha", {"attention_mask": MASK, "width": 640}, {"tokens", "mask"}, None),
         ("zimage", {"attention_mask": MASK, "pooled_output": None}, {"tokens"}, None),
+        (
+            "hunyuanvideo",
+            {"attention_mask": MASK, "pooled_output": torch.ones(1, 6)},
+            {"tokens", "mask", "pooled"},
+            None,
+        ),
         ("hunyuandit", HUNYUAN, {"tokens", "mask", "tokens_2", "mask_2"}, None),
         ("hunyuandit", {**HUNYUAN, **SIZES}, {"tokens", "mask", "tokens_2", "mask_2"}, (480, 640)),
     ],
@@ -37,7 +43,9 @@ def test_a_prompt_travels_with_what_its_model_takes(client, family, entry, names
     message, tensors = client.last(messages.Sample)
     assert {name for name in tensors if name != "latent"} == {f"positive.0.{name}" for name in names}
     assert message.positive[0].size == size
-    assert tensors["latent"].shape == (1, FAMILIES[family].latent.channels, 4, 4)
+    assert message.positive[0].guidance == FAMILIES[family].guidance
+    spec = FAMILIES[family].latent
+    assert tensors["latent"].shape == (1, spec.channels, *[1] * (spec.dims - 2), 4, 4)
 
 
 def test_target_size_travels(client):
@@ -52,6 +60,11 @@ def test_target_size_travels(client):
     [
         ("flux", {"pooled_output": torch.ones(1, 6), "attention_mask": MASK}, ("carries attention_mask",)),
         ("hunyuandit", {"attention_mask": MASK}, ("no conditioning_mt5xl", "mT5")),
+        (
+            "hunyuanvideo",
+            {"pooled_output": torch.ones(1, 6), "guiding_frame_index": 0},
+            ("carries guiding_frame_index",),
+        ),
         ("pixart-alpha", {"aspect_ratio": 1.5}, ("carries aspect_ratio",)),
         ("pixart-alpha", {"width": 0, "height": 8}, ("width=0",)),
     ],

@@ -99,7 +99,16 @@ def test_run_equals_serial_model_of_late_keys(ranks, figures, degrees, plan, siz
         assert error <= 1e-5
 
 
-FAMILIES = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1", "z-image", "qwen-image"]
+FAMILIES = [
+    "flux dev",
+    "sd3.5 medium",
+    "pixart alpha",
+    "hunyuandit 1.1",
+    "wan 2.1",
+    "z-image",
+    "qwen-image",
+    "hunyuanvideo",
+]
 WARM = stale_families.STEPS
 FAMILY_CASES = [
     *((Layout(distrifusion_degree=2, warmup_steps=WARM), model) for model in FAMILIES[1:]),

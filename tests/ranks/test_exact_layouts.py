@@ -92,7 +92,16 @@ SHAPES = [
     (3, 7, 9, 5, 4),
     (2, 2, 2, 3, 4),
 ]
-WHOLE_RUNS = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1", "z-image", "qwen-image"]
+WHOLE_RUNS = [
+    "flux dev",
+    "sd3.5 medium",
+    "pixart alpha",
+    "hunyuandit 1.1",
+    "wan 2.1",
+    "z-image",
+    "qwen-image",
+    "hunyuanvideo",
+]
 """One model of each family."""
 VARIANTS = [model for model in TINY_MODELS if model not in WHOLE_RUNS]
 

@@ -12,7 +12,16 @@ from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_families import STEPS, StaleModel, relative_error, sampled, sampled_by
 from paralleldit.tests.tiny_models import TINY_MODELS
 
-MODELS = ["sd3 medium", "sd3.5 medium", "pixart alpha", "hunyuandit 1.1", "wan 2.1", "z-image", "qwen-image"]
+MODELS = [
+    "sd3 medium",
+    "sd3.5 medium",
+    "pixart alpha",
+    "hunyuandit 1.1",
+    "wan 2.1",
+    "z-image",
+    "qwen-image",
+    "hunyuanvideo",
+]
 EXACT = [
     # pipefusion, ulysses, ring, cfg, data; patches, warm-up
     ((2, 1, 1, 1, 1), (3, STEPS)),

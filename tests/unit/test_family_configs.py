@@ -33,6 +33,7 @@ CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,
     "zimage": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    "hunyuanvideo": single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
     "qwen-image": SINGLE_FILE_LOADABLE_CLASSES["QwenImageTransformer2DModel"]["checkpoint_mapping_fn"],
 }
 """Those that diffusers has for the single files of a family."""

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     FluxPipeline,
     HunyuanDiTPipeline,
+    HunyuanVideoPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
@@ -23,6 +24,7 @@ from diffusers import (
 )
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
+from paralleldit.tests.tiny_hunyuanvideo import write_text_encoders
 from paralleldit.tests.tiny_zimage import qwen_config, qwen_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,6 +35,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaModel,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Model,
     T5Config,
@@ -317,6 +321,34 @@ def test_conditioning_equals_the_zimage_pipeline(tmp_path):
             )
         assert ours.keys() == {"tokens"}
         assert torch.equal(ours["tokens"], tokens[None]), prompt
+
+
+@pytest.mark.usefixtures("offline")
+def test_conditioning_equals_the_hunyuanvideo_pipeline(tmp_path):
+    write_text_encoders(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanVideoPipeline"}))
+    encoders = load_text_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    pipeline = HunyuanVideoPipeline(
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer"),
+        text_encoder=LlamaModel.from_pretrained(tmp_path / "text_encoder"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(tmp_path / "tokenizer_2"),
+        text_encoder_2=CLIPTextModel.from_pretrained(tmp_path / "text_encoder_2"),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+    )
+    for prompt, max_length in (("", None), ("a red fox in snow!", None), ("a red fox", 2)):
+        ours = encoders.encode(prompt, max_length=max_length).tensors()
+        with torch.no_grad():
+            tokens, pooled, mask = pipeline.encode_prompt(
+                prompt,
+                device=torch.device("cpu"),
+                max_sequence_length=max_length or 256,
+            )
+        assert ours.keys() == {"tokens", "pooled"}
+        assert 0 < mask.sum() < 256
+        assert torch.equal(ours["tokens"], tokens[mask.bool()][None]), prompt
+        assert torch.equal(ours["pooled"], pooled), prompt
 
 
 def test_what_is_cut_off_is_logged(flux_folder, caplog):
