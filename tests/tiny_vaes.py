@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "decoder_base_dim": 12,
         },
     ),
+    "AutoencoderKLQwenImage": ("AutoencoderKLQwenImage", WAN),
     "AutoencoderKLHunyuanVideo": (
         "AutoencoderKLHunyuanVideo",
         {

@@ -88,6 +88,7 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "without attention": ("AutoencoderKL", lambda width: _kl(width, mid_block_add_attention=False)),
     "AutoencoderDC": ("AutoencoderDC", _dc),
     "Wan 2.1": ("AutoencoderKLWan", lambda width: {"base_dim": width}),
+    "Qwen-Image": ("AutoencoderKLQwenImage", lambda width: {"base_dim": width}),
     "Wan 2.2": (
         "AutoencoderKLWan",
         lambda width: {

@@ -109,9 +109,10 @@ def _load_part(folder: Path, part: EncoderSpec, device: torch.device | str, dtyp
     encoder, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{place} lacks {len(missing)} of its encoder's tensors, among them {missing[0]}.")
-    if len(tokenizer) > encoder.config.vocab_size:
+    known = encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
         raise UserError(
-            f"{folder / part.tokenizer_folder} has {len(tokenizer)} tokens, {place} knows {encoder.config.vocab_size}.",
+            f"{folder / part.tokenizer_folder} has {len(tokenizer)} tokens, {place} knows {known}.",
             "Take both from the same model.",
         )
     return LoadedEncoder(encoder.to(device).eval().requires_grad_(False), tokenizer)

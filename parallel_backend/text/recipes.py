@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Model,
     T5EncoderModel,
@@ -75,13 +76,14 @@ class LoadedEncoder:
         ids, mask = self.ids_and_mask(prompt, length)
         return self.encoder(ids, attention_mask=mask).last_hidden_state, mask
 
-    def ids_and_mask(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
-        """`ids`, and 1 where they are no padding, 0 where they are: `[1, length]` each."""
+    def ids_and_mask(self, prompt: str, length: int, pad: bool = True) -> tuple[Tensor, Tensor]:
+        """`ids`, and 1 where they are no padding, 0 where they are: `[1, length]` each, or fewer without `pad`."""
         needed = len(self.tokenizer(prompt, verbose=False).input_ids)
         if needed > length:
             name = type(self.encoder).__name__
             self.warn(f"The prompt has {needed} tokens, only the first {length} are used by the text encoder {name}.")
-        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        padding = "max_length" if pad else False
+        tokens = self.tokenizer(prompt, padding=padding, max_length=length, truncation=True, return_tensors="pt")
         return tokens.input_ids.to(self.encoder.device), tokens.attention_mask.to(self.encoder.device)
 
 
@@ -193,6 +195,24 @@ def _encode_hunyuanvideo(
     )
 
 
+QWEN_IMAGE_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN_IMAGE_START = 34
+"""The tokens of the template before the prompt, which the model is not shown."""
+
+
+def _encode_qwen_image(
+    parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int
+) -> TextConditioning:
+    (qwen,) = parts
+    ids, mask = qwen.ids_and_mask(QWEN_IMAGE_TEMPLATE.format(prompt_2), max_length + QWEN_IMAGE_START, pad=False)
+    # Without the layer that makes words of it.
+    hidden = qwen.encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return TextConditioning(tokens=hidden[:, QWEN_IMAGE_START:])
+
+
 def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
     t5 = EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
     return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
@@ -257,5 +277,16 @@ FAMILIES = (
         main_part=0,
         default_length=256,
         encode=_encode_hunyuanvideo,
+    ),
+    TextFamily(
+        pipelines=("QwenImagePipeline",),
+        parts=(
+            EncoderSpec(
+                "text_encoder", "tokenizer", ("qwen2_5_vl",), Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+            ),
+        ),
+        main_part=0,
+        default_length=1024,
+        encode=_encode_qwen_image,
     ),
 )

@@ -92,6 +92,14 @@ KINDS = {
             "scale_factor_temporal": 4,
         },
     ),
+    "AutoencoderKLQwenImage": Kind(
+        scale=lambda config: 2 ** len(config["temperal_downsample"]),
+        frames=lambda config: 2 ** sum(config["temperal_downsample"]),
+        latent_channels=lambda config: config["z_dim"],
+        image_channels=lambda config: config["input_channels"],
+        widths=lambda config: (config["base_dim"],) * 2,
+        defaults={"z_dim": 16, "input_channels": 3, "base_dim": 96, "temperal_downsample": [False, True, True]},
+    ),
     "AutoencoderKLHunyuanVideo": Kind(
         scale=lambda config: config["spatial_compression_ratio"],
         frames=lambda config: config["temporal_compression_ratio"],

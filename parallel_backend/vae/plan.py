@@ -37,6 +37,10 @@ PEAKS: dict[str, dict[Direction, Peak]] = {
         "decode": Peak(85.1, 54.18, 104, chunk=4),
         "encode": Peak(83.4, 47.92, 69, chunk=4),
     },
+    "AutoencoderKLQwenImage": {  # the layers of Wan's
+        "decode": Peak(36.7, 27.98, 100, chunk=4),
+        "encode": Peak(13.5, 31.91, 112, chunk=4),
+    },
     "AutoencoderKLHunyuanVideo": {
         "decode": Peak(63.6, 9.05, 20, chunk=17),
         "encode": Peak(33.0, 9.45, 26, chunk=17),

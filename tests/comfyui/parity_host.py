@@ -26,8 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODELS = {"flux": (16, 8, 12), "sd3": (16, 8, 12), "pixart": (4, 40, 44), "hunyuandit": (4, 8, 12)}
-"""Channels, rows and columns of the latent. ComfyUI divides by zero for a PixArt of fewer."""
+MODELS = {
+    "flux": (16, 8, 12),
+    "sd3": (16, 8, 12),
+    "pixart": (4, 40, 44),
+    "hunyuandit": (4, 8, 12),
+    "zimage": (16, 8, 12),
+    "qwen-image": (16, 1, 8, 12),
+    "qwen-image edit": (16, 1, 8, 12),
+}
+"""Channels, frames (of a latent that has any), rows and columns of the latent. ComfyUI divides by zero for a PixArt of
+fewer."""
 
 
 def vae_scale(channels: int) -> dict[str, Any]:
@@ -51,6 +60,8 @@ FOR_COMFYUI = CONTROLLED[3:]
 """ComfyUI gives the first of these positions of its own, where the ranks and diffusers give it the model's; the ranks
 know none of the second kind."""
 RANKS = (1, 2, 4)
+ON_TWO = ("zimage", "qwen-image", "qwen-image edit")
+"""Of which other tests sample the other numbers of ranks."""
 STEPS = 2
 CHANGED = 1e-2
 """Relative difference of latents that shows that something was obeyed."""
@@ -110,13 +121,46 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "from 2": [{"start_at_step": 2}],
 }
 """Of runs of two steps: what is set of KSamplerAdvanced, one after the other, beside values that take the whole run."""
+EDITED = [
+    torch.linspace(-2, 2, 16 * 6 * 4).view(1, 16, 1, 6, 4),
+    torch.linspace(3, -1, 16 * 5 * 9).view(1, 16, 1, 5, 9),
+]
+"""Latents of pictures for a Qwen-Image Edit, the second of odd sides, longer than the picture."""
+
+
+def ranks_of(name: str) -> tuple[int, ...]:
+    return (2,) if name in ON_TWO else RANKS
+
+
 CASES = {
-    **{name: Case(name, RANKS, sampler={"cfg": 4.0}) for name in MODELS},
-    **{f"{name}, cfg 1": Case(name, RANKS, sampler={"cfg": 1.0}) for name in MODELS},
+    **{name: Case(name, ranks_of(name), sampler={"cfg": 4.0}) for name in MODELS},
+    **{f"{name}, cfg 1": Case(name, ranks_of(name), sampler={"cfg": 1.0}) for name in MODELS},
     **{
-        f"{name}, batch 3, masked, denoise 0.6": Case(name, RANKS, 3, masked=True, sampler={"denoise": 0.6, "cfg": 4.0})
+        f"{name}, batch 3, masked, denoise 0.6": Case(
+            name, ranks_of(name), 3, masked=True, sampler={"denoise": 0.6, "cfg": 4.0}
+        )
         for name in MODELS
     },
+    **{
+        f"{name}, references ({places or 'its own'})": Case(
+            name,
+            batch=2,
+            sampler={"cfg": 4.0},
+            entries=({"reference_latents": EDITED} | ({"reference_latents_method": places} if places else {}),),
+            negative={"reference_latents": EDITED},
+        )
+        for name, rules in (
+            ("qwen-image", ("", "offset", "index_timestep_zero")),
+            ("qwen-image edit", ("", "index")),
+        )
+        for places in rules
+    },
+    "qwen-image, two prompts of different lengths, a mask, odd size": Case(
+        "qwen-image", batch=2, size=(7, 9), sampler={"cfg": 4.0}, entries=({"mask": LEFT}, {"strength": 0.5})
+    ),
+    "zimage, two prompts of different lengths, a mask, odd size": Case(
+        "zimage", batch=2, size=(7, 9), sampler={"cfg": 4.0}, entries=({"mask": LEFT}, {"strength": 0.5})
+    ),
     **{
         f"{name}, {what}": Case(name, (2,), 2, sampler={"cfg": 4.0}, entries=entries)
         for name in ("flux", "sd3")
@@ -167,13 +211,18 @@ CASES = {
 def inputs(case: Case) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Positive and negative CONDITIONING, and a LATENT."""
     draw = _drawer(4)
-    positive = [[tokens, entry | extra] for extra in case.entries for tokens, entry in [_entry(case.model, draw)]]
-    negative = [[tokens, entry | case.negative] for tokens, entry in [_entry(case.model, draw)]]
-    channels, *size = MODELS[case.model]
-    rows, columns = case.size or size
-    latent = {"samples": torch.zeros(case.batch, channels, rows, columns)}
+    lengths = (9 + number for number in range(len(case.entries)))
+    positive = [
+        [tokens, entry | extra]
+        for extra, length in zip(case.entries, lengths, strict=False)
+        for tokens, entry in [_entry(case.model, draw, length)]
+    ]
+    negative = [[tokens, entry | case.negative] for tokens, entry in [_entry(case.model, draw, 6)]]
+    *channels, rows, columns = MODELS[case.model]
+    rows, columns = case.size or (rows, columns)
+    latent = {"samples": torch.zeros(case.batch, *channels, rows, columns)}
     if case.masked:
-        latent["samples"] = draw(case.batch, channels, rows, columns)
+        latent["samples"] = draw(case.batch, *channels, rows, columns)
         latent["noise_mask"] = (draw(1, 8 * rows, 8 * columns) > 0).float()
     if case.half:
         latent["samples"] = latent["samples"].half()
@@ -185,7 +234,10 @@ def _drawer(seed: int) -> Any:
     return lambda *shape: torch.randn(*shape, generator=generator)
 
 
-def _entry(model: str, draw: Any) -> list[Any]:
+def _entry(model: str, draw: Any, text: int) -> list[Any]:
+    """Of a prompt; `text`: its length, where texts may be of different ones."""
+    if model in ON_TWO:
+        return [draw(1, text, 20 if model == "zimage" else 24), {}]
     if model == "hunyuandit":
         masks = {"attention_mask": torch.arange(6)[None] < 4, "attention_mask_mt5xl": torch.arange(9)[None] < 5}
         return [
@@ -218,10 +270,10 @@ def main(folder: Path, ranks: list[int]) -> None:
     here = ComfyHost(SidecarSpec(device="cpu", directory=folder / "runtime"))
     here.takes_paths = True
     host.use(here)
-    native = {name: native_model(folder / f"{name}.json") for name in MODELS}
+    native = {name: native_model(folder / f"{name}.json") for name in MODELS if host_takes(folder / f"{name}.json")}
     control = {name: with_controls(folder / name, name, native[name.split(", ")[0]]) for name in CONTROLLED}
     loader = NODE_CLASS_MAPPINGS["ParallelDiTLoader"]()
-    for name in MODELS:
+    for name in native:
         check_with_newer_management(loader, folder / f"{name}.safetensors", native[name])
     # An older ComfyUI lacks some samplers, and samples by another in their place.
     known = tuple(name for name in SAMPLER_NAMES if name in comfy.samplers.KSampler.SAMPLERS)
@@ -229,7 +281,7 @@ def main(folder: Path, ranks: list[int]) -> None:
     errors = {}
     for count in ranks:
         for name, case in cases.items():
-            if count not in case.ranks:
+            if count not in case.ranks or case.model not in native:
                 continue
             choice = LayoutChoice(ranks=count, **case.layout)
             file = folder / (scaled_folder(case.model) if case.scaled else f"{case.model}.safetensors")
@@ -392,12 +444,24 @@ def of_other_scale(native: Any) -> Any:
     scaled = native.clone()
     own = copy.copy(native.model.latent_format)
     told = vae_scale(own.latent_channels)
-    mean, std = (torch.tensor(told[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    mean, std = (
+        torch.tensor(told[f"latents_{name}"]).view(1, -1, *[1] * own.latent_dimensions) for name in ("mean", "std")
+    )
     own.process_in = lambda latent: ((latent - mean) / std - told["shift_factor"]) * told["scaling_factor"]
     own.process_out = lambda latent: (latent / told["scaling_factor"] + told["shift_factor"]) * std + mean
     scaled.model = copy.copy(native.model)
     scaled.model.latent_format = own
     return scaled
+
+
+def host_takes(told: Path) -> bool:
+    """Whether this ComfyUI is new enough for the model of the file beside `told`, and for all that its config says."""
+    from paralleldit.nodes.comfyui.remote_model import host_knows, unet_config
+    from paralleldit.parallel_backend.families.registry import FAMILIES
+
+    handle = json.loads(told.read_text())
+    spec = FAMILIES[handle["family"]]
+    return host_knows(spec) and unet_config(spec, handle["config"]) == spec.host_config(handle["config"])
 
 
 def native_model(told: Path) -> Any:

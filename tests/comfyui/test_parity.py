@@ -18,7 +18,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.weights.load import load_transformer
-from paralleldit.tests import tiny_sd3
+from paralleldit.tests import tiny_qwen_image, tiny_sd3, tiny_zimage
 from paralleldit.tests.comfyui import parity_host as host
 from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
 from paralleldit.tests.unit import cross_attention_original_layout, flux_original_layout
@@ -68,11 +68,23 @@ def of_cross_attention(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     return model, cross_attention_original_layout.original_weights
 
 
+def zimage() -> tuple[Any, Callable[[Any], Any]]:
+    return of_cross_attention(tiny_zimage.tiny_transformer())
+
+
+def qwen_image(edits: bool) -> tuple[Any, Callable[[Any], Any]]:
+    model = tiny_qwen_image.tiny_transformer(edits)
+    return model, lambda _: tiny_qwen_image.single_file(model)
+
+
 BUILDERS = {
     "flux": flux,
     "sd3": sd3,
     "pixart": lambda: of_cross_attention(pixart(takes_size=True)),
     "hunyuandit": lambda: of_cross_attention(hunyuandit(takes_size=True)),
+    "zimage": zimage,
+    "qwen-image": lambda: qwen_image(edits=False),
+    "qwen-image edit": lambda: qwen_image(edits=True),
 }
 
 
@@ -82,8 +94,9 @@ def errors(tmp_path_factory) -> dict[str, list[float]]:
     torch.manual_seed(0)
     for name, build in BUILDERS.items():
         model, original = build()
-        for key, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, mean=float(".norm_" in key), std=0.1)
+        if name not in host.ON_TWO:
+            for key, parameter in model.named_parameters():
+                torch.nn.init.normal_(parameter, mean=float(".norm_" in key), std=0.1)
         file = folder / f"{name}.safetensors"
         tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if name == "pixart" else {}
         save_file(original(dict(model.state_dict())) | tables, file)
@@ -119,6 +132,8 @@ def table(errors: dict[str, list[float]]) -> list[str]:
 
 @pytest.mark.parametrize("name", [f"{name} [{ranks}]" for name, case in host.CASES.items() for ranks in case.ranks])
 def test_latents_equal_native(errors, name):
+    if name not in errors:
+        pytest.skip("this ComfyUI is older than the model")
     told = [f"{error:.1e}" for error in errors[name]]
     assert max(errors[name]) <= (OF_FP16 if "fp16" in name else TOLERANCE), f"KSampler and Parallel Sampler: {told}"
 

@@ -95,7 +95,11 @@ def results(axis: Axis, case: str, device: torch.device | str = "cpu") -> list[t
     ]
 
 
-RANKS = {"AutoencoderKL (Flux)": (1, 2, 3, 5, 8), "AutoencoderKLWan (2.1)": (1, 2, 4, 8)}
+RANKS = {
+    "AutoencoderKL (Flux)": (1, 2, 3, 5, 8),
+    "AutoencoderKLWan (2.1)": (1, 2, 4, 8),
+    "AutoencoderKLQwenImage": (1, 2, 4),
+}
 """Others on 4: of these, two are at an edge of the picture and two between others. `make matrix` has all on 1 to 8."""
 # Runs of as many ranks follow each other, which then need not meet anew.
 RUNS = sorted(

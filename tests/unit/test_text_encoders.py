@@ -17,6 +17,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -25,6 +26,7 @@ from diffusers import (
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
 from paralleldit.tests.tiny_hunyuanvideo import write_text_encoders
+from paralleldit.tests.tiny_qwen_image import write_text_encoder
 from paralleldit.tests.tiny_zimage import qwen_config, qwen_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -37,6 +39,7 @@ from transformers import (
     CLIPTokenizer,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Model,
     T5Config,
@@ -349,6 +352,31 @@ def test_conditioning_equals_the_hunyuanvideo_pipeline(tmp_path):
         assert 0 < mask.sum() < 256
         assert torch.equal(ours["tokens"], tokens[mask.bool()][None]), prompt
         assert torch.equal(ours["pooled"], pooled), prompt
+
+
+@pytest.mark.usefixtures("offline")
+def test_conditioning_equals_the_qwen_image_pipeline(tmp_path):
+    torch.manual_seed(0)
+    write_text_encoder(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "QwenImagePipeline"}))
+    encoders = load_text_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    pipeline = QwenImagePipeline(
+        tokenizer=Qwen2Tokenizer.from_pretrained(tmp_path / "tokenizer"),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "text_encoder"),
+        vae=None,
+        transformer=None,
+        scheduler=None,
+    )
+    for prompt, max_length in (("", None), ("A fox,\n  in snow!", None), ("a red fox", 160)):
+        ours = encoders.encode(prompt, max_length=max_length).tensors()
+        with torch.no_grad():
+            tokens, mask = pipeline.encode_prompt(
+                prompt, device=torch.device("cpu"), max_sequence_length=max_length or 1024
+            )
+        assert mask is None
+        assert ours.keys() == {"tokens"}
+        assert ours["tokens"].shape == tokens.shape
+        torch.testing.assert_close(ours["tokens"], tokens, rtol=0, atol=1e-6)
 
 
 def test_what_is_cut_off_is_logged(flux_folder, caplog):
