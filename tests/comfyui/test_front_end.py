@@ -211,6 +211,34 @@ def test_the_line_on_the_layout_node_is_not_saved_and_not_sent(page):
     assert "paralleldit_fit" not in layout["inputs"]
 
 
+def test_the_settings_page_says_how_many_ranks_there_are_and_what_is_wrong_with_it(page, host):
+    page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    dialog = page.page.get_by_role("dialog")
+    dialog.get_by_text("ParallelDiT", exact=True).first.click()
+    groups = json.loads((PACK / "locales" / "en" / "main.json").read_text())["settingsCategories"]
+    assert all(dialog.get_by_text(group, exact=True).count() == 1 for group in groups.values())
+    ranks, address = (
+        dialog.locator(f'[id="ParallelDiT.{name}"] input, input[id="ParallelDiT.{name}"]')
+        for name in ("Ranks", "RemoteAddress")
+    )
+    told = {}
+    for number in (1, 0):
+        ranks.press("Control+a")  # it hears keys only
+        ranks.press_sequentially(str(number))
+        ranks.blur()
+        page.page.wait_for_timeout(SETTLE_MS)
+        told[number] = host.get("/paralleldit/status")["default_ranks"]
+    assert told == {1: 1, 0: 2}
+    address.fill("there")
+    page.page.wait_for_timeout(SETTLE_MS)
+    assert "tcp://host:port" in host.get("/paralleldit/status")["details"]["unreachable"]
+    address.fill("")
+    page.page.wait_for_timeout(SETTLE_MS)
+    assert host.get("/paralleldit/status")["remote"] is False
+    page.page.keyboard.press("Escape")
+    assert page.faults == []
+
+
 def test_the_buttons_free_stop_and_start_the_ranks(page):
     panel = page.open_panel()
     panel.locator("button.unload").click()
