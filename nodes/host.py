@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..launcher.spec import SidecarSpec, usual_spec
 from ..parallel_backend.errors import Cancelled
+from ..parallel_backend.layout.layout import AttentionKernel
 from ..parallel_backend.protocol.messages import Request, Schedule, Welcome
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ class Host:
 
     def check_model(self, model: Any) -> None:
         """Raises `UserError` naming what other nodes have put on the MODEL and a run in the ranks cannot obey."""
+
+    def chosen_attention(self, model: Any) -> AttentionKernel:
+        """The attention kernel that a node other than Parallel Layout has chosen for the MODEL; "auto": none."""
+        return "auto"
 
     def schedule(
         self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float

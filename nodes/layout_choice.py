@@ -58,8 +58,11 @@ class LayoutChoice:
         degrees = {f"{axis}_degree": getattr(self, f"{axis}_degree") for axis in AXES}
         return {name: degree for name, degree in degrees.items() if degree}
 
-    def resolve(self, run: RunFacts, *, guided: bool) -> Layout:
-        """The layout for a run, whose number of ranks is known. Raises `UserError` when it does not fit the run."""
+    def resolve(self, run: RunFacts, *, guided: bool, preferred_attention: AttentionKernel = "auto") -> Layout:
+        """The layout for a run, whose number of ranks is known. Raises `UserError` when it does not fit the run.
+
+        `preferred_attention`: what another node has chosen, for where `attention` is "auto".
+        """
         assert run.ranks is not None
         candidates = self._candidates(run.ranks)
         best = largest_exact_layout(run.ranks, guided=guided)
@@ -68,7 +71,9 @@ class LayoutChoice:
             best = max(candidates, key=lambda layout: (-layout.data_degree, layout.cfg_degree, layout.ulysses_degree))
         settings = ("attention", "num_patches", "warmup_steps", "weights", "refresh", "compile")
         layout = best.model_copy(update={name: getattr(self, name) for name in settings})
-        layout = layout.model_copy(update={"stage_blocks": self.blocks_by_stage()})
+        layout = layout.model_copy(
+            update={"stage_blocks": self.blocks_by_stage(), "preferred_attention": preferred_attention}
+        )
         check_layout(layout, run)
         return layout
 

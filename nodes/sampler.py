@@ -204,7 +204,7 @@ class ParallelDiTSampler:
             controls=len(placed),
             entries=tuple(chain.from_iterable(named.values())),
         )
-        layout = choice.resolve(facts, guided=guided)
+        layout = choice.resolve(facts, guided=guided, preferred_attention=here.chosen_attention(model))
         tensors |= {f"control.{index}": control.picture(first) for index, control in enumerate(placed)}
         message = Sample(
             id=0,

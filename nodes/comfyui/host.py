@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ...launcher.spec import SidecarSpec, usual_spec
 from ...parallel_backend.errors import Cancelled
+from ...parallel_backend.layout.layout import AttentionKernel
 from ...parallel_backend.protocol.messages import Request, Sample, Schedule, VaeWork, Welcome
-from ..handles import SentChange
+from ..handles import SentChange, handle_of
 from ..host import Host, OnProgress, logger
 from ..request.weight_patches import changes_of
 from ..session import session
@@ -138,8 +139,11 @@ class ComfyHost(Host):
 
     def check_model(self, model: Any) -> None:
         model_checks.check_patches(model)
-        if line := model_checks.passed_over(model):
+        if line := model_checks.kernel_line(model, handle_of(model).layout):
             self.say(line)
+
+    def chosen_attention(self, model: Any) -> AttentionKernel:
+        return model_checks.chosen_attention(model)
 
     def schedule(
         self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float

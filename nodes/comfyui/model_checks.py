@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ...parallel_backend.errors import UserError
+from ...parallel_backend.layout.layout import AttentionKernel
 from ..handles import OWN_LOADER
+from ..layout_choice import LayoutChoice
 
 HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
@@ -16,6 +19,12 @@ NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override",
 """The entries of `transformer_options` that ComfyUI's networks obey: functions and settings for absent layers."""
 KERNEL_CHOICES = re.compile(r"set_model_optimized_attention\.|attention_override_sage|patch_attention_(en|dis)able")
 """Functions by which nodes choose an attention kernel: of ComfyUI's Model Attention Backend, of KJNodes' Sage."""
+RANKS_KERNELS: Mapping[str, AttentionKernel] = {
+    "attention_pytorch": "sdpa",
+    "attention_sage": "sage",
+    "attention_flash": "flash2",
+}
+"""By ComfyUI's functions, the ranks' kernels of the same kind."""
 
 
 def check_stepwise(patcher: Any) -> None:
@@ -107,16 +116,46 @@ def _without_kernels(value: Any) -> Any:
     return None if chosen and all(chosen) else value
 
 
-def passed_over(patcher: Any) -> str | None:
-    """A line for the user about what other nodes have put on the model that the ranks need not obey."""
-    chosen = patcher.model_options["transformer_options"].get("optimized_attention_override")
-    callbacks = [each for table in getattr(patcher, "callbacks", {}).values() for each in table.values()]
-    if all(value is None or value == _without_kernels(value) for value in (chosen, *callbacks)):
+def chosen_attention(patcher: Any) -> AttentionKernel:
+    """The ranks' kernel of the kind that a node chose; "auto" where none did, or where they have none of that kind."""
+    for each in _kernel_choices(patcher):
+        if kernel := _kernel_of(inspect.unwrap(each)):
+            return kernel
+    return "auto"
+
+
+def kernel_line(patcher: Any, layout: LayoutChoice | None) -> str | None:
+    """A line for the user about the attention kernel that a node chose; None where none did."""
+    if not _kernel_choices(patcher):
         return None
+    kernel = chosen_attention(patcher)
+    if kernel == "auto" or (layout and layout.attention != "auto"):
+        return (
+            "The attention kernel that a node chose for ComfyUI's own layers is passed over. The ranks use the one of "
+            "Parallel Layout: attention (auto, sage, flash3, …)."
+        )
     return (
-        "The attention kernel that a node chose for ComfyUI's own layers is passed over. The ranks use the one of "
-        "Parallel Layout: attention (auto, sage, flash3, …)."
+        f"A node chose an attention kernel: where {kernel} works on the ranks, they use it, else attention=auto of "
+        "Parallel Layout (the ranks' log says why)."
     )
+
+
+def _kernel_choices(patcher: Any) -> list[Any]:
+    """The functions on the model by which nodes choose an attention kernel."""
+    tables = getattr(patcher, "callbacks", {}).values()
+    functions = [each for table in tables for listed in table.values() for each in listed]
+    functions.append(patcher.model_options["transformer_options"].get("optimized_attention_override"))
+    return [each for each in functions if KERNEL_CHOICES.search(getattr(each, "__qualname__", ""))]
+
+
+def _kernel_of(choice: Any) -> AttentionKernel | None:
+    """Of a function by which a node chooses: the ranks' kernel of that kind, if there is one."""
+    holds = inspect.getclosurevars(choice).nonlocals
+    if "attention_override_sage" in choice.__qualname__:
+        return "sage"
+    if "patch_attention_enable" in choice.__qualname__:
+        return "sage" if holds.get("sage_attention", "disabled") != "disabled" else None
+    return RANKS_KERNELS.get(getattr(holds.get("optimized_attention"), "__name__", ""))
 
 
 def check_methods(network: Any, own: Collection[str]) -> None:

@@ -30,7 +30,7 @@ from ..request.weight_patches import changes_of
 from ..session.activity import noted
 from .copied_weights import keep_readable
 from .latent_format import format_of_vae
-from .model_checks import check_methods, check_options, check_stepwise, passed_over
+from .model_checks import check_methods, check_options, check_stepwise, chosen_attention, kernel_line
 from .stepwise import StepwiseModel
 
 META = torch.device("meta")
@@ -74,11 +74,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def pre_run(self, *args: Any, **kwargs: Any) -> None:
         """A sampler of ComfyUI starts."""
         check_stepwise(self)
-        if line := passed_over(self):
+        handle = handle_of(self)
+        if line := kernel_line(self, handle.layout):
             host.current().say(line)
         super().pre_run(*args, **kwargs)
         sampling = self.get_model_object("model_sampling")
-        self.model.stepwise.begin(handle_of(self), changes_of(self.patches), sampling.percent_to_sigma)
+        changes = changes_of(self.patches)
+        self.model.stepwise.begin(handle, changes, sampling.percent_to_sigma, chosen_attention(self))
 
     def cleanup(self, *args: Any, **kwargs: Any) -> None:
         super().cleanup(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...launcher.client import Client
 from ...parallel_backend.errors import UserError
-from ...parallel_backend.layout.layout import Layout
+from ...parallel_backend.layout.layout import AttentionKernel, Layout
 from ...parallel_backend.protocol.messages import (
     Adapters,
     ControlUse,
@@ -62,6 +62,8 @@ class _Run:
     client: Client
     percent_to_sigma: Callable[[float], float]
     """The noise level at a part of the run."""
+    attention: AttentionKernel = "auto"
+    """The kernel that a node has chosen."""
     control_pictures: dict[tuple[PendingControl, int, int, int], Tensor] = field(default_factory=dict)
     """By the control, the rows and columns of cells that it covers, and the batch."""
     prompts: list[_Prompt] = field(default_factory=list)
@@ -92,10 +94,12 @@ class _Run:
         return self.control_pictures[key]
 
 
-def _layout_for(handle: ModelHandle, client: Client, *, batch: int | None, guided: bool) -> Layout:
+def _layout_for(
+    handle: ModelHandle, client: Client, *, batch: int | None, guided: bool, attention: AttentionKernel = "auto"
+) -> Layout:
     """Raises `UserError` for a layout that does not fit a sampler that asks for one step at a time."""
     facts = replace(handle.facts(client.welcome.ranks), stepwise=True, batch=batch)
-    return (handle.layout or LayoutChoice()).resolve(facts, guided=guided)
+    return (handle.layout or LayoutChoice()).resolve(facts, guided=guided, preferred_attention=attention)
 
 
 class StepwiseModel:
@@ -111,18 +115,18 @@ class StepwiseModel:
         handle: ModelHandle,
         changes: Sequence[SentChange],
         percent_to_sigma: Callable[[float], float],
+        attention: AttentionKernel = "auto",
     ) -> None:
         """A sampler starts with the model of `handle`. Connects to the sidecar, started if need be.
 
-        `percent_to_sigma`: the noise level at a part of the run.
+        `percent_to_sigma`: the noise level at a part of the run. `attention`: the kernel that a node has chosen.
         """
         self.end()
-        layout = handle.layout
-        client = session.client_for(layout)
+        client = session.client_for(handle.layout)
         # What no guidance and no batch would change is refused before anything is sent.
         _layout_for(handle, client, batch=None, guided=False)
         self.changes = changes
-        self._run = _Run(uuid.uuid4().hex, handle, client, percent_to_sigma)
+        self._run = _Run(uuid.uuid4().hex, handle, client, percent_to_sigma, attention)
         host.current().beginning(client.welcome)
 
     def end(self) -> None:
@@ -170,7 +174,7 @@ class StepwiseModel:
         keys = tuple(self._key(run, inputs, own, side, sigma, controls) for own, side in zip(rows, sides, strict=True))
         layout = run.layouts.get((batch, conditions > 1))
         if layout is None:
-            layout = _layout_for(run.handle, run.client, batch=batch, guided=conditions > 1)
+            layout = _layout_for(run.handle, run.client, batch=batch, guided=conditions > 1, attention=run.attention)
             run.layouts[batch, conditions > 1] = layout
         if layout.cfg_degree > conditions and not run.warned:
             run.warned = True

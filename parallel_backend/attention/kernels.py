@@ -152,6 +152,16 @@ def select_kernel(name: AttentionKernel, device: torch.device, dtype: torch.dtyp
     return kernel
 
 
+@cache
+def preferred_kernel(name: AttentionKernel, device: torch.device, dtype: torch.dtype, with_lse: bool) -> Kernel:
+    """The kernel called `name` where it can run, as in `select_kernel`; else that of "auto", and the log says why."""
+    try:
+        return select_kernel(name, device, dtype, with_lse=with_lse)
+    except UserError as error:
+        log.warning("A node chose attention=%s, but: %s The ranks take attention=auto.", name, error.message)
+        return select_kernel("auto", device, dtype, with_lse=with_lse)
+
+
 FASTER_ON_HOPPER = ("flash3", "cudnn")
 """What is faster than SDPA on GPUs of the Hopper generation and newer, the fastest first."""
 WIDTHS = (64, 72, 88, 128)

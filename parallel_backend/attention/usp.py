@@ -19,17 +19,28 @@ from ..distributed.axis import Axis
 from ..layout.layout import AttentionKernel
 from ..layout.split import split_sizes
 from .halo import edges_of, gathered, with_halo
-from .kernels import Kernel, select_kernel
+from .kernels import Kernel, preferred_kernel, select_kernel
 from .site import Attention, KeySet, KeysValues, Sent, SiteId, Streams, Sum
 from .yunchang import YunchangAttention
 
 
 def make_attention(
-    name: AttentionKernel, ulysses: Axis, ring: Axis, device: torch.device, dtype: torch.dtype
+    name: AttentionKernel,
+    ulysses: Axis,
+    ring: Axis,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    preferred: AttentionKernel = "auto",
 ) -> Attention:
-    """Attention over the ranks of both axes by the kernel `name`. Raises `UserError` when it cannot run here."""
+    """Attention over the ranks of both axes by the kernel `name`. Raises `UserError` when it cannot run here.
+
+    `preferred`: what "auto" is, where that kernel can run here.
+    """
     if name == "yunchang":
         return YunchangAttention(ulysses, ring, device, dtype)
+    if name == "auto" and preferred != "auto":
+        return AttentionCore(ulysses, ring, preferred_kernel(preferred, device, dtype, ring.size > 1))
     return AttentionCore(ulysses, ring, select_kernel(name, device, dtype, with_lse=ring.size > 1))
 
 

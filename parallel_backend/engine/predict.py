@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..adapters.controlnet.residuals import given_residuals
-from ..attention.usp import make_attention
 from ..distributed.mesh import Mesh
 from ..errors import UserError
 from ..families.family import Family, with_tokens
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
-from ..strategies.select import strategy_of
+from ..strategies.select import attention_of, strategy_of
 from .checks import check_rows, latents_of, needed
 from .conditioning import control_of, image_prompts_of, pictures_of, prompt_of
 from .run_conditions import RunCondition, RunConditions
@@ -78,7 +77,7 @@ def predict(
     given = None
     if request.residuals:
         given = given_residuals(request.residuals, tensors, with_tokens(family, "A ControlNet"), shape)
-    attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
+    attention = attention_of(request.layout, mesh, family)
     cache = run_conditions.cache_for(request, family, mesh)
     strategy = strategy_of(request.layout, family, mesh, attention, packing, cache)
 

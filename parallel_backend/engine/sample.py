@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import IPAdapter
-from ..attention.usp import AttentionCore, make_attention
+from ..attention.usp import AttentionCore
 from ..caches.policy import COMPUTE_ALL
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
@@ -28,7 +28,7 @@ from ..sampling.noise import initial_noises
 from ..sampling.samplers import find_sampler
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
-from ..strategies.select import strategy_of
+from ..strategies.select import attention_of, strategy_of
 from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
@@ -61,7 +61,7 @@ def sample(
     packing, batch = family.packing(latents), len(next(iter(latents.values())))
     model_sampling = family.model_sampling(request.sampling_shift)
     sides = _sides(request, tensors, family, mesh, model_sampling, latents[family.latent.name], nets, adapters)
-    attention = make_attention(request.layout.attention, mesh.ulysses, mesh.ring, family.device, family.dtype)
+    attention = attention_of(request.layout, mesh, family)
 
     counts = split_sizes(batch, mesh.data.size)
     start = sum(counts[: mesh.data.rank])

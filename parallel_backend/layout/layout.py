@@ -40,6 +40,9 @@ class Layout(BaseModel):
     `weights`: what the ranks that compute with the same blocks keep of them between two uses: "whole" blocks, equal
     shares of each ("sharded"), or such shares in host memory ("offloaded").
 
+    `preferred_attention`: the kernel that `attention` "auto" is where it works; a node other than
+    Parallel Layout chose it.
+
     `compile`: "blocks" computes with blocks that `torch.compile` makes. The first steps of each new size take longer.
     """
 
@@ -53,6 +56,7 @@ class Layout(BaseModel):
     cfg_degree: int = Field(default=1, ge=1, le=2)
     data_degree: Degree = 1
     attention: AttentionKernel = "auto"
+    preferred_attention: AttentionKernel = "auto"
     num_patches: int = Field(default=0, ge=0, lt=1 << 31)
     warmup_steps: int = Field(default=1, ge=0, lt=1 << 31)
     stage_blocks: StageBlocks = ()

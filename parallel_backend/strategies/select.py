@@ -1,9 +1,9 @@
-"""The strategy of a layout."""
+"""The strategy of a layout, and its attention."""
 
 from __future__ import annotations
 
 from ..attention.site import Attention
-from ..attention.usp import AttentionCore
+from ..attention.usp import AttentionCore, make_attention
 from ..caches.policy import StepCache
 from ..distributed.mesh import Mesh
 from ..families.family import Family, TokenFamily
@@ -13,6 +13,18 @@ from ..tokens.grid import Packing
 from .distrifusion import DistriFusion
 from .row_parallel import RowParallel
 from .sequence import SequenceParallel
+
+
+def attention_of(layout: Layout, mesh: Mesh, family: Family) -> Attention:
+    """Attention over the ranks that share a sequence. Raises `UserError` where its kernel cannot run here."""
+    return make_attention(
+        layout.attention,
+        mesh.ulysses,
+        mesh.ring,
+        family.device,
+        family.dtype,
+        preferred=layout.preferred_attention,
+    )
 
 
 def strategy_of(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 from paralleldit.nodes.comfyui import model_checks
+from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
 
 
@@ -22,9 +24,9 @@ class Patcher:
         self.callbacks = callbacks or {}
         self.injections: dict[str, Any] = {}
 
-    def set_model_optimized_attention(self):
+    def set_model_optimized_attention(self, optimized_attention: Any):
         def optimized_attention_override(_, *args):
-            return args
+            return optimized_attention(*args)
 
         return optimized_attention_override
 
@@ -36,32 +38,66 @@ def sage():
     return attention_override_sage
 
 
-def patch_attention_enable(model):
-    """As KJNodes has it in its callbacks."""
+def in_callbacks(sage_attention: str) -> Any:
+    """As KJNodes has it, behind a decorator of torch."""
+
+    def patch_attention_enable(model):
+        return sage_attention
+
+    @wraps(patch_attention_enable)
+    def uncompiled(*args):
+        return patch_attention_enable(*args)
+
+    return uncompiled
+
+
+def attention_pytorch(): ...
+
+
+def attention_sage(): ...
+
+
+def attention_flash(): ...
+
+
+def attention_comfy_kitchen_int8(): ...
 
 
 def negative_attention(func, *args):
     """As nodes have it that change what attention computes."""
 
 
+def backend(function: Any) -> Patcher:
+    return Patcher(Patcher().set_model_optimized_attention(function))
+
+
 CHOICES = {
-    "Model Attention Backend": Patcher(Patcher().set_model_optimized_attention()),
-    "KJNodes' Sage": Patcher(sage()),
-    "KJNodes' Sage in callbacks": Patcher(None, {"on_pre_run": {"key": [patch_attention_enable]}}),
+    "Model Attention Backend": (backend(attention_pytorch), "sdpa"),
+    "Model Attention Backend, Sage": (backend(attention_sage), "sage"),
+    "Model Attention Backend, flash": (backend(attention_flash), "flash2"),
+    "Model Attention Backend, a kernel that ranks have not": (backend(attention_comfy_kitchen_int8), "auto"),
+    "KJNodes' Sage": (Patcher(sage()), "sage"),
+    "KJNodes' Sage in callbacks": (Patcher(None, {"on_pre_run": {"key": [in_callbacks("auto")]}}), "sage"),
+    "KJNodes' Sage, disabled": (Patcher(None, {"on_pre_run": {"key": [in_callbacks("disabled")]}}), "auto"),
 }
 REFUSED = {
     "another change of attention": Patcher(negative_attention),
     "another callback": Patcher(None, {"on_pre_run": {"key": [negative_attention]}}),
-    "a choice beside another change": Patcher(None, {"on_pre_run": {"key": [patch_attention_enable, print]}}),
+    "a choice beside another change": Patcher(None, {"on_pre_run": {"key": [in_callbacks("auto"), print]}}),
 }
 
 
-@pytest.mark.parametrize("patcher", CHOICES.values(), ids=CHOICES)
-def test_a_choice_of_an_attention_kernel_is_passed_over_with_a_line(patcher) -> None:
+@pytest.mark.parametrize(("patcher", "kernel"), CHOICES.values(), ids=CHOICES)
+def test_a_choice_of_an_attention_kernel_is_the_ranks_too_or_passed_over_with_a_line(patcher, kernel) -> None:
     model_checks.check_patches(patcher)
     model_checks.check_stepwise(patcher)
     model_checks.check_options(patcher.model_options["transformer_options"])
-    assert "Parallel Layout: attention" in (model_checks.passed_over(patcher) or "")
+    assert model_checks.chosen_attention(patcher) == kernel
+    passed_over = "passed over. The ranks use the one of Parallel Layout: attention"
+    expected = passed_over if kernel == "auto" else f"where {kernel} works on the ranks, they use it"
+    for layout in (None, LayoutChoice(ranks=2)):
+        assert expected in (model_checks.kernel_line(patcher, layout) or "")
+    assert passed_over in (model_checks.kernel_line(patcher, LayoutChoice(attention="flash3")) or "")
 
 
 @pytest.mark.parametrize("patcher", REFUSED.values(), ids=REFUSED)
@@ -71,7 +107,8 @@ def test_what_changes_more_is_refused_by_name(patcher) -> None:
 
 
 def test_a_model_without_patches_needs_no_line() -> None:
-    assert model_checks.passed_over(Patcher()) is None
+    assert model_checks.kernel_line(Patcher(), None) is None
+    assert model_checks.chosen_attention(Patcher()) == "auto"
 
 
 class Network:

@@ -113,3 +113,20 @@ def test_auto_is_the_fastest_kernel_that_agrees(hopper, caplog, attend, dtype, c
 
 def test_auto_is_sdpa_where_there_is_no_gpu():
     assert select_kernel("auto", CPU, torch.bfloat16) is KERNELS["sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "ring", "chosen"),
+    [(CUDA, torch.bfloat16, False, "sage"), (CUDA, torch.bfloat16, True, "sdpa"), (CPU, torch.bfloat16, False, "sdpa")],
+    ids=["works", "does not in a ring", "does not on the CPU"],
+)
+def test_a_kernel_that_a_node_prefers_is_taken_where_it_works(
+    install, caplog, monkeypatch, device, dtype, ring, chosen
+):
+    install(first_version)
+    monkeypatch.setattr(kernels, "_is_hopper", lambda device: False)
+    kernels.preferred_kernel.cache_clear()
+    assert kernels.preferred_kernel("sage", device, dtype, ring) is KERNELS[chosen]
+    assert ("A node chose attention=sage, but" in caplog.text) == (chosen == "sdpa")
+    kernels.preferred_kernel.cache_clear()
+    kernels.best_kernel.cache_clear()
