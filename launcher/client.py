@@ -26,7 +26,7 @@ POLL_S = 0.05
 """How often a waiting request looks whether it has been cancelled."""
 
 Tensors = dict[str, "torch.Tensor"]
-Event = messages.Progress | messages.Log | messages.Memory
+Event = messages.Progress | messages.Log | messages.Memory | messages.Evaluations
 
 
 class SidecarError(Exception):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ..parallel_backend.protocol.messages import StepCache
+from ..parallel_backend.protocol.messages import CacheRule, StepCache
 from . import host
 from .handles import handle_of
 from .widgets import SPAN, allowed, check_span
 
 ORDERS = {"linear": 1, "same": 0, "quadratic": 2}
 """How what the skipped blocks add is predicted, and the order of the polynomial."""
+KINDS: tuple[CacheRule, ...] = get_args(CacheRule)
 Prediction = Literal["same", "linear", "quadratic"]
 
 
@@ -21,8 +22,8 @@ IDLE = "the cache would never work"
 class ParallelDiTCache:
     CATEGORY = "ParallelDiT"
     DESCRIPTION = (
-        "Skips blocks where they would change little (first-block cache). Faster; the picture changes a little. The "
-        "sampler's node says how many evaluations were computed in full."
+        "Skips blocks where they would change little (first-block cache or TeaCache). Faster; the picture changes a "
+        "little. The sampler's node says how many evaluations were computed in full."
     )
     SEARCH_ALIASES = ("fbcache", "first block cache", "teacache", "easycache", "step cache", "speed up")
     RETURN_TYPES = ("MODEL",)
@@ -34,6 +35,14 @@ class ParallelDiTCache:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "From Parallel Loader or Parallel LoRA."}),
+                "kind": (
+                    list(KINDS),
+                    {
+                        "default": KINDS[0],
+                        "tooltip": "What tells that little changes: what the first block adds, or how the time changes "
+                        "its input (TeaCache, with the thresholds that users of it know: 0.25, 0.4, 0.6 for Flux).",
+                    },
+                ),
                 "threshold": (
                     "FLOAT",
                     {
@@ -41,8 +50,8 @@ class ParallelDiTCache:
                         "min": 0.0,
                         "max": 2.0,
                         "step": 0.01,
-                        "tooltip": "How much what the first block adds may have changed, relative to that, for "
-                        "the other blocks to be skipped. More skips more; 0 skips nothing.",
+                        "tooltip": "How much what the kind looks at may have changed, relative to it, for blocks to be "
+                        "skipped. More skips more; 0 skips nothing.",
                     },
                 ),
             },
@@ -75,6 +84,7 @@ class ParallelDiTCache:
     def add(
         self,
         model: Any,
+        kind: CacheRule,
         threshold: float,
         prediction: Prediction = "linear",
         max_skips: int = 0,
@@ -83,6 +93,7 @@ class ParallelDiTCache:
     ) -> tuple[Any]:
         check_span(start_percent, end_percent, IDLE)
         cache = StepCache(
+            rule=kind,
             threshold=threshold,
             max_skips=max_skips,
             order=ORDERS[prediction],

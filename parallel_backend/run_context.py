@@ -61,6 +61,11 @@ class Run:
             used_by_rank, free_by_rank = zip(*ranks, strict=True)  # pyright: ignore[reportArgumentType]
             self._send(messages.Memory(id=self._request, used=used_by_rank, free=free_by_rank), {})
 
+    def evaluations(self, computed: int, total: int) -> None:
+        """Tells the client how many evaluations a step cache has left; does nothing on ranks other than 0."""
+        if self._control.rank == 0:
+            self._send(messages.Evaluations(id=self._request, computed=computed, total=total), {})
+
     def check_cancelled(self) -> None:
         """A collective: every rank calls it at every step, and all raise `Cancelled` together or none."""
         if self._control.agree(self._is_cancelled()):

@@ -33,7 +33,7 @@ export function panelModel(status, t, refusal = null) {
     progress: phase?.total > 0 ? phase.step / phase.total : null,
     ranks: up ? (details.ranks ?? []).map((rank) => rankRow(rank, t)) : [],
     models: up ? (details.models ?? []).map((model) => modelRow(model, t)) : [],
-    run: runRows(activity.run, t),
+    run: [...runRows(activity.run, t), ...cacheRows(activity.evaluations, t)],
     note: details.unreachable ?? "",
     error: activity.error ? errorOf(activity.error, status.log) : null,
     canStart: !up && state !== "starting" && !remote,
@@ -99,6 +99,12 @@ function runRows(run, t) {
     [t("run.time"), t("run.per_step", { each: seconds(run.seconds / steps), all: seconds(run.seconds) })],
     [t("run.sent"), t("run.per_step", { each: bytes(run.sent_bytes / steps), all: bytes(run.sent_bytes) })],
   ];
+}
+
+function cacheRows(evaluations, t) {
+  if (!evaluations) return [];
+  const [computed, total] = evaluations;
+  return [[t("run.cache"), t("run.in_full", { computed, total })]];
 }
 
 function errorOf(error, log) {

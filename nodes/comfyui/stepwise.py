@@ -135,12 +135,9 @@ class StepwiseModel:
         if run is None or not run.sent or not run.client.alive:
             return
         try:
-            result, _ = run.client.request(EndRun(id=0, run=run.key), timeout=END_S)
+            run.client.request(EndRun(id=0, run=run.key), on_event=session.hear, timeout=END_S)
         except FAILURES as error:
             host.logger.warning("The ranks could not be told that a run is over: %s", error)
-            return
-        if report := result.data.get("cache"):
-            host.current().say(str(report))
 
     def predict(
         self,

@@ -12,7 +12,16 @@ from typing import ParamSpec, TypeVar
 from ...launcher.client import Event, SidecarError
 from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol.errors import ProtocolError
-from ...parallel_backend.protocol.messages import Log, Memory, Progress, Request, Result, Sample
+from ...parallel_backend.protocol.messages import (
+    Evaluations,
+    Log,
+    Memory,
+    Predict,
+    Progress,
+    Request,
+    Result,
+    Sample,
+)
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
@@ -55,11 +64,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`version` grows whenever what the ranks hold may have changed."""
+    """`version` grows whenever what the ranks hold may have changed. `evaluations`: of the last run with a step cache,
+    how many were computed in full, of how many; None once there was a run without one."""
 
     version: int = 0
     phase: Phase | None = None
     run: RunCost | None = None
+    evaluations: tuple[int, int] | None = None
     memory_used: tuple[int, ...] = ()
     memory_free: tuple[int, ...] = ()
     error: Fault | None = None
@@ -102,14 +113,19 @@ class Activity:
                 self._note(phase=Phase(event.phase, event.step, event.total))
             case Memory():
                 self._note(memory_used=event.used, memory_free=event.free)
+            case Evaluations():
+                self._note(evaluations=(event.computed, event.total))
             case Log():
                 if self.now.phase:
                     self._note(phase=replace(self.now.phase, text=event.text))
 
     def done(self, message: Request, result: Result) -> None:
         """What a run has cost, from its result."""
+        changes: dict[str, object] = {"error": None}
+        if isinstance(message, Sample | Predict) and message.cache is None:
+            changes["evaluations"] = None
         if not isinstance(message, Sample) or "traffic" not in result.data:
-            self._note(error=None)
+            self._note(**changes)
             return
         traffic, seconds = result.data["traffic"], result.data["seconds"]
         assert isinstance(traffic, dict)
@@ -122,7 +138,7 @@ class Activity:
             steps=self.now.phase.total if self.now.phase else 0,
             sent_bytes=sum(sent["bytes"] for sent in traffic.values()),
         )
-        self._note(run=run, error=None)
+        self._note(run=run, **changes)
 
     def fail(self, error: UserError | SidecarError | ProtocolError) -> None:
         message, hint = getattr(error, "message", str(error)), getattr(error, "hint", "")

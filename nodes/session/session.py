@@ -12,7 +12,17 @@ from ...launcher import devices, lifecycle
 from ...launcher.client import Client, Event, NotBegun
 from ...launcher.spec import SidecarSpec, check, device_and_ranks
 from ...parallel_backend.errors import Cancelled, UserError
-from ...parallel_backend.protocol.messages import AnyRequest, Log, Memory, Progress, Request, Result, Unload, Welcome
+from ...parallel_backend.protocol.messages import (
+    AnyRequest,
+    Evaluations,
+    Log,
+    Memory,
+    Progress,
+    Request,
+    Result,
+    Unload,
+    Welcome,
+)
 from .. import host
 from ..layout_choice import LayoutChoice
 from .activity import activity
@@ -168,15 +178,9 @@ def ask(
     on_progress = here.progress(model)
 
     def on_event(event: Event, tensors: dict[str, Tensor]) -> None:
-        activity.event(event)
-        match event:
-            case Progress():
-                on_progress(event.phase, event.step, event.total, tensors.get("preview"))
-            case Log():
-                here.say(event.text)
-            case Memory():
-                used = ", ".join(f"{bytes / 1e9:.1f} GB" for bytes in event.used)
-                here.say(f"memory in use by the ranks: {used}")
+        hear(event, tensors)
+        if isinstance(event, Progress):
+            on_progress(event.phase, event.step, event.total, tensors.get("preview"))
 
     sent = _sendable(tensors or {})
     if not on_vae_sidecar:
@@ -188,6 +192,19 @@ def ask(
         return reply
     except Cancelled as error:
         here.leave_cancelled(error)
+
+
+def hear(event: Event, tensors: Mapping[str, Tensor]) -> None:
+    """Tells the user, on the node that runs, in the log and in the panel, what the ranks report of their work."""
+    activity.event(event)
+    match event:
+        case Log():
+            host.current().say(event.text)
+        case Memory():
+            used = ", ".join(f"{bytes / 1e9:.1f} GB" for bytes in event.used)
+            host.current().say(f"memory in use by the ranks: {used}")
+        case Evaluations():
+            host.current().say(str(event))
 
 
 def with_living(client: Client, work: Callable[[Client], T]) -> T:

@@ -29,6 +29,13 @@ class StepCache(Protocol):
     def policy(self, evaluation: Evaluation) -> BlockPolicy: ...
 
 
+class Counts(Protocol):
+    """Says how many evaluations were computed whole, of how many."""
+
+    whole: int
+    all: int
+
+
 class ComputeAll:
     """Without a cache: every block is computed."""
 
@@ -43,3 +50,15 @@ class ComputeAll:
 
 
 COMPUTE_ALL = ComputeAll()
+
+
+class CountedComputeAll(ComputeAll):
+    """Computes all, and counts the evaluations: those of a run in which its step cache is not at work."""
+
+    def __init__(self) -> None:
+        self.whole = self.all = 0
+
+    def policy(self, evaluation: Evaluation) -> BlockPolicy:
+        self.whole += 1
+        self.all += 1
+        return self

@@ -27,7 +27,7 @@ from .checks import batch_of, check_request, needed
 from .first_pass import can_leave, key_of, reporting
 from .meshes import Meshes
 from .model_store import ModelStore
-from .run_conditions import RunConditions
+from .run_conditions import Runs
 
 if TYPE_CHECKING:
     from ..adapters.controlnet.nets import ControlNet
@@ -66,7 +66,7 @@ class Engine:
         self._ready: Ready | None = None
         """What the last request has made ready: the next step of its run goes on with it."""
         self._meshes = Meshes()
-        self._run_conditions = RunConditions()
+        self._runs = Runs()
         self._serve = {
             messages.EncodeText: self._encode_text,
             messages.FindChanges: self._find_changes,
@@ -108,7 +108,7 @@ class Engine:
         self.world = _world()
         self.models.keep_common(run)
         self.adapters.forget()
-        self._run_conditions.clear()
+        self._runs.forget()
 
     def _encode_text(self, request: messages.EncodeText, tensors: dict[str, Tensor], run: Run) -> Answer:
         """On rank 0 alone: a copy of the text encoders on every rank would cost memory and save no time."""
@@ -150,10 +150,8 @@ class Engine:
     def _predict(self, request: messages.Predict, tensors: dict[str, Tensor], run: Run) -> Answer:
         from .predict import predict
 
-        self._run_conditions.begin(request.run, request.model)
-        missing = [
-            key for key in request.conditions if key not in request.run_conditions and key not in self._run_conditions
-        ]
+        conditions = self._runs.at(request.run, request.model)
+        missing = [key for key in request.conditions if key not in request.run_conditions and key not in conditions]
         if missing:
             return {"missing": missing}, {}
         if self._ready is None:
@@ -166,7 +164,7 @@ class Engine:
         ready = self._ready
         family = self._begin(request, tensors, ready.mesh, ready.transformer, run)
         ready.mesh.ledger.reset()
-        return {}, predict(request, tensors, self._run_conditions, family, ready.mesh, run, ready.adapters, ready.nets)
+        return {}, predict(request, tensors, conditions, family, ready.mesh, run, ready.adapters, ready.nets)
 
     def _goes_on(self, request: messages.AnyRequest, tensors: dict[str, Tensor]) -> bool:
         """Whether all ranks have made ready what `request` needs, so that they need neither agree nor load again.
@@ -182,13 +180,13 @@ class Engine:
 
     def _image_prompts(self, request: messages.Predict) -> list[messages.ImagePromptUse]:
         """Of the conditions that were told before, and of those that are told now."""
-        prompts = [each.prompts for key in request.conditions if (each := self._run_conditions.get(key))]
+        prompts = [each.prompts for key in request.conditions if (each := self._runs.condition(key))]
         prompts += [entry.image_prompts for entry in messages.entries_of(request)]
         return [prompt for own in prompts for prompt in own]
 
     def _controls(self, request: messages.Predict) -> list[messages.ControlUse]:
         """As `_image_prompts`, the ControlNets."""
-        known = [each.controls for key in request.conditions if (each := self._run_conditions.get(key))]
+        known = [each.controls for key in request.conditions if (each := self._runs.condition(key))]
         return [*messages.controls_of(request), *(control for own in known for control in own)]
 
     def _load_for(
@@ -240,7 +238,10 @@ class Engine:
         return {ref.path: self.models.controlnet(ref, family.dtype, stage, run) for ref in refs}
 
     def _end_run(self, request: messages.EndRun, tensors: dict[str, Tensor], run: Run) -> Answer:
-        return {"cache": self._run_conditions.end(request.run)}, {}
+        counts = self._runs.end(request.run)
+        if counts:
+            run.evaluations(*counts)
+        return {}, {}
 
     def _decode(self, request: messages.Decode, tensors: dict[str, Tensor], run: Run) -> Answer:
         from ..vae.decode import decode
@@ -293,7 +294,7 @@ class Engine:
 
     def _unload(self, request: messages.Unload, tensors: dict[str, Tensor], run: Run) -> Answer:
         self.adapters.forget()
-        self._run_conditions.clear()
+        self._runs.forget()
         return {"freed_bytes": run.gather(self.models.unload())}, {}
 
     def _on_rank_0(self, work: Any, run: Run) -> Any:

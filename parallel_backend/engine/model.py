@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,8 @@ class Transformer:
         self.family.blocks = self._blocks
         if self._sharded:
             self._sharded.begin(mesh.replicas)
+            if isinstance(self.family, TokenFamily):
+                self.family.hold_first_block = partial(self._sharded.hold, 0)
         return self.family
 
     def compile_blocks(self, run: Run) -> FirstPass | None:

@@ -1,4 +1,4 @@
-"""Conditions of a run whose sampler is the client's own: the ranks keep them between the run's predictions."""
+"""Conditions of runs whose sampler is the client's own: the ranks keep them between a run's predictions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..caches.first_block import FirstBlockCache
-from ..caches.policy import COMPUTE_ALL, StepCache
+from ..caches.policy import CountedComputeAll, StepCache
+from ..caches.residuals import ResidualCache
 from ..protocol.messages import ControlUse, ImagePromptUse, ModelRef, Predict
-from .step_caches import report, step_cache_of
+from .step_caches import count, step_cache_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..distributed.mesh import Mesh
     from ..families.condition import Condition
     from ..families.family import Family
+
+RUNS_AT_ONCE = 2
+"""A guider may ask one model for the positive prompt, and another one for the negative."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,13 @@ class RunCondition:
 
 
 class RunConditions(dict[str, RunCondition]):
-    """The conditions of one run, by their keys. Those of another run, or for another model, are forgotten."""
+    """The conditions of one run, by their keys, and its step caches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._run: tuple[str, ModelRef] | None = None
-        self._caches: dict[tuple[object, ...], FirstBlockCache] = {}
+        self._caches: dict[tuple[object, ...], ResidualCache] = {}
         """By what they are for. Other weights, and another mesh, have a cache of their own."""
-
-    def begin(self, run: str, model: ModelRef) -> None:
-        if self._run != (run, model):
-            self.clear()
-            self._caches.clear()
-            self._run = (run, model)
+        self._uncached = CountedComputeAll()
 
     def cache_for(self, request: Predict, family: Family, mesh: Mesh) -> StepCache:
         """The step cache of this evaluation; one that computes all blocks where the request names none.
@@ -52,18 +49,40 @@ class RunConditions(dict[str, RunCondition]):
         Raises `UserError` for a family without blocks.
         """
         if request.cache is None:
-            return COMPUTE_ALL
+            return self._uncached
         use = request.cache, request.adapters, request.layout
         if use not in self._caches:
             self._caches[use] = step_cache_of(request.cache, family, mesh)
         return self._caches[use]
 
-    def end(self, run: str) -> str:
-        """Forgets the run, if it is this one. Returns what its step caches have to report."""
-        if self._run is None or self._run[0] != run:
-            return ""
-        text = report(list(self._caches.values())) if self._caches else ""
-        self.clear()
-        self._caches.clear()
-        self._run = None
-        return text
+    def evaluations(self) -> tuple[int, int] | None:
+        """How many were computed in full, of how many; None where the run had no step cache."""
+        return count([*self._caches.values(), self._uncached]) if self._caches else None
+
+
+class Runs:
+    """The runs that are under way: of other ones, and of other models, nothing is kept."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, ModelRef], RunConditions] = {}
+
+    def at(self, run: str, model: ModelRef) -> RunConditions:
+        """Those of this run, which goes on or begins. Of too many, the run that has rested longest is forgotten."""
+        found = self._runs.pop((run, model), None)
+        self._runs[run, model] = conditions = RunConditions() if found is None else found
+        while len(self._runs) > RUNS_AT_ONCE:
+            del self._runs[next(iter(self._runs))]
+        return conditions
+
+    def condition(self, key: str) -> RunCondition | None:
+        """The condition of any of the runs."""
+        return next((run[key] for run in self._runs.values() if key in run), None)
+
+    def end(self, run: str) -> tuple[int, int] | None:
+        """Forgets the run. Returns its `evaluations`; None for one that is not known."""
+        known = [each for each in self._runs if each[0] == run]
+        return next(iter([self._runs.pop(each).evaluations() for each in known]), None)
+
+    def forget(self) -> None:
+        """Forgets all runs."""
+        self._runs.clear()

@@ -33,7 +33,7 @@ from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
-from .step_caches import report, step_cache_of
+from .step_caches import count, step_cache_of
 
 if TYPE_CHECKING:
     from ..run_context import Run
@@ -114,7 +114,7 @@ def sample(
         finally:
             leave()
         if cache:
-            run.log("info", report([cache]))
+            run.evaluations(*count([cache]))
     else:
         assert isinstance(attention, AttentionCore)
         assert isinstance(family, TokenFamily)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 
-from ..caches.first_block import Agreement, FirstBlockCache
+from torch import Tensor
+
+from ..caches.first_block import FirstBlockCache
+from ..caches.policy import Counts
+from ..caches.residuals import Agreement, Limits, ResidualCache
+from ..caches.teacache import PLAIN, TeaCache
 from ..distributed.mesh import Mesh
-from ..families.family import Family, with_tokens
+from ..families.family import Family, TokenFamily, with_tokens
+from ..families.state import State
 from ..protocol.messages import StepCache
 from ..sampling.model_sampling import ModelSampling
 
 
 def step_cache_of(
     settings: StepCache, family: Family, mesh: Mesh, model_sampling: ModelSampling | None = None
-) -> FirstBlockCache:
+) -> ResidualCache:
     """Raises `UserError` for a family without blocks. Without `model_sampling` it works at all noise levels."""
     tokens = with_tokens(family, "A step cache")
     # The pictures of a batch are skipped together, as on one rank. Shares of weights are gathered by all ranks that
@@ -25,18 +32,21 @@ def step_cache_of(
     if model_sampling is not None:
         start = float(model_sampling.percent_to_sigma(settings.start)) if settings.start > 0.0 else start
         end = float(model_sampling.percent_to_sigma(settings.end)) if settings.end < 1.0 else end
-    return FirstBlockCache(
-        len(tokens.blocks),
-        tokens.controlled,
-        agreement,
-        threshold=settings.threshold,
-        max_skips=settings.max_skips,
-        order=settings.order,
-        levels=(start, end),
-    )
+    limits = Limits(settings.max_skips, settings.order, (start, end))
+    blocks, threshold = len(tokens.blocks), settings.threshold
+    if settings.rule == "teacache":
+        coefficients = settings.coefficients or tokens.spec.teacache.get(blocks, PLAIN)
+        return TeaCache(
+            blocks, partial(_modulated_input, tokens), agreement, limits, threshold=threshold, coefficients=coefficients
+        )
+    return FirstBlockCache(blocks, tokens.controlled, agreement, limits, threshold=threshold)
 
 
-def report(caches: Sequence[FirstBlockCache]) -> str:
-    """What a run has skipped, for the user; of the prompts that this rank evaluates."""
-    whole, count = sum(cache.whole for cache in caches), sum(cache.all for cache in caches)
-    return f"Step cache: {whole} of {count} evaluations were computed in full."
+def _modulated_input(family: TokenFamily, state: State) -> Tensor:
+    family.hold_first_block()
+    return family.modulated_input(state)
+
+
+def count(caches: Iterable[Counts]) -> tuple[int, int]:
+    """How many evaluations were computed whole, of how many: of the prompts that this rank evaluates."""
+    return sum(cache.whole for cache in caches), sum(cache.all for cache in caches)

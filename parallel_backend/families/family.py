@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -140,6 +140,8 @@ class TokenFamily(Family):
         self.sites = Sites()
         self.skips: Mapping[int, int] = {}
         """Maps each block that leaves a skip in the state to the later one that takes it."""
+        self.hold_first_block: Callable[[], None] = lambda: None
+        """Has the first block's weights at hand, for what uses them outside of the block."""
         shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
         self.block_parameters = list(block_parameters(shapes, self.spec.blocks).values())
         self.adopt_network()
@@ -166,6 +168,13 @@ class TokenFamily(Family):
 
         `predicted`: by the latent's name, where in their stream the state's tokens are at which it is predicted.
         """
+
+    def modulated_input(self, state: State) -> Tensor:
+        """What the time makes of `state` before the first block does anything else with it, `[B, ...]` (TeaCache)."""
+        raise UserError(
+            f"TeaCache looks at the modulated input of the first block, and of {self.spec.title} it is not known.",
+            "Use kind=first block in Parallel Cache.",
+        )
 
     @cached_property
     def heads(self) -> OwnHeads:

@@ -74,6 +74,9 @@ class Flux(JointFamily):
         rotary = self._rotary(text_length, (picture, *references))
         return State(streams, modulation, own_rotary(rotary, text_length, evaluation.shard))
 
+    def modulated_input(self, state: State) -> Tensor:
+        return cast(Any, self.transformer.transformer_blocks[0]).norm1(state["image"], emb=state.modulation)[0]
+
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]
         return {"image": self.transformer.proj_out(self.transformer.norm_out(image, state.modulation))}

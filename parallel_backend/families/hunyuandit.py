@@ -103,6 +103,9 @@ class HunyuanDiT(CrossAttentionFamily):
         batch = max(first.shape[0], second.shape[0])
         return torch.cat([each.expand(batch, -1, -1) for each in (first, second)], dim=1)
 
+    def modulated_input(self, state: State) -> Tensor:
+        return self.layers[0].norm1(state["image"], state.modulation)
+
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         model, image = self.transformer, state["image"][:, predicted["image"]]
         return {"image": self.latent_tokens(model.proj_out(model.norm_out(image, state.modulation.float())))}

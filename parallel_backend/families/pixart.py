@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
@@ -82,6 +82,13 @@ class PixArt(CrossAttentionFamily):
 
     def make_prelude(self, condition: Condition) -> Tensor:
         return self.transformer.caption_projection(condition["tokens"].to(self.dtype))
+
+    def modulated_input(self, state: State) -> Tensor:
+        assert isinstance(state, PixArtState)
+        layer, modulation = self.layers[0], cast(Tensor, state.block_modulation)
+        table = layer.scale_shift_table[None] + modulation.unflatten(1, (6, -1))
+        shift, scale = table[:, :2].chunk(2, dim=1)
+        return layer.norm1(state["image"]) * (1 + scale) + shift
 
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         model, image = self.transformer, state["image"][:, predicted["image"]]

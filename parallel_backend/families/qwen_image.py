@@ -49,24 +49,29 @@ class DoubleBlock:
         layer, times, rotary = self.layer, cast(Times, state.modulation), cast(Rotary, state.rotary)
         image, text = state["image"], state["text"]
         of_text = layer.txt_mod(times.now)[:, None].chunk(2, dim=-1)
-        now = layer.img_mod(times.now)[:, None].chunk(2, dim=-1)
-        zero = None if times.zero is None else layer.img_mod(times.zero)[:, None].chunk(2, dim=-1)
-
-        def of_image(half: int) -> Tensor:
-            if zero is None or times.references is None:
-                return now[half]
-            return torch.where(times.references, zero[half], now[half])
-
-        image_input, image_gate = _modulated(layer.img_norm1(image), of_image(0))
+        of_image = self._of_image(times)
+        image_input, image_gate = _modulated(layer.img_norm1(image), of_image[0])
         text_input, text_gate = _modulated(layer.txt_norm1(text), of_text[0])
         attended, attended_text = self.site(layer.attn, image_input, text_input, None, rotary)
         image, text = image + image_gate * attended, text + text_gate * attended_text
-        image_input, image_gate = _modulated(layer.img_norm2(image), of_image(1))
+        image_input, image_gate = _modulated(layer.img_norm2(image), of_image[1])
         text_input, text_gate = _modulated(layer.txt_norm2(text), of_text[1])
         image, text = image + image_gate * layer.img_mlp(image_input), text + text_gate * layer.txt_mlp(text_input)
         if image.dtype == torch.float16:
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return state.with_streams(text=text, image=image)
+
+    def modulated_input(self, state: State) -> Tensor:
+        """What its attention makes its projections of, of the image."""
+        return _modulated(self.layer.img_norm1(state["image"]), self._of_image(cast(Times, state.modulation))[0])[0]
+
+    def _of_image(self, times: Times) -> list[Tensor]:
+        """The halves of the modulation of the image tokens, `[B, S or 1, 3 * h]` each."""
+        now = self.layer.img_mod(times.now)[:, None].chunk(2, dim=-1)
+        if times.zero is None or times.references is None:
+            return list(now)
+        zero = self.layer.img_mod(times.zero)[:, None].chunk(2, dim=-1)
+        return [torch.where(times.references, *each) for each in zip(zero, now, strict=True)]
 
 
 def _modulated(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +90,8 @@ class QwenImage(JointFamily):
         self.axes: tuple[int, ...] = tuple(config["axes_dims_rope"])
         self.reference_places = "index_timestep_zero" if config["zero_cond_t"] else "index"
         layers = enumerate(self.transformer.transformer_blocks)
-        self.blocks = [DoubleBlock(layer, self.sites, number, config["attention_head_dim"]) for number, layer in layers]
+        blocks = [DoubleBlock(layer, self.sites, number, config["attention_head_dim"]) for number, layer in layers]
+        self.blocks, self.first_block = blocks, blocks[0]
         self._rotary = lru_cache(maxsize=32)(self._compute_rotary)
 
     def check_condition(self, condition: Condition) -> None:
@@ -110,6 +116,9 @@ class QwenImage(JointFamily):
             of_references = torch.arange(len(rotary) - text_length, device=self.device)[shard["image"]] >= grid.count
             times = Times(times.now, self._embedded(torch.zeros_like(evaluation.timestep)), of_references[:, None])
         return State(streams, times, own_rotary(rotary, text_length, shard))
+
+    def modulated_input(self, state: State) -> Tensor:
+        return self.first_block.modulated_input(state)
 
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]

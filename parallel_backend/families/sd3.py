@@ -126,6 +126,9 @@ class SD3(JointFamily):
         pooled = evaluation.condition["pooled"].to(self.dtype).expand(evaluation.batch, -1)
         return State(streams, self.transformer.time_text_embed(evaluation.timestep, pooled))
 
+    def modulated_input(self, state: State) -> Tensor:
+        return cast(Any, self.transformer.transformer_blocks[0]).norm1(state["image"], emb=state.modulation)[0]
+
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]
         prediction = self.transformer.proj_out(self.transformer.norm_out(image, state.modulation))

@@ -242,6 +242,8 @@ class FamilySpec:
     """Whether the model is given the time of the noise level to which the sampler will step."""
     lora_names: tuple[LoraName, ...] = ()
     """What trainers call its modules."""
+    teacache: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """The published coefficients of TeaCache, highest power first, by the number of blocks of the model."""
     can: Capabilities = field(default_factory=Capabilities)
     """The parallel methods that its view serves."""
     published: Mapping[str, Config] = field(default_factory=dict)

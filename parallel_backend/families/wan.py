@@ -76,6 +76,10 @@ class Wan(CrossAttentionFamily):
     def make_prelude(self, condition: Condition) -> Tensor:
         return self.transformer.condition_embedder.text_embedder(condition["tokens"].to(self.dtype))
 
+    def modulated_input(self, state: State) -> Tensor:
+        # The authors of TeaCache compare Wan's time alone.
+        return state.modulation
+
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         model, video = self.transformer, state["video"][:, predicted["video"]]
         shift, scale = (model.scale_shift_table + state.modulation[:, None]).chunk(2, dim=1)

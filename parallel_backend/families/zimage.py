@@ -110,6 +110,11 @@ class ZImage(TokenFamily):
         rotary = own_rotary(self._rotary(text_length, evaluation.grids["image"]), text_length, evaluation.shard)
         return State(streams, model.t_embedder.mlp(sines.to(self.dtype)), rotary)
 
+    def modulated_input(self, state: State) -> Tensor:
+        layer = self.transformer.noise_refiner[0]
+        scale = layer.adaLN_modulation(state.modulation).unsqueeze(1).chunk(4, dim=2)[0]
+        return layer.attention_norm1(state["image"]) * (1 + scale)
+
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]
         return {"image": -self.transformer.all_final_layer[PATCH](image, c=state.modulation)}

@@ -72,12 +72,16 @@ class ShardedWeights:
         """The blocks, each with its weights at hand while it computes."""
         return [self._around(number, block) for number, block in enumerate(blocks)]
 
+    def hold(self, number: int) -> None:
+        """Have the weights of block `number` at hand."""
+        self._fetch(number)
+        self._receive(number)
+
     def _around(self, number: int, block: Block) -> Block:
         following = (number + 1) % len(self._shares)
 
         def gathered(state: State) -> State:
-            self._fetch(number)
-            self._receive(number)
+            self.hold(number)
             if following > number:
                 self._fetch(following)
             state = block(state)

@@ -27,7 +27,8 @@ NATIVE = Path(__file__).resolve().parent / "native_flux"
 PACK_NAME = "ComfyUI-ParallelDiT"
 CLIENT = "tests"
 PREVIEW_IMAGE = b"\x00\x00\x00\x01"
-"""How the binary messages of the websocket that carry a preview begin."""
+TEXT = b"\x00\x00\x00\x03"
+"""How the binary messages of the websocket that carry a preview, or a text of a node, begin."""
 START_S = 300.0
 RUN_S = 180.0
 
@@ -38,6 +39,8 @@ class Run:
 
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    """What was shown on nodes, by their keys."""
     phases: set[str] = field(default_factory=set)
     """What the ranks have been at meanwhile."""
 
@@ -170,6 +173,9 @@ class Host:
                     if message.type == aiohttp.WSMsgType.BINARY:
                         if message.data.startswith(PREVIEW_IMAGE):
                             run.previews.append(message.data[8:])
+                        elif message.data.startswith(TEXT):
+                            end = 8 + int.from_bytes(message.data[4:8])
+                            run.texts.append((message.data[8:end].decode(), message.data[end:].decode()))
                         continue
                     event = json.loads(message.data)
                     kind, data = event["type"], event.get("data", {})

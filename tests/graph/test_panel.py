@@ -78,6 +78,13 @@ def test_a_run_leaves_what_it_cost(activity):
     assert run == activities.RunCost("pipefusion4", False, 4, 6.0, 3, 42)
 
 
+def test_what_a_step_cache_left_is_noted_until_a_run_without_one(client, activity):
+    activity.event(messages.Evaluations(id=1, computed=12, total=28))
+    assert activity.now.evaluations == (12, 28)
+    sample()
+    assert activity.now.evaluations is None
+
+
 @pytest.mark.parametrize(
     ("fault", "is_noted", "is_of_the_sidecar"),
     [

@@ -83,6 +83,11 @@ test("a run tells its step, and what its layout costs per step", () => {
   ]);
 });
 
+test("a run with a step cache tells how many evaluations were computed in full", () => {
+  const { run } = panelModel(status({}, { evaluations: [12, 28] }), t);
+  assert.deepEqual(run, [["run.cache", 'run.in_full {"computed":12,"total":28}']]);
+});
+
 test("the log is shown with an error of the sidecar, and not with a user's", () => {
   const error = { message: "Rank 1 died.", hint: "See the log.", sidecar_failed: true };
   const log = "Traceback";

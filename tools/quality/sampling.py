@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ...parallel_backend.protocol.messages import (
     Conditioning,
     Decode,
     EncodeText,
-    Log,
+    Evaluations,
     ModelRef,
     Sample,
     TextRef,
@@ -125,8 +124,8 @@ def sample(client: Client, method: Method, task: Task, conditioning: dict[str, T
 
 
 def _note(event: Event, counts: list[tuple[int, int]]) -> None:
-    if isinstance(event, Log) and (found := re.search(r"(\d+) of (\d+) evaluations", event.text)):
-        counts.append((int(found[1]), int(found[2])))
+    if isinstance(event, Evaluations):
+        counts.append((event.computed, event.total))
 
 
 def latent_shape(task: Task, batch: int) -> tuple[int, int, int, int]:

@@ -210,5 +210,6 @@ FLUX = FamilySpec(
     residuals=residuals,
     reference_places=("offset", "index", "uxo"),
     lora_names=LORA_NAMES,
+    teacache={57: (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)},
     published={"flux-dev": {**SCHNELL, "guidance_embeds": True}, "flux-schnell": SCHNELL},
 )

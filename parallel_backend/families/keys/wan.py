@@ -208,5 +208,9 @@ WAN = FamilySpec(
     derive_config=derive_config,
     cuts=CUTS,
     host_config=host_config,
+    teacache={
+        30: (2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01),
+        40: (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+    },
     published={"wan2.1-t2v-1.3b": _published(12, 30, 8960), "wan2.1-t2v-14b": _published(40, 40, 13824)},
 )

@@ -8,9 +8,10 @@ everything from the next request.
 from __future__ import annotations
 
 from .base import PROTOCOL_VERSION, Challenge, Hello, Message, Proof, Welcome
-from .events import FROM_SIDECAR, Begun, Failure, Heartbeat, Log, Memory, Phase, Progress, Result
+from .events import FROM_SIDECAR, Begun, Evaluations, Failure, Heartbeat, Log, Memory, Phase, Progress, Result
 from .references import (
     Adapters,
+    CacheRule,
     ControlNetRef,
     ControlUse,
     ImagePromptUse,

@@ -42,6 +42,19 @@ class Memory(Message):
     free: tuple[Count, ...]
 
 
+class Evaluations(Message):
+    """At the end of a run with a step cache: how many evaluations were computed in full, of how many. They are those of
+    the prompts that rank 0 evaluates."""
+
+    type: Literal["evaluations"] = "evaluations"
+    id: Count
+    computed: Count
+    total: Count
+
+    def __str__(self) -> str:
+        return f"Step cache: {self.computed} of {self.total} evaluations computed in full."
+
+
 class Heartbeat(Message):
     """Sent every second on every connection. `oldest_beat_s`: seconds since the quietest rank was last alive."""
 
@@ -72,11 +85,11 @@ class Failure(Message):
     rank: Index | None = None
 
 
-FROM_SIDECAR: TypeAdapter[Challenge | Welcome | Begun | Progress | Log | Memory | Heartbeat | Result | Failure] = (
-    TypeAdapter(
-        Annotated[
-            Challenge | Welcome | Begun | Progress | Log | Memory | Heartbeat | Result | Failure,
-            Field(discriminator="type"),
-        ]
-    )
+FROM_SIDECAR: TypeAdapter[
+    Challenge | Welcome | Begun | Progress | Log | Memory | Evaluations | Heartbeat | Result | Failure
+] = TypeAdapter(
+    Annotated[
+        Challenge | Welcome | Begun | Progress | Log | Memory | Evaluations | Heartbeat | Result | Failure,
+        Field(discriminator="type"),
+    ]
 )

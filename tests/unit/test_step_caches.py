@@ -1,4 +1,4 @@
-"""What a skipped evaluation adds: controls anew, a polynomial of what blocks added, and when it is not skipped."""
+"""Step caches: what a skipped evaluation adds, controls anew, a polynomial of what blocks added; when none is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from paralleldit.parallel_backend.caches.first_block import Agreement, FirstBlockCache
+from paralleldit.parallel_backend.caches.first_block import FirstBlockCache
+from paralleldit.parallel_backend.caches.residuals import Agreement, Limits, ResidualCache
+from paralleldit.parallel_backend.caches.teacache import TeaCache
 from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.families.blocks import run_blocks
@@ -19,13 +21,28 @@ FAMILY: Any = SimpleNamespace(
 )
 
 
-def cache(threshold: float = LARGE, **more: Any) -> FirstBlockCache:
-    agreement = Agreement(Axis("sequence", [0], None, Ledger()))
-    return FirstBlockCache(BLOCKS, "image", agreement, threshold=threshold, **more)
+AGREEMENT = Agreement(Axis("sequence", [0], None, Ledger()))
 
 
-def evaluated(cache: FirstBlockCache, first: float, others: float, controls: Any = None, name: str = "", batch=1):
-    """The tokens behind all blocks, and how many blocks were computed; the tokens before them are zero.
+def cache(threshold: float = LARGE, **limits: Any) -> FirstBlockCache:
+    return FirstBlockCache(BLOCKS, "image", AGREEMENT, Limits(**limits), threshold=threshold)
+
+
+def teacache(threshold: float, **more: Any) -> TeaCache:
+    """It looks at the tokens before the blocks as they are."""
+    return TeaCache(BLOCKS, lambda state: state["image"], AGREEMENT, Limits(), threshold=threshold, **more)
+
+
+def evaluated(
+    cache: ResidualCache,
+    first: Any,
+    others: float,
+    controls: Any = None,
+    name: str = "",
+    batch: int = 1,
+    start: Any = 0.0,
+):
+    """The tokens behind all blocks, and how many blocks were computed; the tokens before them are `start`.
 
     The first block adds `first` (a number, or one for each picture), each of the others `others`; behind each of them
     a control adds its number of `controls`.
@@ -42,7 +59,7 @@ def evaluated(cache: FirstBlockCache, first: float, others: float, controls: Any
 
     evaluation: Any = SimpleNamespace(condition=SimpleNamespace(name=name), batch=batch, grids={"image": "a grid"})
     residuals = {number: torch.full((1, 2, 3), value) for number, value in enumerate(controls or [])}
-    state = State({"image": torch.zeros(batch, 2, 3)})
+    state = State({"image": torch.as_tensor(start, dtype=torch.float32).reshape(-1, 1, 1).expand(batch, 2, 3)})
     policy = cache.policy(evaluation)
     behind = run_blocks(FAMILY, state, [block(n) for n in range(BLOCKS)], policy=policy, residuals=residuals)
     return float(behind["image"][0, 0, 0]), len(computed)
@@ -83,6 +100,39 @@ def test_evaluations_that_are_computed_whole(run, whole):
         found.append(evaluated(run, 1.0, 2.0)[1] == BLOCKS)
     assert found == whole
     assert (run.whole, run.all) == (sum(whole), 4)
+
+
+def computed(cache: ResidualCache, starts: Any, batch: int = 1) -> list[bool]:
+    """Which evaluations are computed whole, where the tokens before the blocks are `starts`."""
+    return [evaluated(cache, 1.0, 2.0, start=start, batch=batch)[1] == BLOCKS for start in starts]
+
+
+@pytest.mark.parametrize(
+    ("run", "whole"),
+    [
+        (teacache(0.0), [True, True, True, True, True]),
+        (teacache(0.0, coefficients=(-1.0,)), [True, True, True, True, True]),
+        (teacache(0.15), [True, False, True, False, True]),
+        (teacache(0.25), [True, False, False, True, False]),
+        (teacache(0.25, coefficients=(100.0, 0.0, 0.0)), [True, True, True, True, True]),
+        (teacache(0.25, coefficients=(10.0, 0.0, 0.0)), [True, False, False, True, False]),
+    ],
+    ids=["0", "0, and a negative polynomial", "two", "three", "a steep polynomial", "a square"],
+)
+def test_teacache_adds_up_the_changes_of_its_input_since_the_last_whole_evaluation(run, whole):
+    """Each input is larger by a tenth than the one before."""
+    assert computed(run, [1.1**step for step in range(5)]) == whole
+
+
+def test_teacache_adds_what_all_blocks_added():
+    run = teacache(LARGE)
+    assert evaluated(run, 1.0, 2.0, [10.0, 20.0, 30.0, 40.0], start=1.0) == (108.0, BLOCKS)
+    assert evaluated(run, 99.0, 99.0, [1.0, 2.0, 3.0, 4.0], start=2.0) == (2.0 + 7.0 + 10.0, 0)
+
+
+def test_each_picture_of_a_batch_counts_its_own_changes():
+    starts = [torch.tensor(each) for each in ([1.0, 1.0], [1.1, 1.0], [1.1, 1.12], [1.1, 1.3])]
+    assert computed(teacache(0.15), starts, batch=2) == [True, False, False, True]
 
 
 def test_the_picture_that_changes_most_decides_for_its_batch():
