@@ -10,6 +10,7 @@ from .ip_adapter import ParallelDiTIPAdapter
 from .layout import ParallelDiTLayout
 from .loader import ParallelDiTLoader
 from .lora import ParallelDiTLora
+from .redundancy import ParallelDiTRedundancy
 from .sampler import ParallelDiTSampler
 from .session.activity import noted
 from .status import ParallelDiTStatus, ParallelDiTUnload
@@ -23,6 +24,7 @@ NODE_CLASS_MAPPINGS: dict[str, Any] = {
         ParallelDiTLayout,
         ParallelDiTLora,
         ParallelDiTCache,
+        ParallelDiTRedundancy,
         ParallelDiTControlNetLoader,
         ParallelDiTControlNetApply,
         ParallelDiTIPAdapter,
@@ -44,6 +46,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ParallelDiTLayout": "Parallel Layout",
     "ParallelDiTLora": "Parallel LoRA",
     "ParallelDiTCache": "Parallel Cache",
+    "ParallelDiTRedundancy": "Parallel Redundancy",
     "ParallelDiTControlNetLoader": "Parallel ControlNet Loader",
     "ParallelDiTControlNetApply": "Parallel ControlNet Apply",
     "ParallelDiTIPAdapter": "Parallel IP-Adapter",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..parallel_backend.protocol.messages import CacheRule, StepCache
 from . import host
 from .handles import handle_of
+from .study.findings import Findings, check_blocks, load
 from .widgets import SPAN, allowed, check_span
 
 ORDERS = {"linear": 1, "same": 0, "quadratic": 2}
@@ -40,7 +42,8 @@ class ParallelDiTCache:
                     {
                         "default": KINDS[0],
                         "tooltip": "What tells that little changes: what the first block adds, or how the time changes "
-                        "its input (TeaCache, with the thresholds that users of it know: 0.25, 0.4, 0.6 for Flux).",
+                        "its input (TeaCache; its authors give 0.25, 0.4 and 0.6 as thresholds for Flux), or a "
+                        "schedule that Parallel Redundancy has found for the model.",
                     },
                 ),
                 "threshold": (
@@ -74,6 +77,13 @@ class ParallelDiTCache:
                     },
                 ),
                 **SPAN,
+                "study": (
+                    "PARALLELDIT_STUDY",
+                    {
+                        "tooltip": "From Parallel Redundancy: the schedule, and TeaCache's polynomial. Without it a "
+                        "schedule is the one that lies beside the model.",
+                    },
+                ),
             },
         }
 
@@ -90,8 +100,14 @@ class ParallelDiTCache:
         max_skips: int = 0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
+        study: Findings | None = None,
     ) -> tuple[Any]:
         check_span(start_percent, end_percent, IDLE)
+        handle = handle_of(model)
+        if kind == "schedule" and study is None:
+            study = load(Path(handle.ref.path))
+        if study is not None:
+            check_blocks(study, handle.spec.count_blocks(handle.config))
         cache = StepCache(
             rule=kind,
             threshold=threshold,
@@ -99,5 +115,7 @@ class ParallelDiTCache:
             order=ORDERS[prediction],
             start=start_percent,
             end=end_percent,
+            coefficients=study.coefficients if study and kind == "teacache" else (),
+            rates=study.rates if study and kind == "schedule" else (),
         )
-        return (host.current().with_handle(model, replace(handle_of(model), cache=cache)),)
+        return (host.current().with_handle(model, replace(handle, cache=cache)),)

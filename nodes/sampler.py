@@ -164,6 +164,45 @@ class ParallelDiTSampler:
         end_at_step: int = MAX_STEPS,
         return_with_leftover_noise: str = "disable",
     ) -> tuple[dict[str, Any]]:
+        reply = self.ask(
+            model,
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            latent_image,
+            denoise,
+            negative,
+            add_noise,
+            start_at_step,
+            end_at_step,
+            return_with_leftover_noise,
+        )
+        sampled = {name: host.current().kept(tensor) for name, tensor in reply.tensors.items()}
+        return (latent.from_reply(latent_image, handle_of(model).spec.latents, sampled),)
+
+    def ask(
+        self,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: list[Any],
+        latent_image: dict[str, Any],
+        denoise: float = 1.0,
+        negative: list[Any] | None = None,
+        add_noise: str = "enable",
+        start_at_step: int = 0,
+        end_at_step: int = MAX_STEPS,
+        return_with_leftover_noise: str = "disable",
+        *,
+        study: bool = False,
+    ) -> session.Reply:
+        """The ranks' reply to a run with the inputs of `sample`. A `study` measures blocks, and skips none."""
         here = host.current()
         handle = handle_of(model)
         here.check_model(model)
@@ -200,6 +239,8 @@ class ParallelDiTSampler:
             sampler=sampler_name,
             whole_batch=sampler_name in WHOLE_BATCH_SAMPLERS,
             has_negative=negative is not None,
+            has_cache=handle.cache is not None and not study,
+            is_study=study,
             token_rows=handle.spec.count_rows({name: each.shape for name, each in latents.items()}),
             controls=len(placed),
             entries=tuple(chain.from_iterable(named.values())),
@@ -224,7 +265,8 @@ class ParallelDiTSampler:
             leftover_noise=return_with_leftover_noise == "enable",
             cpu_noise_offset=here.cpu_noise_offset,
             preview=here.wants_previews(model),
-            cache=handle.cache,
+            cache=None if study else handle.cache,
+            study=study,
             controls=tuple(control.message for control in placed),
             adapters=Adapters(files=handle.loras, changes=tuple(change.message for change in changes)),
         )
@@ -233,9 +275,7 @@ class ParallelDiTSampler:
             weight_delivery.deliver(client, changes)
             return session.ask(client, message, tensors, model)
 
-        reply = session.with_living(client, ask)
-        sampled = {name: here.kept(tensor) for name, tensor in reply.tensors.items()}
-        return (latent.from_reply(latent_image, specs, sampled),)
+        return session.with_living(client, ask)
 
 
 def _check_inputs(sampler_name: str, scheduler: str, start_at_step: int, end_at_step: int) -> None:

@@ -8,7 +8,7 @@ import sys
 from ...launcher.client import SidecarError
 from ...parallel_backend.errors import Cancelled, UserError
 from ...parallel_backend.protocol.errors import ProtocolError
-from . import bench, plan, run, sidecar
+from . import bench, plan, run, sidecar, study
 from .options import EXIT_CODES, FAILED, INTERRUPTED
 
 
@@ -39,6 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (run, bench, plan, sidecar):
+    for command in (run, bench, study, plan, sidecar):
         command.add_parser(commands)
     return parser

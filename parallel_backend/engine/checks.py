@@ -54,6 +54,7 @@ def check_request(
         can=spec.can,
         stepwise=isinstance(request, Predict),
         has_cache=request.cache is not None,
+        is_study=isinstance(request, Sample) and request.study,
     )
     if isinstance(request, Sample):
         sampler = find_sampler(request.sampler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import IPAdapter
 from ..attention.usp import AttentionCore
 from ..caches.policy import COMPUTE_ALL
+from ..caches.study import WatchedAttention
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
 from ..families.family import Family, TokenFamily
@@ -33,7 +35,7 @@ from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
-from .step_caches import count, step_cache_of
+from .step_caches import count, step_cache_of, study_of, watching
 
 if TYPE_CHECKING:
     from ..run_context import Run
@@ -71,7 +73,9 @@ def sample(
     if steps < 1:
         return _reply(latents)
     cache = step_cache_of(request.cache, family, mesh, model_sampling) if request.cache else None
-    strategy = strategy_of(request.layout, family, mesh, attention, packing, cache or COMPUTE_ALL)
+    study = study_of(family, mesh) if request.study else None
+    watched = WatchedAttention(attention, study) if study else attention
+    strategy = strategy_of(request.layout, family, mesh, watched, packing, study or cache or COMPUTE_ALL)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
     cfg_pp = find_sampler(request.sampler).cfg_pp
@@ -106,7 +110,8 @@ def sample(
     if mesh.pipefusion.size == 1:
         leave = strategy.forget
         try:
-            sampled = run_sampler(model, job, on_step, guidance.negative, together)
+            with watching(study, family) if study else nullcontext():
+                sampled = run_sampler(model, job, on_step, guidance.negative, together)
             leave = strategy.finish
         except (Cancelled, UserError):
             leave = strategy.finish
@@ -137,7 +142,12 @@ def sample(
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     check_result(whole, steps)
     parts = packing.unpack(whole)
-    return _reply({spec.name: family.process_out(parts[spec.name], spec) for spec in family.latents})
+    reply = _reply({spec.name: family.process_out(parts[spec.name], spec) for spec in family.latents})
+    if study:
+        measured = study.measured()
+        measured["levels"] = torch.tensor([model_sampling.level(float(time)) for time in measured.pop("times")])
+        reply |= {f"study.{name}": tensor for name, tensor in measured.items()}
+    return reply
 
 
 class _Reports:

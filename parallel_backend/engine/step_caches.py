@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..caches.first_block import FirstBlockCache
 from ..caches.policy import Counts
 from ..caches.residuals import Agreement, Limits, ResidualCache
+from ..caches.schedule import ScheduleCache
+from ..caches.study import Study
 from ..caches.teacache import PLAIN, TeaCache
 from ..distributed.mesh import Mesh
 from ..families.family import Family, TokenFamily, with_tokens
@@ -39,7 +42,24 @@ def step_cache_of(
         return TeaCache(
             blocks, partial(_modulated_input, tokens), agreement, limits, threshold=threshold, coefficients=coefficients
         )
+    if settings.rule == "schedule":
+        level = (model_sampling or tokens.model_sampling(None)).level
+        return ScheduleCache(blocks, level, agreement, limits, threshold=threshold, rates=settings.rates)
     return FirstBlockCache(blocks, tokens.controlled, agreement, limits, threshold=threshold)
+
+
+def study_of(family: Family, mesh: Mesh) -> Study:
+    """Raises `UserError` for a family without blocks."""
+    tokens = with_tokens(family, "A study")
+    knows_input = type(tokens).modulated_input is not TokenFamily.modulated_input
+    signal = partial(_modulated_input, tokens) if knows_input else None
+    return Study(len(tokens.blocks), tokens.controlled, signal, mesh.sequence)
+
+
+def watching(study: Study, family: Family) -> AbstractContextManager[None]:
+    """`study` looks at the feed-forwards of `family`."""
+    lists = [with_tokens(family, "A study").transformer.get_submodule(each.names[0]) for each in family.spec.blocks]
+    return study.watching(lists)
 
 
 def _modulated_input(family: TokenFamily, state: State) -> Tensor:

@@ -90,6 +90,9 @@ class HunyuanVideo(JointFamily):
         rotations = self._rotary(text_length, evaluation.grids["image"])
         return State(streams, modulation, own_rotary(rotations, text_length, evaluation.shard))
 
+    def modulated_input(self, state: State) -> Tensor:
+        return cast(Any, self.transformer.transformer_blocks[0]).norm1(state["image"], emb=state.modulation)[0]
+
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]
         return {"image": self.transformer.proj_out(self.transformer.norm_out(image, state.modulation))}

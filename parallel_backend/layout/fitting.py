@@ -43,7 +43,8 @@ class RunFacts:
     pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not evaluated unless the sampler is one of
     CFG++: `cfg_pp`; `blocks`, `heads`: of the model; `token_rows`: rows of image tokens; `whole_batch`: whether
     `sampler` looks at the whole latent of the whole batch; `controls`: ControlNets; `entries`: of both sides;
-    `has_cache`: whether there is a step cache; `can`: which methods the model serves.
+    `has_cache`: whether there is a step cache; `is_study`: whether blocks are measured; `can`: which methods the
+    model serves.
     """
 
     ranks: int | None = None
@@ -60,6 +61,7 @@ class RunFacts:
     controls: int = 0
     entries: tuple[PromptFacts, ...] = ()
     has_cache: bool = False
+    is_study: bool = False
     can: Capabilities | None = None
 
 
@@ -351,6 +353,21 @@ def _cache(layout: Layout, work: RunFacts) -> Misfit | None:
     )
 
 
+def _study(layout: Layout, work: RunFacts) -> Misfit | None:
+    if not work.is_study:
+        return None
+    for name in ("tensor", "pipefusion", "distrifusion"):
+        if layout.degree(name) > 1:
+            return (
+                f"A study measures whole blocks in exact runs, but with {name}_degree={layout.degree(name)} a rank has "
+                "parts of blocks, some of the blocks, or keys and values of the step before.",
+                f"Set {name}_degree to 1 for the study.",
+            )
+    if layout.compile != "off":
+        return ("A study looks into the blocks, and compiled ones cannot be looked into.", "Set compile to off.")
+    return None
+
+
 RULES = (
     _stepwise,
     _cfg_degree,
@@ -366,6 +383,7 @@ RULES = (
     _sampler,
     _controls,
     _cache,
+    _study,
     _areas,
     _time_ranges,
     _references,

@@ -54,6 +54,11 @@ class ModelSampling(ABC):
     def sigma(self, timestep: Tensor) -> Tensor:
         """The noise level at `timestep`."""
 
+    def level(self, timestep: float) -> float:
+        """Where the model's clock is at `timestep`: from 1 at the highest noise level to 0 at the lowest."""
+        first, last = (float(self.timestep(sigma)) for sigma in (self.sigma_max, self.sigma_min))
+        return min(1.0, max(0.0, (timestep - last) / (first - last)))
+
     @abstractmethod
     def percent_to_sigma(self, percent: float) -> float:
         """The noise level after the share `percent` of the sampling time; 0 is the start."""

@@ -26,6 +26,7 @@ from paralleldit.parallel_backend.protocol.errors import ProtocolError
 from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.sampling.samplers import SAMPLERS
 from paralleldit.parallel_backend.sampling.schedules import SCHEDULERS
+from paralleldit.tests.fake_client import ANSWERS
 from paralleldit.tests.graph.sampling import NAME, conditioning, load, node, sample
 
 PACK = Path(__file__).resolve().parents[2]
@@ -468,6 +469,33 @@ def test_a_cached_model_is_used_again_in_a_new_sidecar(client):
     assert len(requests) == 3
     assert requests[0] == requests[2]
     assert {spec.ranks for spec in client.specs} == {2}
+
+
+def studied(message, tensors):
+    """What the ranks measure of a run of four evaluations: every change is a tenth."""
+    changes = torch.full((3, 3, 6, 2), 0.1)
+    return {
+        "latent": tensors["latent"],
+        "study.levels": torch.tensor([1.0, 0.75, 0.5, 0.25]),
+        "study.changes": changes,
+    } | {"study.whole": torch.full((3, 3, 2), 0.1)}
+
+
+def test_a_study_of_a_model_is_the_schedule_of_its_cache(client, monkeypatch):
+    monkeypatch.setitem(ANSWERS, messages.Sample, studied)
+    cached = node("Cache").add(load(), "first block", 0.2)[0]
+    inputs = {"positive": conditioning(), "latent_image": {"samples": torch.zeros(1, 16, 4, 4)}, "seed": 1, "steps": 4}
+    settings = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "save": True, "positive_2": conditioning()}
+    picture, study, report = node("Redundancy").measure(cached, **inputs, **settings)["result"]
+    assert [(message.study, message.cache) for message, _ in client.sent] == [(True, None)] * 2
+    assert picture.shape[0] == 4, "changes and cosines of two prompts"
+    assert study.rates == pytest.approx([0.4] * 20)
+    assert "Written to" in report
+    for given in ({"study": study}, {}):
+        (model,) = node("Cache").add(load(), "schedule", 0.3, **given)
+        assert model.cache.rates == pytest.approx(study.rates), "from the link, and from beside the model"
+    assert node("Cache").add(load(), "teacache", 0.3)[0].cache.coefficients == ()
+    assert node("Cache").add(load(), "teacache", 0.3, study=study)[0].cache.coefficients == study.coefficients
 
 
 def test_a_sidecar_that_was_lost_before_it_began_is_replaced_and_asked_again(client, monkeypatch):

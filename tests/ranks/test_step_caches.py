@@ -1,7 +1,6 @@
 """Step caches decide alike on all ranks, and do what a serial model of their rule does."""
 
 import itertools
-import re
 from unittest import mock
 
 import numpy as np
@@ -24,7 +23,16 @@ from paralleldit.tests.ranks.stale_families import HEADS, relative_error, reques
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 
 STEPS = 8
-MODELS = ["flux dev", "sd3.5 medium", "pixart alpha", "hunyuandit 1.2", "wan 2.1", "z-image", "qwen-image"]
+MODELS = [
+    "flux dev",
+    "sd3.5 medium",
+    "pixart alpha",
+    "hunyuandit 1.2",
+    "wan 2.1",
+    "z-image",
+    "qwen-image",
+    "hunyuanvideo",
+]
 LAYOUTS = [
     Layout(),
     Layout(ulysses_degree=2),
@@ -41,10 +49,11 @@ WAN = 2.0
 CACHES = {
     "first block": StepCache(threshold=10.0, max_skips=1),
     "teacache": StepCache(rule="teacache", threshold=0.25, coefficients=(2.0, 0.5, 0.0)),
+    "schedule": StepCache(rule="schedule", threshold=0.3, rates=(0.5, 1.0, 2.0)),
 }
 CASES = covering(
     [(model, layout, kind) for model in MODELS for layout in LAYOUTS for kind in CACHES],
-    lambda case: pairs_of(case[1], case[0]) | pairs_of(case[1], case[2]) | {frozenset((case[0], case[2]))},
+    lambda case: pairs_of(case[1], case[2]) | {frozenset((case[0], met)) for met in (case[2], case[1].ranks > 1)},
 )
 
 
@@ -67,7 +76,7 @@ def cached(world, model, layout, cache, path=None):
     return latent, [(event.computed, event.total) for event in said if isinstance(event, Evaluations)]
 
 
-def every_other(kept, family, state, blocks, cache):
+def every_other(kept, family, state, blocks, cache, time):
     """Every other evaluation adds to its first block what the others added in the one before."""
     first = blocks[0](state)
     if (added := kept.pop("added", None)) is not None:
@@ -77,7 +86,7 @@ def every_other(kept, family, state, blocks, cache):
     return last
 
 
-def by_teacache(kept, family, state, blocks, cache):
+def by_teacache(kept, family, state, blocks, cache, time):
     """TeaCache's rule, of the picture of a batch that has changed most."""
     now = family.modulated_input(state).flatten(1)
     if "input" in kept:
@@ -91,20 +100,43 @@ def by_teacache(kept, family, state, blocks, cache):
     return last
 
 
+def by_schedule(kept, family, state, blocks, cache, time):
+    """An evaluation is whole where the rates add up to the threshold since the last whole one; each counts for a third
+    of the run."""
+    level = family.model_sampling(None).level(time)
+    between = np.linspace(*sorted((level, kept.get("level", level))), 1001)[:-1]
+    step = abs(level - kept.get("level", level)) / 1000
+    kept["sum"] = kept.get("sum", 0.0) + sum(cache.rates[min(2, int(3 * each))] * step for each in between)
+    kept["level"] = level
+    if "added" in kept and kept["sum"] < cache.threshold:
+        return plus(state, kept["added"])
+    last = run_blocks(family, state, blocks, policy=sample.COMPUTE_ALL)
+    kept["sum"], kept["added"] = 0.0, {name: last[name] - state[name] for name in last.streams}
+    return last
+
+
 def plus(state, added):
     return state.with_streams(**{name: state[name] + more for name, more in added.items()})
 
 
 def serially(world, model, cache):
     """The latent of a serial model of the rule of `cache`."""
-    rule = by_teacache if cache.rule == "teacache" else every_other
-    turns, kept = itertools.count(), ({}, {})
+    rule = {"first block": every_other, "teacache": by_teacache, "schedule": by_schedule}[cache.rule]
+    turns, kept, times = itertools.count(), ({}, {}), []
+    predict = sequence.SequenceParallel.predict
+
+    def noted(self, latent, timestep, *more):
+        times.append(float(timestep[0]))
+        return predict(self, latent, timestep, *more)
 
     def run_by_rule(family, state, blocks, *, policy, residuals):
         # The positive prompt and the negative one take turns.
-        return rule(kept[next(turns) % 2], family, state, blocks, cache)
+        return rule(kept[next(turns) % 2], family, state, blocks, cache, times[-1])
 
-    with mock.patch.object(sequence, "run_blocks", run_by_rule):
+    with (
+        mock.patch.object(sequence, "run_blocks", run_by_rule),
+        mock.patch.object(sequence.SequenceParallel, "predict", noted),
+    ):
         return cached(world, model, Layout(), None)[0]
 
 
@@ -112,7 +144,8 @@ def projected(world, model):
     """The modulated input of the first block, and what its attention projects to values of the picture."""
     family = TINY_MODELS[model].make_family(HEADS)
     found, layers = [], dict(family.transformer.named_modules())
-    first = next(name for name in layers if re.search(r"\.0\.(attn1?|attention|self_attn)\.to_v$", name))
+    block = f"{family.spec.blocks[0].names[0]}.0."
+    first = next(name for name in layers if name.startswith(block) and name.endswith(".to_v"))
     layers[first].register_forward_pre_hook(lambda _, args: found.append(args[0]))
 
     def look(family, state, blocks, *, policy, residuals):
@@ -133,11 +166,13 @@ def paths(tmp_path_factory):
     return {model: folder / model for model in MODELS}
 
 
-@pytest.mark.parametrize("kind", ["first block", "teacache"])
+@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_threshold_of_zero_changes_no_bit(ranks, model, kind):
     ((plain, _),) = ranks.once(1, cached, model, Layout(), None)
-    ((latent, said),) = ranks.run(1, cached, model, Layout(), StepCache(rule=kind, threshold=0.0))
+    ((latent, said),) = ranks.run(
+        1, cached, model, Layout(), CACHES[kind].model_copy(update={"threshold": 0.0, "max_skips": 0})
+    )
     assert torch.equal(latent, plain)
     assert said == [(2 * STEPS, 2 * STEPS)]
 
@@ -170,6 +205,23 @@ def test_ranks_decide_by_the_change_of_all_tokens(ranks, paths, layout):
     assert 2 < whole < 2 * STEPS, "some are skipped, and some are not"
     for latent, _ in ranks.run(layout.ranks, cached, model, layout, BY_CHANGE, paths[model]):
         assert relative_error(latent, expected) <= 1e-5
+
+
+def studied(world, model, layout):
+    request, tensors = request_of(model, layout)
+    family = TINY_MODELS[model].make_family(HEADS)
+    run = Run(ControlGroup(), 1, lambda *_: None)
+    reply = sample.sample(request.model_copy(update={"study": True}), tensors, family, Mesh(layout), run)
+    return {name: tensor for name, tensor in reply.items() if name.startswith("study.")}
+
+
+@pytest.mark.parametrize("layout", [Layout(ulysses_degree=2), Layout(ring_degree=2, cfg_degree=2)], ids=str)
+def test_a_study_by_several_ranks_finds_what_one_rank_finds(ranks, layout):
+    (expected,) = ranks.once(1, studied, "sd3.5 medium", Layout())
+    found = ranks.run(layout.ranks, studied, "sd3.5 medium", layout)[0]
+    assert expected["study.changes"].isfinite().float().mean() > 0.9
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def test_distrifusion_with_a_cache_is_what_it_is_without_where_nothing_is_skipped(ranks):

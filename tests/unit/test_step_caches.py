@@ -41,6 +41,7 @@ def evaluated(
     name: str = "",
     batch: int = 1,
     start: Any = 0.0,
+    time: float = 1.0,
 ):
     """The tokens behind all blocks, and how many blocks were computed; the tokens before them are `start`.
 
@@ -57,7 +58,9 @@ def evaluated(
 
         return add
 
-    evaluation: Any = SimpleNamespace(condition=SimpleNamespace(name=name), batch=batch, grids={"image": "a grid"})
+    evaluation: Any = SimpleNamespace(
+        condition=SimpleNamespace(name=name), batch=batch, grids={"image": "a grid"}, timestep=torch.tensor([time])
+    )
     residuals = {number: torch.full((1, 2, 3), value) for number, value in enumerate(controls or [])}
     state = State({"image": torch.as_tensor(start, dtype=torch.float32).reshape(-1, 1, 1).expand(batch, 2, 3)})
     policy = cache.policy(evaluation)

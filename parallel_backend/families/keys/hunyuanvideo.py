@@ -259,5 +259,6 @@ HUNYUANVIDEO = FamilySpec(
     host_params="comfy.ldm.hunyuan_video.model:HunyuanVideoParams",
     residuals=residuals,
     lora_names=LORA_NAMES,
+    teacache={60: (7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02)},
     published={"hunyuanvideo-t2v": HUNYUANVIDEO_T2V, "skyreels-v1-t2v": {**HUNYUANVIDEO_T2V, "guidance_embeds": False}},
 )

@@ -122,7 +122,11 @@ class Sample(Request):
     Of the run's steps those from `start_step` to before `end_step` are taken, the last of them down to no noise unless
     `leftover_noise`. Without `add_noise` the latent has its noise already.
 
-    Reply tensors: as the latents. Events: `Progress` per step, with tensor `preview` [1, C, H, W] if asked, of a video
+    With `study` what changes from step to step is measured.
+
+    Reply tensors: as the latents; of a study `study.levels` [E] of E evaluations, from 1 to 0, and between each two of
+    them `study.changes` [E - 1, blocks, 6, 2] and `study.whole` [E - 1, 3, 2]: relative change and cosine of what
+    caches/study.py names. Events: `Progress` per step, with tensor `preview` [1, C, H, W] if asked, of a video
     [1, C, 1, H, W]: its first frame.
     """
 
@@ -150,6 +154,7 @@ class Sample(Request):
     adapters: Adapters = Adapters()
     controls: tuple[ControlUse, ...] = Field(default=(), max_length=16)
     cache: StepCache | None = None
+    study: bool = False
 
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
