@@ -23,6 +23,10 @@ CONFIG = "config.json"
 TYPE = "control_type"
 """The key under which Stability's files store the kind of picture that they take."""
 
+UNUSED_EMBEDDER = ("pos_embed.proj.weight", "pos_embed.proj.bias")
+"""Of Stability's for 3.5 Large: its network has an embedder of its own, but its code gives it the latent as the model
+embeds it, with the model's table of positions, and so do diffusers' pipelines."""
+
 XLABS_RULES = (
     *FLUX.rules,
     Rule("pos_embed_input", ("controlnet_x_embedder",)),
@@ -271,7 +275,7 @@ FORMATS = (
         ("pos_embed_input.proj.weight", "transformer_blocks.0.adaLN_modulation.1.weight"),
         _sd3_image,
         STABILITY_RULES,
-        not_weights=(TYPE,),
+        not_weights=(TYPE, *UNUSED_EMBEDDER),
     ),
     Format("sd3", "SD3ControlNetModel", ("pos_embed_input.proj.weight", "pos_embed.proj.weight"), _sd3),
     Format("sd3 image", "SD3ControlNetModel", ("pos_embed_input.proj.weight",), _sd3_image),

@@ -81,6 +81,13 @@ ORIGINAL = {
     "hunyuandit": TENCENT_RULES,
 }
 """ControlNets that are written in their makers' layout as well."""
+UNUSED = {
+    "sd3 image": {
+        "pos_embed.proj.weight": torch.ones(HEADS * 16, 16, 2, 2),
+        "pos_embed.proj.bias": torch.ones(HEADS * 16),
+    }
+}
+"""An embedder of its own: Stability's code gives the network the tokens of the model's instead."""
 
 
 def sd3_controlnet(zeros, **changes):
@@ -112,13 +119,13 @@ def write(place):
                     nn.init.normal_(parameter, std=0.2)
         net.save_pretrained(place / name)
         if name in ORIGINAL:
-            write_original(net, ORIGINAL[name], place / f"{name} original")
+            write_original(net, ORIGINAL[name], place / f"{name} original", UNUSED.get(name, {}))
 
 
-def write_original(net, rules, folder):
-    """The weights under their makers' names, with what they do not tell in a config."""
+def write_original(net, rules, folder, unused):
+    """The weights under their makers' names, and `unused` ones, with what they do not tell in a config."""
     folder.mkdir()
-    weights, tensors = net.state_dict(), {}
+    weights, tensors = net.state_dict(), dict(unused)
     for rule in rules:
         for number in range(8) if "{i}" in rule.source else [0]:
             for suffix, own in rule.suffixes.items():
