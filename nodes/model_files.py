@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files.checkpoint import is_weights
+from ..parallel_backend.files.safetensors import UNREAD_SUFFIXES
 from . import host
 
 PACK = Path(__file__).resolve().parent.parent
@@ -42,6 +43,8 @@ def resolve(name: str, kinds: Sequence[str], what: str) -> Path:
             path = base / Path(name).expanduser()
             if name and path.exists():
                 return _sendable(path.resolve())
+    if what_it_is := UNREAD_SUFFIXES.get(Path(name).suffix.lower()):
+        raise UserError(f"{what} {name!r} is {what_it_is[0]} by its name, not a safetensors file.", what_it_is[1])
     listed = list(known)
     choice = f"Choose one of: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}."
     folders = ", ".join((*kinds, *(() if _are_bundled(kinds) else (DIFFUSERS,))))

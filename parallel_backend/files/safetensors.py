@@ -22,6 +22,12 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 30_000
 REDOWNLOAD = "Download or copy it again."
 CONVERT = "Use the safetensors version of this model."
+GGUF = "The ranks do not read its blocks. Use the model's bf16 or fp8 .safetensors file; fp8 is as large as Q8."
+UNREAD_SUFFIXES = {
+    ".gguf": ("a GGUF file", GGUF),
+    **dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), ("a pickled PyTorch file, which may run any program", CONVERT)),
+}
+"""Of files of weights that are never read: what such a file is, what to do."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -44,7 +50,7 @@ DTYPES = {
 FOREIGN = (  # first bytes in lower case, what such a file is, what to do
     (b"pk\x03\x04", "a zip archive, probably a pickled PyTorch checkpoint (.ckpt, .pt, .bin)", CONVERT),
     *((bytes([0x80, version]), "a Python pickle (.ckpt, .pt, .bin)", CONVERT) for version in (2, 3, 4, 5)),
-    (b"gguf", "a GGUF file", CONVERT),
+    (b"gguf", *UNREAD_SUFFIXES[".gguf"]),
     (b"\x89hdf", "an HDF5 file", CONVERT),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it points to", "Run `git lfs pull`."),
     (b"<!doctype", "an HTML page, probably the error page of a failed download", REDOWNLOAD),

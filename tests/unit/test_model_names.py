@@ -64,6 +64,22 @@ def test_a_loop_of_links_lists_a_file_once_and_ends(models: Path, tmp_path: Path
     assert listed("vae") == ["a.safetensors", "linked/b.safetensors", "linked/further/c.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "remedy"),
+    [
+        ("flux1-dev-Q4_K_S.gguf", "is a GGUF file by its name", "bf16 or fp8 .safetensors file"),
+        ("sub\\model.GGUF", "is a GGUF file by its name", "bf16 or fp8 .safetensors file"),
+        ("v1-5.ckpt", "is a pickled PyTorch file", "safetensors version"),
+    ],
+)
+def test_a_file_of_a_kind_that_is_never_read_is_not_listed_and_called_what_it_is(models, name, what, remedy) -> None:
+    put(models / "unet" / Path(name.replace("\\", "/")))
+    assert listed(*KINDS) == []
+    with pytest.raises(UserError, match=what) as refused:
+        model_files.resolve(name, KINDS, "The model")
+    assert remedy in refused.value.hint
+
+
 def test_a_name_that_is_not_in_utf8_is_named(models: Path) -> None:
     put(models / "vae" / os.fsdecode(b"caf\xe9.safetensors"))
     (name,) = listed("vae")

@@ -33,7 +33,7 @@ BAD_FILES = {
     "short": (b"\x08", "has 1 bytes"),
     "zip": (b"PK\x03\x04" + bytes(100), "zip archive"),
     "pickle": (b"\x80\x04\x95" + b"x" * 100, "Python pickle"),
-    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "GGUF"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "it is a GGUF file.*bf16 or fp8"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer.*git lfs pull"),
     "html": (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "HTML page"),
     "json": (b'{"error": "Invalid credentials"}', "JSON text"),
