@@ -114,6 +114,10 @@ class Host:
         """The attention kernel that a node other than Parallel Layout has chosen for the MODEL; "auto": none."""
         return "auto"
 
+    def cfg_norm(self, model: Any) -> float | None:
+        """The strength of a CFGNorm node on the MODEL, None without one."""
+        return None
+
     def schedule(
         self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float
     ) -> tuple[Schedule | None, Tensor | None, float | None]:

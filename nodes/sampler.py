@@ -254,6 +254,7 @@ class ParallelDiTSampler:
             positive=named["positive"],
             negative=named.get("negative", ()),
             cfg=cfg,
+            cfg_norm=here.cfg_norm(model),
             sampler=sampler_name,
             schedule=schedule,
             sampling_shift=shift,

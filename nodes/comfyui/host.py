@@ -145,6 +145,9 @@ class ComfyHost(Host):
     def chosen_attention(self, model: Any) -> AttentionKernel:
         return model_checks.chosen_attention(model)
 
+    def cfg_norm(self, model: Any) -> float | None:
+        return model_checks.cfg_norm(model)
+
     def schedule(
         self, model: Any, sampler: str, scheduler: str, steps: int, denoise: float
     ) -> tuple[Schedule | None, Tensor | None, float | None]:

@@ -13,6 +13,9 @@ from ...parallel_backend.layout.layout import AttentionKernel
 from ..handles import OWN_LOADER
 from ..layout_choice import LayoutChoice
 
+AFTER_CFG = "sampler_post_cfg_function"
+CFG_NORM = "CFGNorm.execute.<locals>.cfg_norm"
+"""ComfyUI's function behind the guidance that the ranks know."""
 HANDLED_OPTIONS = ("transformer_options", "disable_cfg1_optimization")
 PATCHER_TABLES = ("hook_patches", "additional_models", "injections", "wrappers", "callbacks")
 NETWORK_OPTIONS = ("patches", "patches_replace", "optimized_attention_override", "rope_options")
@@ -44,9 +47,10 @@ def check_stepwise(patcher: Any) -> None:
 def check_patches(patcher: Any) -> None:
     """Raises `UserError` naming what other nodes have put on the model and a run in the ranks cannot obey."""
     options = patcher.model_options
+    handled = HANDLED_OPTIONS if cfg_norm(patcher) is None else (*HANDLED_OPTIONS, AFTER_CFG)
     found = [
         *(name for name in patcher.object_patches if name != "model_sampling"),
-        *(name for name, value in options.items() if value and name not in HANDLED_OPTIONS),
+        *(name for name, value in options.items() if value and name not in handled),
         *_set_names(options["transformer_options"], "transformer_options"),
         *(name for table in PATCHER_TABLES for name in _set_names(getattr(patcher, table, {}), table)),
     ]
@@ -55,6 +59,15 @@ def check_patches(patcher: Any) -> None:
             f"The model carries {', '.join(found)}, which Parallel Sampler cannot send to the ranks.",
             "Remove the nodes between Parallel Loader and Parallel Sampler that set this.",
         )
+
+
+def cfg_norm(patcher: Any) -> float | None:
+    """The strength of ComfyUI's CFGNorm, where nothing else works behind the guidance; None otherwise."""
+    functions: list[Callable[..., Any]] = patcher.model_options.get(AFTER_CFG) or []
+    if [getattr(each, "__qualname__", "") for each in functions] != [CFG_NORM]:
+        return None
+    strength = inspect.getclosurevars(functions[0]).nonlocals.get("strength")
+    return float(strength) if isinstance(strength, int | float) else None
 
 
 EXPONENTIAL, LINEAR = "ModelSamplingFlux + CONST", "ModelSamplingDiscreteFlow + CONST (multiplier 1)"

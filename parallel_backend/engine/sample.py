@@ -79,7 +79,17 @@ def sample(
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
     cfg_pp = find_sampler(request.sampler).cfg_pp
-    guidance = Guidance(strategy.predict, model_sampling, mesh.cfg, positive, negative, request.cfg, levels, cfg_pp)
+    guidance = Guidance(
+        strategy.predict,
+        model_sampling,
+        mesh.cfg,
+        positive,
+        negative,
+        request.cfg,
+        levels,
+        cfg_pp,
+        request.cfg_norm,
+    )
 
     def preview(x: Tensor) -> Tensor | None:
         """The first picture, of a video its first frame, as what it is now."""

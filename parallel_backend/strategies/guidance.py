@@ -41,14 +41,17 @@ class Guidance:
         cfg: float,
         sigmas: Tensor | None = None,
         cfg_pp: bool = False,
+        norm: float | None = None,
     ) -> None:
-        """`sigmas`: the run's levels, on the CPU, for models that are given the time of the next one."""
+        """`sigmas`: the run's levels, on the CPU, for models that are given the time of the next one. `norm`: the
+        strength of `shortened`, None without it."""
         self.sigmas = sigmas
         self._negative: Tensor | None = None
         self.predict = predict
         self.model_sampling = model_sampling
         self.axis = axis
         self.cfg = cfg
+        self.norm = norm
         self.sides = [positive] if not negative or (cfg == 1.0 and not cfg_pp) else [positive, negative]
         self._entries: list[Sided] = [(side, entry) for side, entries in enumerate(self.sides) for entry in entries]
         self._repeats = {entry: entry.again() for _, entry in self._entries}
@@ -112,11 +115,11 @@ class Guidance:
         totals = self._exchanged(sums, shares, x)
         for side, total in enumerate(totals):
             total /= sum_of_weights([entry for number, entry in counting if number == side], x, cut)
-        if len(totals) == 1:
-            return totals[0]
-        positive, negative = totals
-        self._negative = negative
-        return negative + (positive - negative) * self.cfg
+        positive, guided = totals[0], totals[0]
+        if len(totals) > 1:
+            self._negative = negative = totals[1]
+            guided = negative + (positive - negative) * self.cfg
+        return guided if self.norm is None else shortened(guided, positive) * self.norm
 
     def _exchanged(self, sums: Sequence[Tensor], shares: Sequence[Sequence[Sided]], like: Tensor) -> list[Tensor]:
         """The sum of each side over all ranks' shares, from those of this rank's."""
@@ -146,6 +149,13 @@ class Guidance:
         own = [entry for _, entry in shares[self.axis.rank]]
         missing = max(map(len, shares)) - len(own)
         return own + [self._repeats[entry] for _, entry in entries[-1:]] * missing
+
+
+def shortened(guided: Tensor, positive: Tensor) -> Tensor:
+    """`guided` `[B, C, ...]`, whose cells are no longer than those of the `positive` prediction: ComfyUI's CFGNorm."""
+    lengths = (torch.linalg.vector_norm(each, dim=1, keepdim=True) for each in (positive, guided))
+    wanted, found = lengths
+    return guided * (wanted / (found + 1e-8)).clamp(max=1.0)
 
 
 def _sides_in(share: Sequence[Sided]) -> list[int]:

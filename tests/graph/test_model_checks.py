@@ -111,6 +111,29 @@ def test_a_model_without_patches_needs_no_line() -> None:
     assert model_checks.chosen_attention(Patcher()) == "auto"
 
 
+class CFGNorm:
+    """ComfyUI's node, as far as its function goes."""
+
+    @classmethod
+    def execute(cls, strength: float) -> Any:
+        def cfg_norm(args: Any) -> Any:
+            return args * strength
+
+        return cfg_norm
+
+
+def test_a_cfg_norm_travels_by_its_strength_and_nothing_else_behind_the_guidance_does() -> None:
+    patcher = Patcher()
+    assert model_checks.cfg_norm(patcher) is None
+    patcher.model_options["sampler_post_cfg_function"] = [CFGNorm.execute(0.7)]
+    model_checks.check_patches(patcher)
+    assert model_checks.cfg_norm(patcher) == 0.7
+    for others in ([negative_attention], [CFGNorm.execute(0.7), negative_attention]):
+        patcher.model_options["sampler_post_cfg_function"] = others
+        with pytest.raises(UserError, match="sampler_post_cfg_function"):
+            model_checks.check_patches(patcher)
+
+
 class Network:
     def forward_orig(self) -> None: ...
 

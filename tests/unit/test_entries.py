@@ -124,6 +124,25 @@ def test_a_side_is_the_weighted_mean_of_its_entries(positive, negative, sigma):
     torch.testing.assert_close(found, no + CFG * (yes - no))
 
 
+@pytest.mark.parametrize("cfg", [1.0, CFG])
+def test_a_norm_leaves_no_cell_longer_than_the_positive_prompts(cfg):
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    sides = placed_sides(prompts([{}], 0), prompts([{}], 5), SHAPE)
+    entries = {}
+    for side, each in sides.items():
+        messages, tensors = to_message(side, each, FAMILY.name, SHAPE)
+        entries[side] = entries_of_side(messages, side, Inputs(tensors, FAMILY, SAMPLING, SHAPE))
+    alone = Axis("alone", [0], None, Ledger())
+    both = entries["positive"], entries["negative"]
+    plain, normed = (
+        Guidance(predict, SAMPLING, alone, *both, cfg, norm=norm).denoised(x, torch.tensor(0.5)) for norm in (None, 0.9)
+    )
+    yes = expected(sides["positive"], x, 0.5).norm(dim=1, keepdim=True)
+    shares = yes / plain.norm(dim=1, keepdim=True)
+    assert (cfg == 1.0) or 0 < (shares < 1).float().mean() < 1
+    torch.testing.assert_close(normed, 0.9 * plain * shares.clamp(max=1.0))
+
+
 def test_areas_and_masks_are_those_of_the_latent():
     dot = {"mask": DOT.repeat_interleave(8, 1).repeat_interleave(8, 2), "set_area_to_bounds": True}
     empty = {"mask": torch.zeros(64, 64), "set_area_to_bounds": True}

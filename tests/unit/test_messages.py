@@ -54,11 +54,13 @@ SAMPLE: dict[str, Any] = {
         "files": [{"path": "/l"}],
         "changes": [{"key": "k", "digest": "0" * 32, "strength": 1.0, "rows": [0, 1]}],
     },
+    "cfg_norm": 1.0,
     "sampling_shift": 1.0,
     "batch_index": [0],
 }
 PLACES = [
     ("cfg",),
+    ("cfg_norm",),
     ("seed",),
     ("sampling_shift",),
     ("batch_index", 0),

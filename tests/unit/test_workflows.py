@@ -26,6 +26,9 @@ HOST_OUTPUTS = {
     "CLIPTextEncode": ("CONDITIONING",),
     "FluxGuidance": ("CONDITIONING",),
     "ModelSamplingAuraFlow": ("MODEL",),
+    "CFGNorm": ("MODEL",),
+    "TextEncodeQwenImageEditPlus": ("CONDITIONING",),
+    "FluxKontextImageScale": ("IMAGE",),
 }
 """Nodes of ComfyUI that run there only: the tests of the host compare their inputs with its own list."""
 

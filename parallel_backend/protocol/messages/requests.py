@@ -136,6 +136,9 @@ class Sample(Request):
     positive: tuple[Conditioning, ...] = Field(min_length=1, max_length=64)
     negative: tuple[Conditioning, ...] = Field(default=(), max_length=64)
     cfg: float = Field(default=1.0, ge=0.0, le=1000.0)
+    cfg_norm: float | None = Field(
+        default=None, ge=0.0, le=100.0, description="the strength of ComfyUI's CFGNorm, where the graph has it"
+    )
     sampler: str
     schedule: Schedule | None
     sampling_shift: Finite | None = Field(
