@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -146,14 +145,12 @@ class CrossAttentionBlock(PartlyCompiled):
 
 
 class CrossAttentionFamily(TokenFamily):
-    """Image tokens are patches of a convolution; the last layer predicts `out_channels`, of which the first count.
+    """The prelude is the context, `[B or 1, St, C]`: the text as all blocks attend to it.
 
-    The others are those of a learned variance, which no sampler here uses. The prelude is the context,
-    `[B or 1, St, C]`: the text as all blocks attend to it. `across_heads`: as in `SelfAttentionSite`.
+    `across_heads`: as in `SelfAttentionSite`.
     """
 
     streams = ("image",)
-    out_channels: int
     across_heads = False
 
     def adopt_network(self) -> None:
@@ -175,15 +172,6 @@ class CrossAttentionFamily(TokenFamily):
 
     def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
         return {self.controlled: [Segment.of(grids[self.controlled], self.controlled)]}
-
-    def embed_patches(self, projection: nn.Conv2d | nn.Conv3d, tokens: Tensor) -> Tensor:
-        """Latent tokens `[B, S, C * pt * ph * pw]` -> `[B, S, h]`."""
-        return F.linear(tokens.to(self.dtype), projection.weight.flatten(1), projection.bias)
-
-    def latent_tokens(self, output: Tensor) -> Tensor:
-        """The last layer's `[B, S, pt * ph * pw * out_channels]` -> `[B, S, C * pt * ph * pw]`."""
-        by_place = output.unflatten(-1, (prod(self.latent.patch), self.out_channels))
-        return by_place[..., : self.latent.channels].transpose(-1, -2).flatten(2)
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:

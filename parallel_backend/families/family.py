@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.site import Attention
@@ -191,6 +193,21 @@ class TokenFamily(Family):
     def add_residual(self, state: State, block: int, residual: Tensor) -> State:
         """The state after `block` with a control's residual of the tokens of the grid."""
         return state.with_streams(**{self.controlled: state[self.controlled] + residual})
+
+    def embed_patches(self, projection: nn.Conv2d | nn.Conv3d, tokens: Tensor) -> Tensor:
+        """Latent tokens `[B, S, C * pt * ph * pw]` -> `[B, S, h]`, by a convolution whose stride is its size.
+
+        That is a matrix over the values of a token.
+        """
+        return F.linear(tokens.to(self.dtype), projection.weight.flatten(1), projection.bias)
+
+    def latent_tokens(self, output: Tensor) -> Tensor:
+        """A last layer's `[B, S, pt * ph * pw * channels]` -> `[B, S, C * pt * ph * pw]`.
+
+        Channels beyond the latent's are those of a learned variance, which no sampler here uses.
+        """
+        by_place = output.unflatten(-1, (prod(self.latent.patch), -1))
+        return by_place[..., : self.latent.channels].transpose(-1, -2).flatten(2)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -38,7 +38,6 @@ class HunyuanDiT(CrossAttentionFamily):
         super().adopt_network()
         model = self.transformer
         self.hidden_size = model.inner_dim
-        self.out_channels = model.out_channels
         count = len(model.blocks)
         self.skips = skips(count)
         sources = {target: source for source, target in self.skips.items()}

@@ -38,7 +38,6 @@ class PixArt(CrossAttentionFamily):
     def adopt_network(self) -> None:
         super().adopt_network()
         self.hidden_size = self.transformer.inner_dim
-        self.out_channels = self.transformer.out_channels
         self.blocks = [_as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
         self._positions = lru_cache(maxsize=8)(self._compute_positions)
         self._sizes = lru_cache(maxsize=32)(self._compute_sizes)

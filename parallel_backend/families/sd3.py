@@ -5,13 +5,11 @@ The last block gives no text. The first blocks of 3.5-medium have a second atten
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
@@ -117,9 +115,7 @@ class SD3(JointFamily):
 
     def embed_image(self, evaluation: Evaluation) -> Tensor:
         """The image tokens in the shard, embedded and with their positions."""
-        # A convolution whose stride is its size is a matrix over the values of a token.
-        project = self.transformer.pos_embed.proj
-        image = F.linear(self.own_image(evaluation), project.weight.flatten(1), project.bias)
+        image = self.embed_patches(self.transformer.pos_embed.proj, self.own_image(evaluation))
         return image + self._positions(evaluation.grids["image"])[evaluation.shard["image"]]
 
     def resume(self, evaluation: Evaluation, streams: dict[str, Tensor]) -> State:
@@ -131,10 +127,9 @@ class SD3(JointFamily):
 
     def head(self, state: State, predicted: Mapping[str, Places]) -> dict[str, Tensor]:
         image = state["image"][:, predicted["image"]]
-        prediction = self.transformer.proj_out(self.transformer.norm_out(image, state.modulation))
-        # The model's channels come last within a token, the latent's come first.
-        cells = math.prod(self.latent.patch)
-        return {"image": prediction.unflatten(-1, (cells, -1)).transpose(-1, -2).flatten(-2)}
+        return {
+            "image": self.latent_tokens(self.transformer.proj_out(self.transformer.norm_out(image, state.modulation)))
+        }
 
     def attentions(self) -> list[tuple[int, str, Any]]:
         """The attention sites in the order of computation: the block's number, the name in it, and the layer."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..sampling.model_sampling import DiscreteFlow, ModelSampling
@@ -47,7 +46,6 @@ class Wan(CrossAttentionFamily):
         config = self.transformer.config
         self.head_dim: int = config["attention_head_dim"]
         self.hidden_size = config["num_attention_heads"] * self.head_dim
-        self.out_channels = config["out_channels"]
         self.blocks = [_as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
         self._rotary = lru_cache(maxsize=8)(self._compute_rotary)
 
@@ -88,10 +86,8 @@ class Wan(CrossAttentionFamily):
 
     def _compute_rotary(self, grid: Grid) -> Tensor:
         """Rotations `[S, 1, D / 2, 2]`: of a head's channels a third each, about, is for frames, rows and columns."""
-        axes = (torch.arange(count, device=self.device) for count in (grid.frames, grid.rows, grid.columns))
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
         side = 2 * (self.head_dim // 6)
-        return rotations_at(places, (self.head_dim - 2 * side, side, side))
+        return rotations_at(grid.positions(self.device), (self.head_dim - 2 * side, side, side))
 
 
 def _as_block(layer: Any, text: TextOfBlock) -> Block:

@@ -36,6 +36,11 @@ class Grid:
     def count(self) -> int:
         return self.frames * self.rows * self.columns
 
+    def positions(self, device: torch.device) -> Tensor:
+        """The frame, row and column of each token, `[S, 3]`."""
+        axes = (torch.arange(extent, device=device) for extent in (self.frames, self.rows, self.columns))
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
     def cut_axis(self, patches: int) -> CutAxis:
         """Frames where there are as many as `patches`, else rows."""
         return "frames" if self.frames > 1 and self.frames >= patches else "rows"

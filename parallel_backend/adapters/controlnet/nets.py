@@ -106,10 +106,6 @@ class ControlNet(ABC):
     def targets(self, family: TokenFamily) -> dict[int, int]:
         """Maps each block of the model that a residual is added behind to the number of that residual."""
 
-    def patches(self, embedder: Any, tokens: Tensor) -> Tensor:
-        """Latent tokens through a convolution whose stride is its size."""
-        return F.linear(tokens.to(self.view.dtype), embedder.proj.weight.flatten(1), embedder.proj.bias)
-
     def residuals(self, state: State) -> list[Tensor]:
         """Every block's residual of the image tokens, `[B, Si, h]`."""
         outputs, made = self.outputs(), []
@@ -186,7 +182,7 @@ class SD3ControlNet(ControlNet):
             tensors = {**condition.tensors, "pooled": torch.zeros_like(condition["pooled"])}
             evaluation = replace(evaluation, condition=replace(condition, tensors=tensors))
         state = self.view.embed(evaluation)
-        control = self.patches(self.module.pos_embed_input, given.own_picture)
+        control = self.view.embed_patches(self.module.pos_embed_input.proj, given.own_picture)
         return state.with_streams(image=state["image"] + control)
 
     def targets(self, family: TokenFamily) -> dict[int, int]:
@@ -216,7 +212,7 @@ class SD3ImageControlNet(ControlNet):
 
     def embed(self, given: ControlledEvaluation) -> State:
         assert isinstance(self.model, SD3)
-        control = self.patches(self.module.pos_embed_input, given.own_picture)
+        control = self.view.embed_patches(self.module.pos_embed_input.proj, given.own_picture)
         image = self.model.embed_image(given.evaluation) + control
         return self.view.resume(given.evaluation, {"image": image})
 
@@ -229,7 +225,6 @@ class HunyuanBlocks(HunyuanDiT):
     """The blocks of a HunyuanDiT ControlNet, which are the first half of a model's, without skips."""
 
     def adopt_network(self) -> None:
-        self.transformer.out_channels = 0  # It has no last layer.
         super().adopt_network()
         self.skips = {}
         self.blocks = [as_block(layer, text) for layer, text in zip(self.layers, self.texts, strict=True)]
@@ -242,7 +237,7 @@ class HunyuanControlNet(ControlNet):
 
     def embed(self, given: ControlledEvaluation) -> State:
         state = self.view.embed(given.evaluation)
-        control = self.patches(self.module.pos_embed, given.own_picture)
+        control = self.view.embed_patches(self.module.pos_embed.proj, given.own_picture)
         return state.with_streams(image=state["image"] + self.module.input_block(control))
 
     def targets(self, family: TokenFamily) -> dict[int, int]:
