@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from bench_memory import MB, peak_memory
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing.spawn import spawn
 
 from parallel_backend.distributed.control_group import ControlGroup
 from parallel_backend.distributed.mesh import Mesh
@@ -125,9 +127,9 @@ def main() -> None:
         )
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # so that memory that is freed goes back at once
     with tempfile.TemporaryDirectory() as folder:
-        bench_speedup.build(arguments.width).to(torch.bfloat16).save_pretrained(folder)
+        bench_speedup.build(arguments.width, torch.bfloat16).save_pretrained(folder)
         answers = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(measure, args=(arguments, folder, answers), nprocs=arguments.ranks)
+        spawn(measure, args=(arguments, folder, answers), nprocs=arguments.ranks)
         results: dict[str, Measured] = answers.get()
     print("\n".join(table(results, arguments.ranks)))
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ def main() -> None:
 def measure(rank: int, arguments: argparse.Namespace, folder: str, answers) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    store = dist.TCPStore("127.0.0.1", arguments.port, arguments.ranks, is_master=rank == 0)
+    store = TCPStore("127.0.0.1", arguments.port, arguments.ranks, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=arguments.ranks)
     side = round(arguments.tokens**0.5)
     control, steps = ControlGroup(), bench_speedup.Models(arguments.width).variants(side)

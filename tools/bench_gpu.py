@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -160,7 +160,8 @@ class Variants:
             "guidance": torch.tensor([3.5], device=self._device),
             "return_dict": False,
         }
-        return lambda: family.untokenize(module(**given)[0], 2 * side, 2 * side)
+        latents = {"image": self._latent}
+        return lambda: family.untokenise({"image": module(**given)[0]}, latents)["image"]
 
 
 def _random(name: str, like: Tensor, device: torch.device) -> Tensor:
@@ -223,7 +224,8 @@ def timed(step: Step, steps: int, device: torch.device) -> tuple[float, float]:
         began = time.perf_counter()
         for _ in range(steps):
             step()
-        return ((time.perf_counter() - began) / steps,) * 2
+        seconds = (time.perf_counter() - began) / steps
+        return seconds, seconds
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     began = time.perf_counter()
     start.record()

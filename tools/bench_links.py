@@ -26,7 +26,8 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -172,7 +173,7 @@ def run_ranks(arguments: argparse.Namespace) -> Results:
 def measure(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     rank = arguments.rank
-    store = dist.TCPStore(ADDRESSES[0], 29577, 2, is_master=rank == 0)
+    store = TCPStore(ADDRESSES[0], 29577, 2, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -207,19 +208,20 @@ def seconds_per_step(
 
     With a CFG axis the run is guided.
     """
-    sides = ("positive", "negative")[: layout.cfg_degree]
+    guided = layout.cfg_degree > 1
     request = Sample(
         id=1,
         model=ModelRef(path="given"),
         layout=layout,
-        **{name: (Conditioning(),) for name in sides},
+        positive=(Conditioning(),),
+        negative=(Conditioning(),) if guided else (),
         cfg=float(layout.cfg_degree),
         sampler="euler",
         schedule=Schedule(scheduler="simple", steps=STEPS),
         seed=0,
     )
     tensors = {"latent": torch.zeros(1, 16, 2 * side, 2 * side)}
-    for name in sides:
+    for name in ("positive", "negative") if guided else ("positive",):
         tensors[f"{name}.0.tokens"] = torch.randn(1, text_tokens, TEXT_WIDTH)
         tensors[f"{name}.0.pooled"] = torch.randn(1, POOLED_WIDTH)
     told: dict[int, float] = {}

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 PACK = Path(__file__).resolve().parent.parent
 LOADERS = ("parallel_backend", "from_single_file", "from_pretrained")
@@ -55,7 +56,7 @@ def write_model(folder: Path, single_blocks: int) -> int:
     """Writes flux.safetensors (original layout) and diffusers/; returns the size of the former in bytes."""
     import torch
     from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from safetensors.torch import save_file
 
     from parallel_backend.families.keys.flux import RULES
@@ -76,7 +77,8 @@ def write_model(folder: Path, single_blocks: int) -> int:
     path = folder / "flux.safetensors"
     save_file(weights, path)
     weights.clear()
-    load_transformer(path, device="cpu").module.save_pretrained(folder / "diffusers", max_shard_size="100GB")
+    module = cast(FluxTransformer2DModel, load_transformer(path, device="cpu").module)
+    module.save_pretrained(folder / "diffusers", max_shard_size="100GB")
     return path.stat().st_size
 
 
@@ -152,7 +154,7 @@ def memory(pids: list[int]) -> dict[str, int]:
 def work(loader: str, folder: str) -> None:
     """One rank: imports, waits for the word, loads, touches every page, waits again."""
     import torch
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     from parallel_backend.weights.load import load_transformer
 

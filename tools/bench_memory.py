@@ -24,7 +24,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -66,7 +69,7 @@ def main() -> None:
         print("| Layout | Ranks | Weights per rank (MB) | of the model | Peak per rank (MB) |\n|---|---|---|---|---|")
         for layout in (layout for layout in LAYOUTS if arguments.only in str(layout)):
             answers = mp.get_context("spawn").SimpleQueue()
-            mp.spawn(measure, args=(layout, folder, arguments, answers), nprocs=layout.ranks)
+            spawn(measure, args=(layout, folder, arguments, answers), nprocs=layout.ranks)
             weights, peaks = zip(*(answers.get() for _ in range(layout.ranks)), strict=True)
             share = max(weights) / (parameters * 4)
             print(
@@ -84,13 +87,14 @@ def write_model(folder: str, width: int) -> int:
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     return model.num_parameters()
 
 
 def measure(rank: int, layout: Layout, folder: str, arguments: argparse.Namespace, answers) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", arguments.port, layout.ranks, is_master=rank == 0)
+    store = TCPStore("127.0.0.1", arguments.port, layout.ranks, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.ranks)
     mesh, control = Mesh(layout.degrees), ControlGroup()
     request, tensors = request_of(layout, arguments.side)

@@ -6,6 +6,7 @@ A sidecar whose engine returns at once what it got answers a tensor of the given
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import tempfile
@@ -27,25 +28,26 @@ def main() -> None:
     package.__path__ = [str(PACK)]
     sys.modules["paralleldit"] = package
     import torch
-    from paralleldit.launcher.lifecycle import ensure_sidecar, stop
-    from paralleldit.launcher.spec import SidecarSpec
-    from paralleldit.parallel_backend.protocol import messages
+
+    lifecycle = importlib.import_module("paralleldit.launcher.lifecycle")
+    messages = importlib.import_module("paralleldit.parallel_backend.protocol.messages")
+    spec_class = importlib.import_module("paralleldit.launcher.spec").SidecarSpec
 
     tensor = torch.rand(int(args.megabytes * 2**20) // 4)
     request = messages.EncodeText(id=0, text=messages.TextRef(path="/none"), prompt="return")
     with tempfile.TemporaryDirectory() as directory:
-        spec = SidecarSpec(
+        spec = spec_class(
             ranks=args.ranks, device="cpu", worker="tools.bench_request_worker", directory=Path(directory, "run")
         )
-        client = ensure_sidecar(spec, print)
-        seconds = []
+        client = lifecycle.ensure_sidecar(spec, print)
+        seconds, tensors = list[float](), dict[str, torch.Tensor]()
         try:
             for _ in range(args.count + 10):
                 began = time.perf_counter()
                 _, tensors = client.request(request, {"x": tensor})
                 seconds.append(time.perf_counter() - began)
         finally:
-            stop(spec.slot)
+            lifecycle.stop(spec.slot)
     if not torch.equal(tensors["x"], tensor):
         raise SystemExit("the tensor did not come back as it was sent")
     warm = sorted(seconds[10:])

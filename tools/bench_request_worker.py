@@ -10,6 +10,8 @@ from parallel_backend.worker.__main__ import main
 
 
 class Mirror:
+    """Has no groups to leave or to form."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -20,6 +22,12 @@ class Mirror:
 
     def status(self) -> dict[str, object]:
         return {}
+
+    def abandon(self) -> None:
+        pass
+
+    def rejoin(self, run: Run) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from diffusers import ContextParallelConfig, FluxTransformer2DModel
+from diffusers import ContextParallelConfig  # pyright: ignore[reportPrivateImportUsage]
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,13 +62,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="hidden size, a multiple of 128")
     parser.add_argument("--port", type=int, default=29573)
     arguments = parser.parse_args()
-    mp.spawn(measure, args=(arguments,), nprocs=2)
+    spawn(measure, args=(arguments,), nprocs=2)
 
 
 def measure(rank: int, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    store = dist.TCPStore("127.0.0.1", arguments.port, 2, is_master=rank == 0)
+    store = TCPStore("127.0.0.1", arguments.port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     models = Models(arguments.width)
     if rank == 0:
@@ -132,7 +135,7 @@ class Models:
                 guidance=torch.tensor([3.5]),
                 return_dict=False,
             )[0]
-            return self.family.untokenize(output, 2 * side, 2 * side)
+            return self.family.untokenise({"image": output}, {"image": latent})["image"]
 
         def two_threads() -> torch.Tensor:
             torch.set_num_threads(2)
@@ -152,9 +155,9 @@ class Models:
         }
 
 
-def build(width: int) -> FluxTransformer2DModel:
+def build(width: int, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    return FluxTransformer2DModel(
+    model = FluxTransformer2DModel(
         num_layers=3,
         num_single_layers=6,
         attention_head_dim=128,
@@ -162,7 +165,9 @@ def build(width: int) -> FluxTransformer2DModel:
         joint_attention_dim=256,
         pooled_projection_dim=64,
         guidance_embeds=True,
-    ).eval()
+    )
+    nn.Module.to(model, dtype)
+    return model.eval()
 
 
 def engine(family: Flux, ulysses: Axis, ring: Axis, sequence: Axis) -> SequenceParallel:

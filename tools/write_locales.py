@@ -5,6 +5,7 @@ The other languages are written by hand; what they lack is printed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -62,9 +63,9 @@ def main() -> int:
     package = ModuleType("paralleldit")
     package.__path__ = [str(PACK)]
     sys.modules["paralleldit"] = package
-    from paralleldit.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    nodes = importlib.import_module("paralleldit.nodes")
 
-    own = english(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS)
+    own = english(nodes.NODE_CLASS_MAPPINGS, nodes.NODE_DISPLAY_NAME_MAPPINGS)
     (LOCALES / "en" / FILE).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n")
     found = [
         f"{path.relative_to(PACK)} {lack}"

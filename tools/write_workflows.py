@@ -10,6 +10,7 @@ the editor shows the whole at a scale at which texts can be read.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -281,9 +282,9 @@ def main() -> None:
     package = ModuleType("paralleldit")
     package.__path__ = [str(PACK)]
     sys.modules["paralleldit"] = package
-    from paralleldit.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    nodes = importlib.import_module("paralleldit.nodes")
 
-    known = NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    known = nodes.NODE_CLASS_MAPPINGS, nodes.NODE_DISPLAY_NAME_MAPPINGS
     for path in sorted((PACK / "workflows" / "api").glob("*.api.json")):
         note = path.with_name(path.name.replace(".api.json", ".md")).read_text()
         _write("workflows", path, editor_workflow(json.loads(path.read_text()), note, *known))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from .model import DemoModel, pack, shifted
 from .scenes import Style, draw, edge_map, make_scene
 from .train import SHIFT
-from .train_vae import to_tensor
+from .train_vae import posterior_of, to_tensor
 
 SIZE = 128
 SEED = 31
@@ -30,13 +30,9 @@ class Examples:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> torch.Tensor:
     """Normalised and packed latents `[N, S, 64]` of uint8 pictures."""
-    latents = torch.cat(
-        [
-            vae.encode(to_tensor(pictures[i : i + BATCH]).to(vae.device)).latent_dist.mean
-            for i in range(0, len(pictures), BATCH)
-        ]
-    )
-    return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+    parts = (to_tensor(pictures[i : i + BATCH]).to(vae.device) for i in range(0, len(pictures), BATCH))
+    latents = torch.cat([posterior_of(vae, part).mean for part in parts])
+    return pack((latents - vae.config["shift_factor"]) * vae.config["scaling_factor"])
 
 
 def make_examples(model: DemoModel, vae: AutoencoderKL, count: int, style: Style) -> Examples:

@@ -12,15 +12,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 
 from . import checkpoint, machine
 from .scenes import draw, label_map, make_scene
-from .train_vae import load_trained, to_tensor
+from .train_vae import load_trained, posterior_of, to_tensor
 
 FOLDER = checkpoint.CACHE / "latents"
 SEED = 5
@@ -79,12 +81,10 @@ def drawn_by(workers: int, jobs: list[tuple[int, int]]) -> Iterator[Drawn]:
 
 
 @torch.no_grad()
-def keep_latents(vae, drawn: Drawn) -> None:
+def keep_latents(vae: AutoencoderKL, drawn: Drawn) -> None:
     batch = max(1, 32 * machine.BATCH_SCALE[vae.device.type] * 128 * 128 // drawn.size**2)
-    latents = [
-        vae.encode(to_tensor(pictures.to(vae.device))).latent_dist.mean for pictures in drawn.pictures.split(batch)
-    ]
-    normal = (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
+    latents = [posterior_of(vae, to_tensor(part.to(vae.device))).mean for part in drawn.pictures.split(batch)]
+    normal = (torch.cat(latents) - vae.config["shift_factor"]) * vae.config["scaling_factor"]
     path = shard_path(drawn.size, drawn.shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -117,7 +117,8 @@ def main() -> None:
     options = parser.parse_args()
     device = machine.prepare(options)
     workers = options.workers or (1 if device.type == "cpu" else os.cpu_count() or 1)
-    vae = load_trained().to(device, memory_format=torch.channels_last)
+    vae = load_trained(device=device)
+    cast(Any, vae).to(memory_format=torch.channels_last)
     started = time.monotonic()
     jobs = [(size, shard) for size in options.sizes for shard in range(options.times * PLAN[size] // SHARD)]
     missing = sorted((job for job in jobs if not shard_path(*job).exists()), key=lambda job: job[1])

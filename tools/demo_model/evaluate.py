@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from PIL import Image
 
 from . import machine
@@ -23,7 +23,7 @@ from .checker import FOUR, check
 from .checkpoint import TARGET
 from .export import load_averaged, pipeline_of
 from .scenes import Scene, draw, make_scene
-from .train_vae import to_pictures, to_tensor
+from .train_vae import decoded, posterior_of, to_pictures, to_tensor
 
 SEED = 99
 SHEET_PICTURES = 24
@@ -81,8 +81,8 @@ def reconstruct(pipeline: FluxPipeline, pictures: list[np.ndarray], batch: int) 
     """The pictures through the VAE and back."""
     made: list[np.ndarray] = []
     for first in range(0, len(pictures), batch):
-        latents = pipeline.vae.encode(to_tensor(pictures[first : first + batch]).to(pipeline.device)).latent_dist.mean
-        made += list(to_pictures(pipeline.vae.decode(latents).sample))
+        part = to_tensor(pictures[first : first + batch]).to(pipeline.device)
+        made += list(to_pictures(decoded(pipeline.vae, posterior_of(pipeline.vae, part).mean)))
     return made
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxPipeline
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux_controlnet import FluxControlNetPipeline
 from safetensors.torch import load_file
 
 from .adapter_checks import chalk_verdicts, edge_agreement

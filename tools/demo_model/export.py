@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from . import checkpoint
 from .checkpoint import TARGET
@@ -63,7 +65,9 @@ def main() -> None:
     parser.add_argument("--vae-only", action="store_true")
     options = parser.parse_args()
     if options.vae_only:
-        load_trained().to(dtype=torch.bfloat16).save_pretrained(options.target / "vae")
+        vae = load_trained()
+        nn.Module.to(vae, torch.bfloat16)
+        vae.save_pretrained(options.target / "vae")
     else:
         pipeline_of(load_averaged()).to(dtype=torch.bfloat16).save_pretrained(options.target)
     forget_origin(options.target)

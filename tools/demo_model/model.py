@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, T5EncoderModel
@@ -36,9 +37,9 @@ def new_transformer() -> FluxTransformer2DModel:
     width = transformer.inner_dim
     for block in transformer.transformer_blocks:
         for norm in (block.norm1, block.norm1_context):
-            _start_modulation(norm.linear, width, gates=(2, 5))
+            _start_modulation(cast(Any, norm).linear, width, gates=(2, 5))
     for block in transformer.single_transformer_blocks:
-        _start_modulation(block.norm.linear, width, gates=(2,))
+        _start_modulation(cast(Any, block).norm.linear, width, gates=(2,))
     nn.init.zeros_(transformer.norm_out.linear.weight)
     nn.init.zeros_(transformer.norm_out.linear.bias)
     nn.init.zeros_(transformer.proj_out.weight)
@@ -117,10 +118,11 @@ class DemoModel(nn.Module):
         rotary = transformer.pos_embed(ids)
         for block in transformer.transformer_blocks:
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
-        for index, block in enumerate(transformer.single_transformer_blocks):
+        seen: list[torch.Tensor] = []
+        for block in transformer.single_transformer_blocks:
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
-            if index == TAP_BLOCK - 1:
-                labels = self.label_head(image)
+            seen.append(image)
+        labels = self.label_head(seen[TAP_BLOCK - 1])
         return transformer.proj_out(transformer.norm_out(image, temb)), labels
 
 

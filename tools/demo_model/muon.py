@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import overload
+
 import torch
 
 
@@ -19,11 +22,18 @@ def orthogonalise(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """For weights of two or more dims; convolution kernels count as `[out, in * k * k]`."""
 
-    def __init__(self, params: list[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes no `closure`: gradients are there."""
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from .model import DemoModel, shifted, unpack
-from .train_vae import to_pictures
+from .train_vae import decoded, to_pictures
 
 STEPS = 20
 GUIDANCE = 3.5
@@ -29,8 +29,8 @@ def sample(
         both, _ = model(torch.cat([x, x]), sigma.expand(2 * count).to(device), pooled, text, side)
         asked, empty = both.chunk(2)
         x = x + (following - sigma) * torch.lerp(empty, asked, GUIDANCE)
-    latents = unpack(x, side, side) / vae.config.scaling_factor + vae.config.shift_factor
-    return to_pictures(vae.decode(latents).sample)
+    latents = unpack(x, side, side) / vae.config["scaling_factor"] + vae.config["shift_factor"]
+    return to_pictures(decoded(vae, latents))
 
 
 def sample_sheet(model: DemoModel, vae: AutoencoderKL, captions: list[str], size: int, shift: float) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models, trainers
@@ -47,7 +48,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     vocabulary = dict(model["vocab"])
     for letter in sorted(alphabet):
         vocabulary.setdefault(letter + "</w>", len(vocabulary))
-    merges = [tuple(merge) for merge in model["merges"]]
+    merges: Any = [tuple(merge) for merge in model["merges"]]  # annotated as text, taken as pairs
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 
 
@@ -78,9 +79,9 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             num_attention_heads=4,
             max_position_embeddings=CLIP_LENGTH,
             hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=cast(int, tokenizer.bos_token_id),
+            eos_token_id=cast(int, tokenizer.eos_token_id),
+            pad_token_id=cast(int, tokenizer.pad_token_id),
         )
     )
 

@@ -129,7 +129,7 @@ def main() -> None:
             load_taught(model)
         shadow.load_state_dict(model.state_dict())
     feeds: dict[int, Feed] = {}
-    vae = load_trained().to(device)
+    vae = load_trained(device=device)
     if options.compile and device.type == "cpu":  # see the README
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
@@ -157,7 +157,8 @@ def main() -> None:
         step += 1
         keep = min(EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 1 - keep)
+            for mean, weight in zip(average, weights, strict=True):
+                mean.lerp_(weight, 1 - keep)
         since.setdefault(size, []).append(torch.stack((flow, labels)).detach())
         pictures += len(clean)
         now = time.monotonic()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import cast
 
 import torch
-from diffusers import FluxControlNetModel
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from torch import nn
 from torch.nn import functional as F
 
 from . import checkpoint, machine
@@ -29,13 +31,14 @@ SAVE_SECONDS = 240
 def new_controlnet(model: DemoModel) -> FluxControlNetModel:
     """One double and one single block that start as the transformer's first ones."""
     config = model.transformer.config
-    return FluxControlNetModel.from_transformer(
+    made = FluxControlNetModel.from_transformer(
         model.transformer,
         num_layers=1,
         num_single_layers=1,
-        attention_head_dim=config.attention_head_dim,
-        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config["attention_head_dim"],
+        num_attention_heads=config["num_attention_heads"],
     )
+    return cast(FluxControlNetModel, made)
 
 
 def main() -> None:
@@ -48,10 +51,11 @@ def main() -> None:
     device = machine.prepare(options)
     torch.manual_seed(0)
     model = load_averaged().to(device)
-    vae = load_trained().to(device)
+    vae = load_trained(device=device)
     examples = make_examples(model, vae, options.pictures, "picture")
     edges = make_edges(vae, options.pictures)
-    controlnet = new_controlnet(model).to(device)
+    controlnet = new_controlnet(model)
+    nn.Module.to(controlnet, device)
     batch = BATCH * machine.BATCH_SCALE[device.type]
     optimizer = torch.optim.AdamW(controlnet.parameters(), LEARNING_RATE, weight_decay=0.01)
     step = 0
@@ -102,7 +106,8 @@ def main() -> None:
     if step < options.steps:
         print(f"interrupted at step {step}: saved, not written")
         return
-    controlnet.to("cpu", torch.bfloat16).save_pretrained(CONTROLNET_TARGET)
+    nn.Module.to(controlnet, "cpu", torch.bfloat16)
+    controlnet.save_pretrained(CONTROLNET_TARGET)
 
 
 if __name__ == "__main__":

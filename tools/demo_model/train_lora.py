@@ -79,7 +79,7 @@ def merge(transformer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 def single_file_layout(layers: dict[str, LoraLinear]) -> dict[str, torch.Tensor]:
     """The kohya names: Q, K, V (and a single block's MLP) become one layer, block-diagonal in its up weight."""
-    fused: dict[str, list[LoraLinear]] = {}
+    fused: dict[str, list[tuple[str, LoraLinear]]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         single = name.startswith("single_")
@@ -124,7 +124,7 @@ def main() -> None:
     device = machine.prepare(options)
     torch.manual_seed(0)
     model = load_averaged().to(device)
-    examples = make_examples(model, load_trained().to(device), options.pictures, "chalk")
+    examples = make_examples(model, load_trained(device=device), options.pictures, "chalk")
     batch = BATCH * machine.BATCH_SCALE[device.type]
     layers = add_lora(model.transformer)
     weights = [weight for layer in layers.values() for weight in (layer.down, layer.up)]

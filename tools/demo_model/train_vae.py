@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 from . import checkpoint
@@ -35,7 +39,8 @@ SAVE_SECONDS = 120
 
 
 def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(
+    # Its annotations are of one level.
+    return cast(Any, AutoencoderKL)(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 16, 32, 64),
@@ -101,18 +106,18 @@ class Batches:
 def initialise(vae: AutoencoderKL, batch: torch.Tensor) -> None:
     """Scale every convolution so that its output has unit variance on `batch` (data-dependent initialisation)."""
 
-    def rescale(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+    def rescale(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         std = output.std().clamp_min(1e-4)
-        module.weight.div_(std)
+        cast(nn.Conv2d, module).weight.data.div_(std)
         return output / std
 
-    hooks = [m.register_forward_hook(rescale) for m in vae.modules() if isinstance(m, torch.nn.Conv2d)]
-    posterior = vae.encode(batch).latent_dist
-    vae.decode(posterior.mean)
+    hooks = [m.register_forward_hook(rescale) for m in vae.modules() if isinstance(m, nn.Conv2d)]
+    decoded(vae, posterior_of(vae, batch).mean)
     for hook in hooks:
         hook.remove()
-    vae.encoder.conv_out.weight[16:].zero_()
-    vae.encoder.conv_out.bias[16:].fill_(-3.0)
+    last = vae.encoder.conv_out
+    last.weight[16:].zero_()
+    cast(torch.Tensor, last.bias)[16:].fill_(-3.0)
     vae.decoder.conv_out.weight.mul_(0.4)
 
 
@@ -143,7 +148,7 @@ def loss_of(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) ->
 def judge(vae: AutoencoderKL) -> tuple[float, np.ndarray]:
     """PSNR in dB on unseen 256 px scenes, and a sheet of truth above reconstruction."""
     truth = to_tensor([draw(make_scene(SEED + 1, i, held_out=True, canvas=256), 256) for i in range(8)])
-    made = vae.decode(vae.encode(truth).latent_dist.mean).sample.clamp(-1, 1)
+    made = decoded(vae, posterior_of(vae, truth).mean).clamp(-1, 1)
     psnr = float(10 * torch.log10(4 / F.mse_loss(made, truth)))
     return psnr, np.concatenate([np.concatenate(to_pictures(t), axis=1) for t in (truth, made)], axis=0)
 
@@ -153,23 +158,35 @@ def measure_latents(vae: AutoencoderKL) -> tuple[float, float]:
     """Mean and standard deviation of the latents of training scenes at 128 px."""
     latents = torch.cat(
         [
-            vae.encode(to_tensor([draw(make_scene(SEED, i), 128) for i in range(s, s + 32)])).latent_dist.mean
+            posterior_of(vae, to_tensor([draw(make_scene(SEED, i), 128) for i in range(s, s + 32)])).mean
             for s in range(0, 256, 32)
         ]
     )
     return float(latents.mean()), float(latents.std())
 
 
-def load_trained(folder: Path = FOLDER) -> AutoencoderKL:
+def posterior_of(vae: AutoencoderKL, pictures: torch.Tensor) -> DiagonalGaussianDistribution:
+    """The distribution of the latents of pictures `[B, 3, H, W]`."""
+    return cast(AutoencoderKLOutput, vae.encode(pictures)).latent_dist
+
+
+def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """The pictures `[B, 3, H, W]` of latents."""
+    return cast(Any, vae).decode(latents).sample
+
+
+def load_trained(folder: Path = FOLDER, device: torch.device | str = "cpu") -> AutoencoderKL:
     """The trained VAE with its latent shift and scale in the config; the exported one where there is no checkpoint."""
     state = checkpoint.load(folder)
     if state is None:
-        return AutoencoderKL.from_pretrained(checkpoint.TARGET / "vae", dtype=torch.float32).eval()
-    parts, meta = state
-    vae = new_vae()
-    vae.load_state_dict(parts["vae"])
-    if "std" in meta:
-        vae.register_to_config(shift_factor=meta["mean"], scaling_factor=1 / meta["std"])
+        vae = AutoencoderKL.from_pretrained(checkpoint.TARGET / "vae", dtype=torch.float32)
+    else:
+        parts, meta = state
+        vae = new_vae()
+        vae.load_state_dict(parts["vae"])
+        if "std" in meta:
+            vae.register_to_config(shift_factor=meta["mean"], scaling_factor=1 / meta["std"])
+    nn.Module.to(vae, device)
     return vae.eval()
 
 
@@ -188,7 +205,8 @@ def main() -> None:
     batches = Batches(steps, decoder_only)
     print(f"pictures drawn in {time.monotonic() - started:.0f} s", flush=True)
 
-    vae = (load_trained().train() if decoder_only else new_vae()).to(memory_format=torch.channels_last)
+    vae = load_trained().train() if decoder_only else new_vae()
+    cast(Any, vae).to(memory_format=torch.channels_last)
     trained = vae.decoder if decoder_only else vae
     vae.encoder.requires_grad_(not decoder_only)
     kernels = [p for p in trained.parameters() if p.ndim == 4]
@@ -219,12 +237,12 @@ def main() -> None:
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = top_rate * share
         batch = batches.at(step)
-        posterior = vae.encode(batch).latent_dist
+        posterior = posterior_of(vae, batch)
         if decoder_only:
-            loss = loss_of(vae.decode(posterior.sample()).sample, batch, border_weight(batch) * edge_weight(batch))
+            loss = loss_of(decoded(vae, posterior.sample()), batch, border_weight(batch) * edge_weight(batch))
         else:
             kl = posterior.kl().mean() / posterior.mean[0].numel()
-            loss = loss_of(vae.decode(posterior.sample()).sample, batch, border_weight(batch)) + KL_WEIGHT * kl
+            loss = loss_of(decoded(vae, posterior.sample()), batch, border_weight(batch)) + KL_WEIGHT * kl
         vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
@@ -237,7 +255,7 @@ def main() -> None:
             save()
             saved = time.monotonic()
     if decoder_only:  # the latents that are cached already were made with this shift and scale
-        mean, std = vae.config.shift_factor, 1 / vae.config.scaling_factor
+        mean, std = vae.config["shift_factor"], 1 / vae.config["scaling_factor"]
     else:
         mean, std = measure_latents(vae)
     save(mean=mean, std=std)

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
 from ...launcher.client import Client, Event
@@ -154,7 +156,7 @@ class Diffusers:
             captions = list(task.captions[part])
             shape = latent_shape(task, len(captions))
             noise = initial_noise(shape, torch.float32, task.seed, range(len(task.captions))[part])
-            packed = pipeline(
+            output = pipeline(
                 prompt=captions,
                 negative_prompt=[""] * len(captions),
                 true_cfg_scale=task.cfg,
@@ -164,7 +166,8 @@ class Diffusers:
                 max_sequence_length=pipeline.tokenizer_2.model_max_length,
                 latents=pipeline._pack_latents(noise, *shape),
                 output_type="latent",
-            ).images
+            )
+            packed = cast(FluxPipelineOutput, output).images
             made.append(pipeline._unpack_latents(packed, task.size, task.size, pipeline.vae_scale_factor))
         config = pipeline.vae.config
         return torch.cat(made) / config.scaling_factor + config.shift_factor
