@@ -59,6 +59,6 @@ class CountedComputeAll(ComputeAll):
         self.whole = self.all = 0
 
     def policy(self, evaluation: Evaluation) -> BlockPolicy:
-        self.whole += 1
-        self.all += 1
+        self.whole += evaluation.condition.joins
+        self.all += evaluation.condition.joins
         return self

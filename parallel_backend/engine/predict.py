@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..families.family import Family, with_tokens
 from ..layout.split import split_sizes
 from ..protocol.messages import Predict
+from ..strategies.prompt_batches import Asked, PromptBatches, joined_outputs, one_by_one
 from ..strategies.select import attention_of, strategy_of
 from .checks import check_rows, latents_of, needed
 from .conditioning import control_of, image_prompts_of, pictures_of, prompt_of
@@ -23,6 +24,7 @@ from .run_conditions import RunCondition, RunConditions
 if TYPE_CHECKING:
     from ..adapters.controlnet.nets import ControlNet
     from ..adapters.ip_adapter import IPAdapter
+    from ..families.condition import Condition
     from ..run_context import Run
 
 
@@ -61,19 +63,10 @@ def predict(
             entry.controls,
             [tensors.get(f"{key}.0.control.{number}") for number in range(len(entry.controls))],
         )
-    conditions = []
-    for each in (run_conditions[key] for key in request.conditions):
-        asked = list(zip(each.prompts, each.pictures, strict=True))
-        prompts = image_prompts_of(asked, adapters, family, mesh.tensor, batch)
-        controls = tuple(
-            control_of(control, picture, nets[control.net.path], family, None, (batch, shape[-2], shape[-1]))
-            for control, picture in zip(each.controls, each.control_pictures, strict=True)
-        )
-        # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
-        is_plain = not prompts and not controls
-        conditions.append(
-            each.condition if is_plain else replace(each.condition, image_prompts=prompts, controls=controls)
-        )
+    conditions = [
+        _active(run_conditions[key], family, mesh, adapters, nets, (batch, shape[-2], shape[-1]))
+        for key in request.conditions
+    ]
     given = None
     if request.residuals:
         given = given_residuals(request.residuals, tensors, with_tokens(family, "A ControlNet"), shape)
@@ -84,19 +77,33 @@ def predict(
     sizes = split_sizes(batch, mesh.data.size)
     start = sum(sizes[: mesh.data.rank])
     own = slice(start, start + sizes[mesh.data.rank])
-    predictions: list[Tensor] = []
-    for first in range(0, count, mesh.cfg.size):
-        if first:
-            run.check_cancelled()
-        # Ranks without a condition of their own compute the last one again: weights are gathered by all together.
-        index = min(first + mesh.cfg.rank, count - 1)
+    own_conditions = [condition.part(own, batch) for condition in conditions]
+
+    def asked(index: int) -> Asked:
         rows = slice(index * batch + own.start, index * batch + own.stop)
-        condition = conditions[index].part(own, batch)
+        condition = own_conditions[index]
         if given:
             condition = replace(condition, controls=(*condition.controls, given.rows(rows)))
-        next_own = None if following is None else following[rows]
-        output = strategy.predict(latent[rows], timestep[rows], condition, next_own).float()
-        gathered = mesh.cfg.all_gather(output.unsqueeze(0), [1] * mesh.cfg.size, dim=0)
+        return Asked(latent[rows], timestep[rows], condition, None if following is None else following[rows])
+
+    rounds = range(0, count, mesh.cfg.size)
+    # Ranks without a condition of their own compute the last one again: weights are gathered by all together.
+    shares = [[asked(min(first + rank, count - 1)) for first in rounds] for rank in range(mesh.cfg.size)]
+    if request.cache:
+        # A cache decides for each prompt by itself.
+        predict_all = one_by_one(strategy.predict, run.check_cancelled)
+    else:
+        predict_all = PromptBatches(
+            strategy,
+            outputs=joined_outputs(request.layout),
+            batch=sizes[0],
+            joined=run_conditions.joined,
+            between=run.check_cancelled,
+        ).predict_all
+    outputs = predict_all(shares, mesh.cfg.rank)
+    predictions: list[Tensor] = []
+    for first, output in zip(rounds, outputs, strict=True):
+        gathered = mesh.cfg.all_gather(output.float().unsqueeze(0), [1] * mesh.cfg.size, dim=0)
         predictions += [mesh.data.all_gather(each, sizes, dim=0) for each in gathered[: count - first]]
     prediction = torch.cat(predictions)
     if not torch.isfinite(prediction).all():
@@ -108,3 +115,23 @@ def predict(
     if len(parts) == 1:
         return {"prediction": prediction.cpu()}
     return {f"prediction.{name}": part for name, part in parts.items()}
+
+
+def _active(
+    known: RunCondition,
+    family: Family,
+    mesh: Mesh,
+    adapters: Mapping[str, IPAdapter],
+    nets: Mapping[str, ControlNet],
+    size: tuple[int, int, int],
+) -> Condition:
+    """The condition with its picture prompts and controls, for a latent of `size` (batch, height, width)."""
+    asked = list(zip(known.prompts, known.pictures, strict=True))
+    prompts = image_prompts_of(asked, adapters, family, mesh.tensor, size[0])
+    controls = tuple(
+        control_of(control, picture, nets[control.net.path], family, None, size)
+        for control, picture in zip(known.controls, known.control_pictures, strict=True)
+    )
+    # By the object a family keeps what it has made of a condition's text: one without pictures stays the same.
+    is_plain = not prompts and not controls
+    return known.condition if is_plain else replace(known.condition, image_prompts=prompts, controls=controls)

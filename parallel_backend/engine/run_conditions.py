@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..caches.policy import CountedComputeAll, StepCache
 from ..caches.residuals import ResidualCache
 from ..protocol.messages import ControlUse, ImagePromptUse, ModelRef, Predict
+from ..strategies.prompt_batches import JoinedConditions
 from .step_caches import count, step_cache_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class RunConditions(dict[str, RunCondition]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.joined = JoinedConditions()
         self._caches: dict[tuple[object, ...], ResidualCache] = {}
         """By what they are for. Other weights, and another mesh, have a cache of their own."""
         self._uncached = CountedComputeAll()

@@ -30,6 +30,7 @@ from ..sampling.noise import initial_noises
 from ..sampling.samplers import find_sampler
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
+from ..strategies.prompt_batches import PromptBatches, joined_outputs, one_by_one
 from ..strategies.select import attention_of, strategy_of
 from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
@@ -79,8 +80,13 @@ def sample(
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
     cfg_pp = find_sampler(request.sampler).cfg_pp
+    if cache or study:
+        # They look at each prompt by itself.
+        predict_all = one_by_one(strategy.predict)
+    else:
+        predict_all = PromptBatches(strategy, outputs=joined_outputs(request.layout), batch=counts[0]).predict_all
     guidance = Guidance(
-        strategy.predict,
+        predict_all,
         model_sampling,
         mesh.cfg,
         positive,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from ..attention.site import Attention, SiteId
@@ -24,6 +25,15 @@ class ResidualSource(Protocol):
 
     def part(self, part: slice, batch: int) -> ResidualSource:
         """For the pictures `part` of a batch."""
+        ...
+
+    @property
+    def kind(self) -> Hashable:
+        """What those have in common that can be joined."""
+        ...
+
+    def join(self, others: Sequence[ResidualSource], batch: int) -> ResidualSource:
+        """One source for batches of `batch` pictures each, of this and the `others`, which are of the same `kind`."""
         ...
 
     def is_active(self, timestep: float) -> bool: ...
@@ -81,7 +91,7 @@ class Condition:
     width of the picture, in pixels, for models that take them (every request gives a size). `references`: latents
     `[B, C, ..., h, w]` that the model looks at, scaled as its own; `reference_places`: the rule of their positions, by
     default the model's own. `controls` add to the model's tokens; `image_prompts` are pictures that it attends to.
-    `name`: of the prompt in its run, by which step caches tell evaluations.
+    `name`: of the prompt in its run, by which step caches tell evaluations; `joins`: of how many prompts it is one.
     """
 
     tensors: Mapping[str, Tensor]
@@ -93,6 +103,7 @@ class Condition:
     controls: tuple[ResidualSource, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     name: str = ""
+    joins: int = 1
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -119,6 +130,34 @@ class Condition:
             image_prompts=tuple(prompt.part(part, batch) for prompt in self.image_prompts),
         )
 
+    @property
+    def kind(self) -> Hashable:
+        """What those have in common that can be joined: all but the numbers in their tensors."""
+        if self.image_prompts:
+            return id(self)
+        return (
+            tuple((name, tensor.shape[1:]) for name, tensor in sorted(self.tensors.items())),
+            (self.guidance, self.size, self.target_size, self.reference_places),
+            tuple(reference.shape[1:] for reference in self.references),
+            tuple(control.kind for control in self.controls),
+        )
+
+    def join(self, others: Sequence[Condition], batch: int) -> Condition:
+        """The condition of a batch of `batch` pictures of this and of as many of each of the `others`.
+
+        They are of one `kind`.
+        """
+        every = (self, *others)
+        controls = zip(*(each.controls for each in every), strict=True)
+        return replace(
+            self,
+            tensors={name: rows_of([each[name] for each in every], batch) for name in self.tensors},
+            references=tuple(rows_of(same, batch) for same in zip(*(e.references for e in every), strict=True)),
+            controls=tuple(first.join(rest, batch) for first, *rest in controls),
+            name=" and ".join(each.name for each in every),
+            joins=sum(each.joins for each in every),
+        )
+
     def prompts_at(self, timestep: Tensor, attention: Attention) -> tuple[TimedImagePrompt, ...]:
         """The picture prompts to give the blocks at `timestep` `[B]`: the active ones.
 
@@ -129,6 +168,11 @@ class Condition:
         now = float(timestep.flatten()[0])
         active = [attention.keeps or each.is_active(now) for each in self.image_prompts]
         return tuple(each.at(timestep, place) for place, each in enumerate(self.image_prompts) if active[place])
+
+
+def rows_of(tensors: Sequence[Tensor], batch: int) -> Tensor:
+    """The rows `[n * batch, ...]` of tensors `[1 or batch, ...]`, one after the other."""
+    return torch.cat([tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors])
 
 
 def check_widths(condition: Condition, widths: Mapping[str, int], spec: FamilySpec) -> None:

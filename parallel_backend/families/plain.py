@@ -61,6 +61,11 @@ class PlainFamily(Family):
         What begins at a multiple of them begins with a whole row in every layer.
         """
 
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """The width of the network's first level."""
+
     @abstractmethod
     def self_attentions(self) -> Mapping[str, int]:
         """The stride of each self-attention module of the network (diffusers' `Attention`), by its name."""

@@ -27,6 +27,10 @@ class UNet(PlainFamily):
         return len(self.network.config["block_out_channels"])
 
     @property
+    def channels(self) -> int:
+        return self.network.config["block_out_channels"][0]
+
+    @property
     def row_multiple(self) -> int:
         return 2 ** (self.levels - 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -12,11 +12,8 @@ from ..distributed.axis import Axis
 from ..families.condition import Condition
 from ..layout.split import split_sizes
 from ..sampling.model_sampling import ModelSampling
+from .prompt_batches import Asked, PredictAll
 from .weighted_prompts import Cut, WeightedPrompt, everywhere, sum_of_weights, weighted_sum
-
-Predict = Callable[[Tensor, Tensor, Condition, Tensor | None], Tensor]
-"""`predict(latent [B, C, ...], timestep, condition, next timestep)`: a transformer's output, however many ranks compute
-it."""
 
 Sided = tuple[int, WeightedPrompt]
 """An entry and the number of its side: 0 of the positive one, 1 of the negative one."""
@@ -33,7 +30,7 @@ class Guidance:
 
     def __init__(
         self,
-        predict: Predict,
+        predict_all: PredictAll,
         model_sampling: ModelSampling,
         axis: Axis,
         positive: Sequence[WeightedPrompt],
@@ -47,7 +44,7 @@ class Guidance:
         strength of `shortened`, None without it."""
         self.sigmas = sigmas
         self._negative: Tensor | None = None
-        self.predict = predict
+        self.predict_all = predict_all
         self.model_sampling = model_sampling
         self.axis = axis
         self.cfg = cfg
@@ -64,7 +61,7 @@ class Guidance:
     @property
     def own_conditions(self) -> list[Condition]:
         """The prompts that this rank evaluates in every step, if all entries of the run count in every step."""
-        return [entry.condition for entry in self._evaluated(self._entries)]
+        return [entry.condition for entry in self._evaluated(self._entries)[self.axis.rank]]
 
     def clock(self, sigma: Tensor) -> float:
         """The transformer's clock at `sigma` (0-d, on the CPU)."""
@@ -90,11 +87,12 @@ class Guidance:
         `sigma` is 0-d and on the CPU: a number to the device, which is never asked for it.
         """
         latent = self.model_sampling.calculate_input(sigma, x)
-        timestep = self.timestep(sigma, x)
-        evaluated = self._evaluated(self._counting(sigma))
-        following = self.next_timestep(sigma, x)
-        outputs = [self.predict(entry.within(latent), timestep, entry.condition, following) for entry in evaluated]
-        return self.combine(outputs, x, sigma)
+        timestep, following = self.timestep(sigma, x), self.next_timestep(sigma, x)
+        shares = [
+            [Asked(entry.within(latent), timestep, entry.condition, following) for entry in share]
+            for share in self._evaluated(self._counting(sigma))
+        ]
+        return self.combine(self.predict_all(shares, self.axis.rank), x, sigma)
 
     def combine(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor, cut: Cut = everywhere) -> Tensor:
         """The guided prediction, from the outputs for what this rank evaluates.
@@ -143,12 +141,11 @@ class Guidance:
         edges = accumulate(split_sizes(len(entries), self.axis.size), initial=0)
         return [entries[start:end] for start, end in pairwise(edges)]
 
-    def _evaluated(self, entries: Sequence[Sided]) -> list[WeightedPrompt]:
-        """This rank's share, and one of them again where others have more: weights are gathered by all together."""
-        shares = self._shares(entries)
-        own = [entry for _, entry in shares[self.axis.rank]]
-        missing = max(map(len, shares)) - len(own)
-        return own + [self._repeats[entry] for _, entry in entries[-1:]] * missing
+    def _evaluated(self, entries: Sequence[Sided]) -> list[list[WeightedPrompt]]:
+        """The ranks' shares, with the last one again where others have more: weights are gathered by all together."""
+        shares = [[entry for _, entry in share] for share in self._shares(entries)]
+        most = max(map(len, shares))
+        return [share + [self._repeats[entry] for _, entry in entries[-1:]] * (most - len(share)) for share in shares]
 
 
 def shortened(guided: Tensor, positive: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class RowParallel:
     def forget(self) -> None:
         """This rank leaves the run, wherever the others are."""
 
+    def outputs_of(self, latent: Tensor, condition: Condition) -> int:
+        """How many outputs a layer of the network's first level has on each rank, for one picture of `latent`."""
+        height, width = latent.shape[-2:]
+        return height * width * self.family.channels // self.axis.size
+
     def predict(
         self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None
     ) -> Tensor:

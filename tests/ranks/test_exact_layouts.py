@@ -18,6 +18,7 @@ from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
 from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.prompt_batches import PromptBatches
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.covering import covering, pairs_of
@@ -153,10 +154,10 @@ def guided_by(family, mesh, model, shape):
     counts = split_sizes(batch, mesh.data.size)
     own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
     attention = AttentionCore(mesh.ulysses, mesh.ring, KERNELS["sdpa"])
-    predict = SequenceParallel(family, mesh.sequence, attention).predict
+    batches = PromptBatches(SequenceParallel(family, mesh.sequence, attention), outputs=10**9, batch=counts[0])
     positive, negative = (condition.part(own, batch) for condition in conditions)
     guide = Guidance(
-        predict,
+        batches.predict_all,
         family.model_sampling(None),
         mesh.cfg,
         [WeightedPrompt.plain(positive)],

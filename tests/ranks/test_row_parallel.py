@@ -20,6 +20,7 @@ from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Sample, Schedule
 from paralleldit.parallel_backend.run_context import Run
 from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.prompt_batches import one_by_one
 from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.covering import covering, pairs
@@ -117,7 +118,7 @@ def guided(world: Axis, layout: Layout) -> Tensor:
     counts = split_sizes(2, mesh.data.size)
     own = slice(sum(counts[: mesh.data.rank]), sum(counts[: mesh.data.rank + 1]))
     sides = [[WeightedPrompt.plain(condition(2, seed)).part(own, 2)] for seed in (5, 6)]
-    guidance = Guidance(strategy.predict, strategy.family.model_sampling(None), mesh.cfg, *sides, CFG)
+    guidance = Guidance(one_by_one(strategy.predict), strategy.family.model_sampling(None), mesh.cfg, *sides, CFG)
     try:
         return mesh.data.all_gather(guidance.denoised(latent(2, 13, 9)[own], SIGMA), counts, dim=0)
     finally:

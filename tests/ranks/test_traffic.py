@@ -152,6 +152,8 @@ def expected_bytes(layout: Layout, model: str, block_bytes: list[int], stage: St
     turns = late * (late if layout.refresh == "in_turn" else 1)
     # How many times a block is used in one evaluation.
     patches = layout.num_patches if stage.count > 1 else 1
+    # Both prompts are of one length, and one batch, but for the stages.
+    gathers = evaluations * patches if stage.count > 1 else 1
     vector_bytes = BATCH * theory.width * BYTES * evaluations
     latent_bytes = BATCH * TINY_MODELS[model].spec.latents[0].channels * SIDE * SIDE * BYTES
     leaving = sum(owners[giver] == stage.index != owners[taker] for giver, taker in theory.skips.items())
@@ -164,8 +166,8 @@ def expected_bytes(layout: Layout, model: str, block_bytes: list[int], stage: St
         "distrifusion": 2 * (late - 1) / turns * attended / ring / ulysses * vector_bytes / tensor,
         # Megatron-LM (arXiv 1909.08053): all-reduces of this rank's tokens. The modulation of a block is gathered.
         "tensor": (tensor - 1) / tensor * vector_bytes * (2 * reduced / sequence + gathered * patches),
-        # FSDP: each use of a block gathers it once.
-        "replicas": (replicas - 1) / replicas * held / tensor * evaluations * patches * (layout.weights == "sharded"),
+        # FSDP: each use of a block gathers it once, for all prompts of a batch.
+        "replicas": (replicas - 1) / replicas * held / tensor * gathers * (layout.weights == "sharded"),
         # The predicted latent is put together once an evaluation, and handed over once a step.
         "sequence": (sequence - 1) / sequence * latent_bytes * evaluations * stage.is_last,
         "cfg": (cfg - 1) * latent_bytes * stage.is_last,

@@ -21,6 +21,7 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.prompt_batches import one_by_one
 
 SHAPE = torch.Size((2, 4, 20, 14))
 CFG = 3.0
@@ -118,7 +119,7 @@ def test_a_side_is_the_weighted_mean_of_its_entries(positive, negative, sigma):
         messages, tensors = to_message(side, each, FAMILY.name, SHAPE)
         entries[side] = entries_of_side(messages, side, Inputs(tensors, FAMILY, SAMPLING, SHAPE))
     alone = Axis("alone", [0], None, Ledger())
-    guidance = Guidance(predict, SAMPLING, alone, entries["positive"], entries["negative"], CFG)
+    guidance = Guidance(one_by_one(predict), SAMPLING, alone, entries["positive"], entries["negative"], CFG)
     found = guidance.denoised(x, torch.tensor(sigma))
     yes, no = (expected(each, x, sigma) for each in sides.values())
     torch.testing.assert_close(found, no + CFG * (yes - no))
@@ -135,7 +136,7 @@ def test_a_norm_leaves_no_cell_longer_than_the_positive_prompts(cfg):
     alone = Axis("alone", [0], None, Ledger())
     both = entries["positive"], entries["negative"]
     plain, normed = (
-        Guidance(predict, SAMPLING, alone, *both, cfg, norm=norm).denoised(x, torch.tensor(0.5)) for norm in (None, 0.9)
+        Guidance(one_by_one(predict), SAMPLING, alone, *both, cfg, norm=norm).denoised(x, torch.tensor(0.5)) for norm in (None, 0.9)
     )
     yes = expected(sides["positive"], x, 0.5).norm(dim=1, keepdim=True)
     shares = yes / plain.norm(dim=1, keepdim=True)

@@ -4,7 +4,7 @@
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
@@ -15,6 +15,7 @@ from paralleldit.parallel_backend.attention.stale_kv import StaleAttention
 from paralleldit.parallel_backend.attention.usp import AttentionCore
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.strategies.prompt_batches import Asked, PromptBatches, one_by_one
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.formats import BY_NAME
 from paralleldit.parallel_backend.weights.stored_linear import store_linears
@@ -209,3 +210,22 @@ def test_lora_and_stored_formats_add_few_kernels_to_a_layer(model, change):
     fewer, all_of_them = (len(linears(kept_network_of(model, depth, META))) for depth in (1, 2))
     print(f"\n| {change} | {model} | {more.kernels / (all_of_them - fewer):.2f} |")
     assert more.kernels <= allowed * (all_of_them - fewer)
+
+
+@pytest.mark.parametrize("model", ["flux dev", "sd3 medium", "pixart alpha", "wan 2.1"])
+def test_two_prompts_as_a_batch_cost_hardly_more_kernels_than_one(model):
+    layout = Layout(ulysses_degree=2)
+    latent, timestep, condition = given(model, META)
+    prompts = [replace(condition, name=name) for name in ("positive", "negative")]
+    with pretended_ranks(layout.ranks):
+        family = TINY_MODELS[model].family(kept_network_of(model, 2, META), torch.bfloat16, META)
+        mesh = Mesh(layout, group_of=lambda ranks: dist.new_group(list(ranks)))
+        strategy = SequenceParallel(family, mesh.sequence, AttentionCore(mesh.ulysses, mesh.ring, KERNEL))
+        batches = PromptBatches(strategy, outputs=10**12, batch=1)
+        shares = [[Asked(latent, timestep, prompt) for prompt in prompts]]
+        together = cost_of(lambda: batches.predict_all(shares, 0))
+        one = cost_of(lambda: one_by_one(strategy.predict)([shares[0][:1]], 0))
+    print(f"\n| {model} | {one.kernels} | {together.kernels} |")
+    # In a batch of more than one, text and image are no neighbours in memory: some layers add their bias by itself.
+    assert together.kernels <= 1.1 * one.kernels
+    assert together.collectives == one.collectives

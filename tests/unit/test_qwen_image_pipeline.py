@@ -16,6 +16,7 @@ from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.sampling.driver import SamplingJob
 from paralleldit.parallel_backend.sampling.driver import run as run_sampler
 from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.prompt_batches import one_by_one
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.parallel_backend.text.encoders import load_text_encoders
@@ -82,7 +83,7 @@ def of_ranks(folder: Path, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     family = build_family(load_transformer(folder, device="cpu"), folder)
     predict = SequenceParallel(family, ALONE, AttentionCore(ALONE, ALONE, KERNELS["sdpa"])).predict
     sampling = family.model_sampling(None)
-    guidance = Guidance(predict, sampling, ALONE, [WeightedPrompt.plain(Condition(tokens))], [], 1.0)
+    guidance = Guidance(one_by_one(predict), sampling, ALONE, [WeightedPrompt.plain(Condition(tokens))], [], 1.0)
     shape = 1, 16, 1, ROWS, COLUMNS
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
     job = SamplingJob("euler", sampling, sigmas, noise, torch.zeros(shape), SEED)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...attention.site import Attention
-from ...families.condition import Condition
+from ...families.condition import Condition, rows_of
 from ...families.family import TokenFamily
 from ...families.state import Evaluation
 from ...tokens.grid import Grid
@@ -33,6 +33,13 @@ class ActiveControl:
     def part(self, part: slice, batch: int) -> ActiveControl:
         """Selects the pictures `part` of a batch; one control picture for all of them stays one."""
         return replace(self, picture=self.picture[part] if len(self.picture) == batch else self.picture[:1])
+
+    @property
+    def kind(self) -> Hashable:
+        return self.net, self.strength, self.mode, self.start, self.end, self.picture.shape[1:]
+
+    def join(self, others: Sequence[ActiveControl], batch: int) -> ActiveControl:
+        return replace(self, picture=rows_of([each.picture for each in (self, *others)], batch))
 
     def is_active(self, timestep: float) -> bool:
         return self.strength != 0.0 and self.end <= timestep <= self.start

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...attention.site import Attention
 from ...errors import UserError
-from ...families.condition import Condition
+from ...families.condition import Condition, rows_of
 from ...families.family import TokenFamily
 from ...families.state import Evaluation
 from ...protocol.messages import ResidualList
@@ -36,6 +36,14 @@ class GivenResiduals:
 
     def part(self, part: slice, batch: int) -> GivenResiduals:
         return self.rows(part)
+
+    @property
+    def kind(self) -> Hashable:
+        return tuple(self.blocks.items())
+
+    def join(self, others: Sequence[GivenResiduals], batch: int) -> GivenResiduals:
+        given = zip(*(each.given for each in (self, *others)), strict=True)
+        return replace(self, given=tuple(rows_of(same, batch) for same in given))
 
     def is_active(self, timestep: float) -> bool:
         return True
