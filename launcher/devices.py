@@ -21,6 +21,10 @@ SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 MEETING_VARIABLES = ("GLOO_DEVICE_TRANSPORT", "TP_SOCKET_IFNAME", "NCCL_COMM_ID", "NCCL_NET", "NCCL_IB_HCA")
 """How ranks meet on other hosts: settings of a cluster, which one host has no use for."""
+HARDWARE_QUEUES = "32"
+"""`CUDA_DEVICE_MAX_CONNECTIONS`: streams of a GPU that share a queue wait for each other, in a circle where stages of
+PipeFusion do; as many queues as there are keep them apart."""
+
 LEFT_OVER = ("PET_", "TORCHELASTIC_")
 """Settings of a torchrun that this process is one rank of, or was started beside."""
 
@@ -117,11 +121,7 @@ def rank_environment(
         for name in MEETING_VARIABLES:
             env.pop(name, None)
         env.update(dict.fromkeys(SOCKET_VARIABLES, "lo"))
-    for variable in ALLOCATOR_VARIABLES:
-        if variable in env:
-            env[variable] = without_async_allocator(env[variable])
-            if not env[variable]:
-                del env[variable]
+    _set_cuda(env)
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     elif gpus:
@@ -129,6 +129,18 @@ def rank_environment(
         names = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
     return env
+
+
+def _set_cuda(env: dict[str, str]) -> None:
+    """Settings of CUDA and of its allocator that others have made for programs with one stream or one size of tensors.
+
+    A launch that blocks hangs two stages that wait for each other. Tensors of PipeFusion and of tiles come in many
+    sizes, for which segments that grow keep memory whole, unless the user has chosen another allocator's options.
+    """
+    env["CUDA_DEVICE_MAX_CONNECTIONS"] = HARDWARE_QUEUES
+    env.pop("CUDA_LAUNCH_BLOCKING", None)
+    chosen = {name: kept for name in ALLOCATOR_VARIABLES if (kept := without_async_allocator(env.pop(name, "")))}
+    env.update(chosen or {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"})
 
 
 def without_async_allocator(setting: str) -> str:

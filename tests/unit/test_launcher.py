@@ -78,17 +78,25 @@ def test_more_ranks_than_the_memory_holds_are_refused_with_the_number_that_fits(
 @pytest.mark.parametrize(
     ("setting", "kept"),
     [
-        ("backend:cudaMallocAsync", ""),
+        ("", "expandable_segments:True"),
+        ("backend:cudaMallocAsync", "expandable_segments:True"),
         ("backend:cudaMallocAsync,expandable_segments:True", "expandable_segments:True"),
         ("max_split_size_mb:64, backend:cudaMallocAsync ,garbage_collection_threshold:0.8",
          "max_split_size_mb:64,garbage_collection_threshold:0.8"),
         ("backend:native", "backend:native"),
     ],
 )  # fmt: skip
-def test_the_asynchronous_allocator_does_not_reach_the_ranks(setting, kept):
+def test_the_ranks_allocator_grows_its_segments_and_is_never_the_asynchronous_one(setting, kept):
     for variable in devices.ALLOCATOR_VARIABLES:
         env = devices.rank_environment("cuda", 1, single_host=True, base={variable: setting})
-        assert env.get(variable, "") == kept
+        assert [env[name] for name in devices.ALLOCATOR_VARIABLES if name in env] == [kept]
+
+
+def test_streams_have_queues_of_their_own_and_launches_do_not_block():
+    base = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+    env = devices.rank_environment("cuda", 2, single_host=True, base=base)
+    assert env["CUDA_DEVICE_MAX_CONNECTIONS"] == devices.HARDWARE_QUEUES
+    assert "CUDA_LAUNCH_BLOCKING" not in env
 
 
 def test_ranks_share_the_cores_unless_told_otherwise():
