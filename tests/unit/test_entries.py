@@ -136,7 +136,8 @@ def test_a_norm_leaves_no_cell_longer_than_the_positive_prompts(cfg):
     alone = Axis("alone", [0], None, Ledger())
     both = entries["positive"], entries["negative"]
     plain, normed = (
-        Guidance(one_by_one(predict), SAMPLING, alone, *both, cfg, norm=norm).denoised(x, torch.tensor(0.5)) for norm in (None, 0.9)
+        Guidance(one_by_one(predict), SAMPLING, alone, *both, cfg, norm=norm).denoised(x, torch.tensor(0.5))
+        for norm in (None, 0.9)
     )
     yes = expected(sides["positive"], x, 0.5).norm(dim=1, keepdim=True)
     shares = yes / plain.norm(dim=1, keepdim=True)

@@ -9,12 +9,14 @@ import pytest
 from paralleldit.parallel_backend.caches.policy import CountedComputeAll
 from paralleldit.parallel_backend.engine import run_conditions
 from paralleldit.parallel_backend.engine.run_conditions import RunConditions, Runs
+from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol.messages import Adapters, LoraRef, ModelRef, Predict, StepCache, WeightChange
 
 HIGH, LOW, OTHER = (ModelRef(path=f"/models/{name}.safetensors") for name in ("high", "low", "other"))
 FIRST, SECOND = "1" * 32, "2" * 32
 ANYTHING: Any = None
+EVALUATION: Any = mock.Mock(condition=Condition({}))
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +79,10 @@ def test_the_end_of_a_run_tells_its_evaluations_those_without_the_cache_among_th
     runs = Runs()
     run = runs.at(FIRST, HIGH)
     for cache in (None, StepCache(threshold=0.2), StepCache(threshold=0.2)):
-        cache_of(run, cache=cache).policy(ANYTHING)
+        cache_of(run, cache=cache).policy(EVALUATION)
     assert runs.end(FIRST) == (3, 3)
     assert runs.end(FIRST) is None
-    cache_of(runs.at(SECOND, HIGH), cache=None).policy(ANYTHING)
+    cache_of(runs.at(SECOND, HIGH), cache=None).policy(EVALUATION)
     assert runs.end(SECOND) is None, "it had no step cache"
 
 
