@@ -7,79 +7,27 @@ from __future__ import annotations
 
 import itertools
 import os
+import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "conftest.py"))
+from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
+
 MODELS = ("flux", "schnell", "sd3", "eps", "v_prediction", "dit")
-SCHEDULERS = (
-    "simple",
-    "sgm_uniform",
-    "karras",
-    "exponential",
-    "ddim_uniform",
-    "beta",
-    "normal",
-    "linear_quadratic",
-    "kl_optimal",
-)
 SAMPLED_MODELS = ("flux", "sd3", "eps", "v_prediction")
 SAMPLER_STEPS = 6
 SEED = 1234567
 SHAPE = (2, 3, 4, 5)
 VIDEO_SHAPE = (2, 3, 4, 8, 6)
 CFG = 3.0
-SAMPLERS = (
-    "euler",
-    "euler_cfg_pp",
-    "euler_ancestral",
-    "euler_ancestral_cfg_pp",
-    "heun",
-    "heunpp2",
-    "exp_heun_2_x0",
-    "exp_heun_2_x0_sde",
-    "dpm_2",
-    "dpm_2_ancestral",
-    "lms",
-    "dpm_fast",
-    "dpm_adaptive",
-    "dpmpp_2s_ancestral",
-    "dpmpp_2s_ancestral_cfg_pp",
-    "dpmpp_sde",
-    "dpmpp_sde_gpu",
-    "dpmpp_2m",
-    "dpmpp_2m_cfg_pp",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_gpu",
-    "dpmpp_2m_sde_heun",
-    "dpmpp_2m_sde_heun_gpu",
-    "dpmpp_3m_sde",
-    "dpmpp_3m_sde_gpu",
-    "ddpm",
-    "lcm",
-    "ipndm",
-    "ipndm_v",
-    "deis",
-    "res_multistep",
-    "res_multistep_cfg_pp",
-    "res_multistep_ancestral",
-    "res_multistep_ancestral_cfg_pp",
-    "gradient_estimation",
-    "gradient_estimation_cfg_pp",
-    "er_sde",
-    "seeds_2",
-    "seeds_3",
-    "sa_solver",
-    "sa_solver_pece",
-    "ddim",
-    "uni_pc",
-    "uni_pc_bh2",
-)
-"""All that ComfyUI 0.33 lists. An older one lacks some."""
-SCHEDULES = tuple(itertools.product(SCHEDULERS, (1, 2, 3, 4, 7, 20, 28, 50), (1.0, 0.6, 0.05), ("euler", "dpm_2")))
+SCHEDULES = tuple(itertools.product(SCHEDULER_NAMES, (1, 2, 3, 4, 7, 20, 28, 50), (1.0, 0.6, 0.05), ("euler", "dpm_2")))
 """(scheduler, steps, denoise, sampler)"""
 
 PARTS = (
@@ -93,8 +41,8 @@ PARTS = (
 """(scheduler, sampler, (first step, step before which it ends, whether noise is left))"""
 
 RUNS = (
-    *itertools.product(SAMPLERS, SCHEDULERS, (1.0, 0.6), (False,)),
-    *itertools.product(SAMPLERS, ("normal",), (1.0, 0.6), (True,)),
+    *itertools.product(SAMPLER_NAMES, SCHEDULER_NAMES, (1.0, 0.6), (False,)),
+    *itertools.product(SAMPLER_NAMES, ("normal",), (1.0, 0.6), (True,)),
 )
 """(sampler, scheduler, denoise, masked)"""
 
@@ -220,7 +168,7 @@ def host_results() -> dict[str, Tensor]:
         "mask/video": reshape_mask(frame_masks(), torch.Size(VIDEO_SHAPE)),
     }
     grid = torch.tensor(SIGMA_GRID)
-    from comfy.samplers import SAMPLER_NAMES
+    from comfy.samplers import SAMPLER_NAMES as KNOWN
 
     for name in MODELS:
         model = HostModel(host_model_sampling(name))
@@ -235,7 +183,7 @@ def host_results() -> dict[str, Tensor]:
         for case in PARTS:
             results[case_key("part", name, case)] = host_part(model, *case)
         for case in RUNS if name in SAMPLED_MODELS else ():
-            if case[0] in SAMPLER_NAMES:
+            if case[0] in KNOWN:  # An older ComfyUI lacks some.
                 results[case_key("latent", name, case)] = host_latent(model, *case)
     return {key: value.clone().contiguous() for key, value in results.items()}
 

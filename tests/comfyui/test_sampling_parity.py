@@ -98,11 +98,6 @@ def our_latent(native: dict[str, Tensor], model_name: str, case: tuple) -> Tenso
     return driver.run(model, job, negative=lambda: negatives[0])
 
 
-def test_the_same_samplers_and_schedulers_are_compared() -> None:
-    assert set(host.SAMPLERS) == set(SAMPLERS)
-    assert set(host.SCHEDULERS) == set(schedules.SCHEDULERS)
-
-
 def test_noise_and_masks_equal_native(native) -> None:
     assert torch.equal(noise.initial_noise(host.SHAPE, torch.float32, host.SEED), native["noise"])
     indexed = noise.initial_noise(host.SHAPE, torch.float32, host.SEED, [5, 2])
