@@ -482,13 +482,20 @@ def entry_of(condition: Condition) -> Conditioning:
         guidance=condition.guidance,
         size=condition.size,
         target_size=condition.target_size,
+        crop=condition.crop,
+        aesthetic_score=condition.aesthetic_score,
         references=len(condition.references),
     )
 
 
 def run_prompt_of(condition: Condition) -> RunPrompt:
     """The same for a step that a sampler of the client asks for."""
-    return RunPrompt(guidance=condition.guidance, size=condition.size, target_size=condition.target_size)
+    return RunPrompt(
+        guidance=condition.guidance,
+        size=condition.size,
+        target_size=condition.target_size,
+        crop=condition.crop,
+    )
 
 
 def whole_patches(latent: Tensor) -> Tensor:

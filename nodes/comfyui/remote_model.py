@@ -111,7 +111,8 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     # The ranks convert what they are sent to what they compute in; nothing is to be lost on the way.
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = Operations
-    model = config.get_model({}, device=META)
+    # By such keys of its file the host tells what a model predicts.
+    model = config.get_model({mark: torch.empty(0) for mark in handle.config.get("_marks", ())}, device=META)
     if handle.latents[0] != handle.spec.latent:
         model.latent_format = format_of_vae(model.latent_format, handle.latents[0])
     keep_readable(model, handle)

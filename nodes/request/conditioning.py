@@ -123,6 +123,8 @@ def _message(
         guidance=entry.get("guidance", FAMILIES[family].guidance),
         size=_size(side, entry, ""),
         target_size=_size(side, entry, "target_"),
+        crop=_crop(side, entry),
+        aesthetic_score=entry.get("aesthetic_score"),
         references=len(entry.get("reference_latents") or ()),
         reference_places=_reference_places(entry),
         prompt=prompt,
@@ -162,6 +164,14 @@ def _size(side: str, entry: Mapping[str, Any], prefix: str) -> tuple[int, int] |
     if height < 1 or width < 1:
         raise _refused(side, f"{prefix}width={width} and {prefix}height={height}", "Set both to at least 1")
     return height, width
+
+
+def _crop(side: str, entry: Mapping[str, Any]) -> tuple[int, int]:
+    """What is told to have been cut off the picture above and on the left."""
+    top, left = (entry.get(f"crop_{name}") or 0 for name in ("h", "w"))
+    if min(top, left) < 0:
+        raise _refused(side, f"crop_w={left} and crop_h={top}", "Set both to at least 0")
+    return top, left
 
 
 def _refused(side: str, what: str, advice: str, in_ksampler: bool = False) -> UserError:

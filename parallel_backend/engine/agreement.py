@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from torch import Tensor
 
 from ..errors import Cancelled, UserError
+from ..files.checkpoint import MODEL_FOLDERS
 from ..files.regular import open_regular
 from ..files.states import FileState, FileStates
 from ..protocol import messages
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..run_context import Run
 
 FileRef = messages.ModelRef | messages.VaeRef | messages.LoraRef | messages.ControlNetRef | messages.IPAdapterRef
-COMPONENTS = {"model": "transformer", "vae": "vae", "controlnet": "controlnet"}
+COMPONENTS = {"model": MODEL_FOLDERS, "vae": ("vae",), "controlnet": ("controlnet",)}
 """The folder of a diffusers pipeline that a reference of that kind reads."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """How much of each file tells it from others: evenly spread, so that another model of the same shapes is found out."""
@@ -100,8 +101,8 @@ def file_key(ref: FileRef, states: FileStates) -> str:
 def of_component(ref: FileRef | messages.TextRef, states: FileStates) -> tuple[FileState, ...]:
     """Of the files that `ref` reads: in a pipeline's folder, those of one component."""
     found = states.under(ref.path)
-    component = Path(ref.path) / COMPONENTS.get(ref.kind, "")
-    return tuple(state for state in found if component in state.path.parents) or found
+    components = {Path(ref.path) / name for name in COMPONENTS.get(ref.kind, ())}
+    return tuple(state for state in found if components.intersection(state.path.parents)) or found
 
 
 @lru_cache(maxsize=16)

@@ -129,11 +129,15 @@ def prompt_of(
     }
     check_condition_tensors(given, family.spec.inputs, side, shape[0])
     _, *cell = family.latent.stride
+    scores = family.spec.aesthetic_scores
+    score = scores.get(side) if prompt.aesthetic_score is None else prompt.aesthetic_score
     condition = Condition(
         given,
         guidance=prompt.guidance,
         size=prompt.size or (shape[-2] * cell[0], shape[-1] * cell[1]),
         target_size=prompt.target_size,
+        crop=prompt.crop,
+        aesthetic_score=score,
         references=_references_of(prompt, prefix, side, tensors, family, shape[0]),
         reference_places=prompt.reference_places,
     )

@@ -88,7 +88,8 @@ class Condition:
 
     `tensors`: by the names of the family's inputs, such as `tokens` `[B, St, C]` with a `mask` `[B, St]` of those that
     count. `guidance`: the distilled guidance scale (None: the model is given none). `size`, `target_size`: height and
-    width of the picture, in pixels, for models that take them (every request gives a size). `references`: latents
+    width of the picture, in pixels, for models that take them (every request gives a size); `crop`: what was cut off
+    above and on the left of it; `aesthetic_score`: how beautiful it is to be. `references`: latents
     `[B, C, ..., h, w]` that the model looks at, scaled as its own; `reference_places`: the rule of their positions, by
     default the model's own. `controls` add to the model's tokens; `image_prompts` are pictures that it attends to.
     `name`: of the prompt in its run, by which step caches tell evaluations; `joins`: of how many prompts it is one.
@@ -98,6 +99,8 @@ class Condition:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    aesthetic_score: float | None = None
     references: tuple[Tensor, ...] = ()
     reference_places: str | None = None
     controls: tuple[ResidualSource, ...] = ()
@@ -137,7 +140,7 @@ class Condition:
             return id(self)
         return (
             tuple((name, tensor.shape[1:]) for name, tensor in sorted(self.tensors.items())),
-            (self.guidance, self.size, self.target_size, self.reference_places),
+            (self.guidance, self.size, self.target_size, self.crop, self.aesthetic_score, self.reference_places),
             tuple(reference.shape[1:] for reference in self.references),
             tuple(control.kind for control in self.controls),
         )

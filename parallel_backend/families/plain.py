@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .condition import Condition, check_widths
+from .condition import Condition
 from .family import Family
 from .spec import LatentSpec
 
@@ -70,20 +70,12 @@ class PlainFamily(Family):
     def self_attentions(self) -> Mapping[str, int]:
         """The stride of each self-attention module of the network (diffusers' `Attention`), by its name."""
 
-    @property
-    @abstractmethod
-    def inputs(self) -> Mapping[str, int]:
-        """The tensors of a `Condition` that the network needs, and their widths."""
-
     @abstractmethod
     def forward(self, latent: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The network's output for `latent` `[B, C, H, W]` at `timestep` `[B]`; H may be those of a part of a picture.
 
         The network takes the picture's size from `condition`, not from the latent.
         """
-
-    def check_condition(self, condition: Condition) -> None:
-        check_widths(condition, self.inputs, self.spec)
 
     @contextmanager
     def attending(self, attend: Attend) -> Iterator[None]:

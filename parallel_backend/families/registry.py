@@ -11,6 +11,7 @@ from .keys.hunyuanvideo import HUNYUANVIDEO
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from .keys.qwen_image import QWEN_IMAGE
 from .keys.sd3 import SD3
+from .keys.sdxl import SDXL, SDXL_REFINER
 from .keys.wan import WAN
 from .keys.zimage import ZIMAGE
 from .spec import FamilySpec
@@ -27,6 +28,8 @@ FAMILIES: dict[str, FamilySpec] = {
         ZIMAGE,
         QWEN_IMAGE,
         HUNYUANVIDEO,
+        SDXL_REFINER,
+        SDXL,
     )
 }
 

@@ -220,6 +220,9 @@ class FamilySpec:
     """What config.json of an older diffusers calls the class."""
     not_weights: tuple[str, ...] = ()
     """Keys of tensors that the module does not need."""
+    marks: tuple[str, ...] = ()
+    """Keys that tell a kind of model and are none of its weights: in a file that holds more, they stand beside the
+    model's. Those of a model, as `derive_config` says in `_marks`, are told to ComfyUI's detection."""
     never_fp8: tuple[str, ...] = ()
     """Modules whose matrices other modules use."""
     host_config: Callable[[Config], dict[str, Any]] | None = None
@@ -238,6 +241,8 @@ class FamilySpec:
     reference_places: tuple[str, ...] = ()
     """ComfyUI's names of the rules that its view knows for positions of reference pictures, whose tokens follow the
     picture's; without any it takes none."""
+    aesthetic_scores: Mapping[str, float] = field(default_factory=dict)
+    """How beautiful a picture is to be, by the side of a prompt that does not say it; of models that are told."""
     takes_next_time: bool = False
     """Whether the model is given the time of the noise level to which the sampler will step."""
     lora_names: tuple[LoraName, ...] = ()
@@ -256,11 +261,11 @@ class FamilySpec:
 
     def count_blocks(self, config: Config) -> int:
         """The number of blocks of a model with `config`."""
-        return sum(config[each.count] for each in self.blocks)
+        return sum(config[each.count] if isinstance(each.count, str) else each.count(config) for each in self.blocks)
 
     def count_heads(self, config: Config) -> int | None:
         """The attention's query heads, where such a config says how many there are."""
-        return config.get(next(iter(self.heads.values())).count)
+        return next((config.get(group.count) for group in self.heads.values()), None)
 
     def count_rows(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
         """Into how many patches latents of these `shapes` `[B, C, ..., H, W]`, by name, can be cut: each along its

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -26,10 +26,12 @@ SUFFIXES = (".safetensors", ".sft")
 """Of files of weights, in small letters; a name may have them in others."""
 INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json", re.IGNORECASE)
 WITHOUT_VARIANT = re.compile(r"[^.]+\.(safetensors(\.index\.json)?|sft)", re.IGNORECASE)
+MODEL_FOLDERS = ("transformer", "unet")
+"""Where pipelines have their model."""
 MAX_JSON_BYTES = 64_000_000
 EXPECTED = (
     "Expected a .safetensors file, a .safetensors.index.json, or a diffusers folder "
-    "(with transformer/, or itself with config.json and weights)."
+    "(with transformer/ or unet/, or itself with config.json and weights)."
 )
 
 
@@ -80,8 +82,10 @@ def is_weights(file: PurePath) -> bool:
     return file.suffix.lower() in SUFFIXES
 
 
-def open_checkpoint(path: str | Path, component: str = "transformer") -> Checkpoint:
-    """Opens a safetensors file, a sharded index, a diffusers pipeline folder (its `component`) or a component folder.
+def open_checkpoint(path: str | Path, *components: str) -> Checkpoint:
+    """Opens a safetensors file, a sharded index, a diffusers pipeline folder or a component folder.
+
+    `components`: which folder of the pipeline, the first that it has; by default its model's.
 
     Reads headers only. Raises UserError naming the file and what was expected.
     """
@@ -92,14 +96,14 @@ def open_checkpoint(path: str | Path, component: str = "transformer") -> Checkpo
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"Cannot open {path}: {reason}. {EXPECTED}", "Check the path and its permissions.") from error
     if is_folder:
-        return _open_folder(path, component)
+        return _open_folder(path, components or MODEL_FOLDERS)
     if INDEX.fullmatch(path.name):
         return _open_index(path, None)
     return _from_headers(path, {path: read_header(path)}, None)
 
 
-def _open_folder(folder: Path, component: str) -> Checkpoint:
-    weights_folder = folder / component if (folder / component).is_dir() else folder
+def _open_folder(folder: Path, components: Sequence[str]) -> Checkpoint:
+    weights_folder = next((folder / name for name in components if (folder / name).is_dir()), folder)
     config = read_json(weights_folder / "config.json") if (weights_folder / "config.json").exists() else None
     weights = _weights_file(weights_folder)
     if INDEX.fullmatch(weights.name):

@@ -54,12 +54,13 @@ def detect(checkpoint: Checkpoint) -> Detected:
             key.removeprefix(prefix): info.shape for key, info in checkpoint.tensors.items() if key.startswith(prefix)
         }
         for spec in FAMILIES.values():
+            marks = {mark: checkpoint.tensors[mark].shape for mark in spec.marks if mark in checkpoint.tensors}
             layouts = (name for name, keys in spec.landmarks.items() if all(key in shapes for key in keys.values()))
             if layout := next(layouts, None):
-                found = spec.reject(shapes, checkpoint.metadata)
+                found = spec.reject({**shapes, **marks}, checkpoint.metadata)
                 if found is None:
                     refuse_unread(checkpoint, prefix)
-                    return _detected(checkpoint, spec, layout, prefix, shapes)
+                    return _detected(checkpoint, spec, layout, prefix, {**shapes, **marks})
                 neighbour = neighbour or f"{checkpoint.source} holds {found}, which is not served; {spec.title} is."
     if neighbour:
         raise UserError(neighbour, "Choose another model, or load this one with ComfyUI's own loader.")
@@ -92,7 +93,6 @@ def _detected(checkpoint: Checkpoint, spec: FamilySpec, layout: str, prefix: str
                 f"{checkpoint.source}: config.json says {name} = {stated!r}, but the weights' shapes say {value!r}.",
                 "Config and weights must come from the same model.",
             )
-    weights = {
-        key: shape for key, shape in shapes.items() if key not in spec.not_weights and key.rsplit(".", 1)[-1] != FORMAT
-    }
+    others = {*spec.not_weights, *spec.marks}
+    weights = {key: shape for key, shape in shapes.items() if key not in others and key.rsplit(".", 1)[-1] != FORMAT}
     return Detected(spec, layout, prefix, config, weights)

@@ -68,7 +68,7 @@ KINDS = (
     _model("Mochi", _START + r"t5_yproj\.weight$"),
     _model("Kandinsky 5", _START + r"visual_transformer_blocks\.0\."),
     _model("SeedVR 2", _START + r"blocks\.\d+\.mlp\.all\.proj_in_gate\.weight$"),
-    _model("Stable Diffusion XL", _START + r"(input|down)_blocks\.", _START + r"(label_emb|add_embedding)\."),
+    _model("another Stable Diffusion XL", _START + r"(input|down)_blocks\.", _START + r"(label_emb|add_embedding)\."),
     _model("Stable Diffusion 1 or 2", _START + r"(input_blocks\.0\.0|down_blocks\.0\.attentions\.0)\."),
     Kind(
         "a diffusion model",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 from .layout import StageBlocks
 
@@ -15,12 +16,12 @@ from .layout import StageBlocks
 class BlockList:
     """Some of a model's blocks: the modules of one number in all of the module lists `names` make up a block.
 
-    `count`: what the model's config calls their number. `apart`: modules within blocks that belong to none of them,
-    because other parts of the model use them: every stage holds them.
+    `count`: what the model's config calls their number, or computes it. `apart`: modules within blocks that belong to
+    none of them, because other parts of the model use them: every stage holds them.
     """
 
     names: tuple[str, ...]
-    count: str = "num_layers"
+    count: str | Callable[[Mapping[str, Any]], int] = "num_layers"
     apart: tuple[str, ...] = ()
 
     def number(self, parameter: str) -> int | None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 FULL_DENOISE_TOLERANCE = 1e-5
+LAST_ALPHA = 4.8973451890853435e-08
+"""ComfyUI's in place of zero, where a schedule ends at noise alone."""
 
 Time = TypeVar("Time", Tensor, float)
 
@@ -183,13 +185,15 @@ class EpsPrediction(ModelSampling):
     """x = latent + sigma noise over a discrete beta schedule (Ho et al. 2020); the model predicts the noise.
 
     `beta_schedule` "linear" is linear in the square root of beta (Stable Diffusion), "sqrt_linear" is linear in beta
-    (DDPM, DiT-XL): ComfyUI's names.
+    (DDPM, DiT-XL): ComfyUI's names. `zero_terminal`: the schedule is stretched to end at noise alone (Lin et al. 2023,
+    2305.08891), as nearly as ComfyUI does.
     """
 
     beta_schedule: str = "linear"
     linear_start: float = 0.00085
     linear_end: float = 0.012
     table_size: int = 1000
+    zero_terminal: bool = False
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -204,6 +208,10 @@ class EpsPrediction(ModelSampling):
         ends = (self.linear_start ** (1 / power), self.linear_end ** (1 / power))
         betas = torch.linspace(*ends, self.table_size, dtype=torch.float64) ** power
         alphas = torch.cumprod(1.0 - betas, dim=0)
+        if self.zero_terminal:
+            roots = alphas.sqrt()
+            alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
+            alphas[-1] = LAST_ALPHA
         return torch.sqrt((1 - alphas) / alphas)
 
     def timestep(self, sigma: Tensor) -> Tensor:

@@ -42,6 +42,10 @@ def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     if family == "qwen-image":
         references = [draw(1, 16, 1, 6, 10), draw(1, 16, 1, 12, 5)]
         return draw(BATCH, 16, 1, 9, 7), draw(BATCH, 9, 24), {"reference_latents": references}
+    if family in ("sdxl", "sdxl-refiner"):
+        told = {"width": 640, "height": 480, "crop_w": 16, "crop_h": 8}
+        told |= {"aesthetic_score": 4.5} if family == "sdxl-refiner" else {"target_width": 512, "target_height": 384}
+        return draw(BATCH, 4, 9, 7), draw(BATCH, 9, 24), told | {"pooled_output": draw(BATCH, 12)}
     if family != "hunyuandit":
         return latent, draw(BATCH, 9, 20), {"width": 640, "height": 480}
     masks = {"attention_mask": torch.arange(6) < 4, "attention_mask_mt5xl": torch.arange(9) < 5}

@@ -23,11 +23,14 @@ from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_
 from paralleldit.parallel_backend.engine.model import build_family
 from paralleldit.parallel_backend.families.keys.hunyuanvideo import HUNYUANVIDEO
 from paralleldit.parallel_backend.families.keys.qwen_image import REFERENCES_AT_ZERO
+from paralleldit.parallel_backend.families.keys.sdxl import V_PREDICTION, ZERO_TERMINAL
+from paralleldit.parallel_backend.families.plain import PlainFamily
 from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.prompt_batches import one_by_one
+from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer
-from paralleldit.tests import tiny_wan, tiny_zimage
+from paralleldit.tests import tiny_unet, tiny_wan, tiny_zimage
 from paralleldit.tests.comfyui import network_host as host
 from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
 from paralleldit.tests.original_layout import originals_of
@@ -51,8 +54,12 @@ CASES = {
     "hunyuanvideo": lambda: TINY_MODELS["hunyuanvideo"].make(2, 1),
     "qwen-image": lambda: TINY_MODELS["qwen-image"].make(2, 1),
     "qwen-image edit": lambda: TINY_MODELS["qwen-image edit"].make(2, 1),
+    "sdxl": tiny_unet.of_files,
+    "sdxl v": tiny_unet.of_files,
+    "sdxl refiner": lambda: tiny_unet.of_files(tiny_unet.REFINER),
 }
-STD = {"wan": 0.05, "zimage": None, "hunyuanvideo": None, "qwen-image": None, "qwen-image edit": None}
+OWN = ("zimage", "hunyuanvideo", "qwen-image", "qwen-image edit", "sdxl", "sdxl v", "sdxl refiner")
+STD = {"wan": 0.05, **dict.fromkeys(OWN)}
 """Deviation of the weights, where it is not 0.15: None for those that the model has. Small queries and keys would show
 the epsilon of Z-Image's norms, which ComfyUI has smaller."""
 
@@ -60,8 +67,10 @@ WEIGHTS = {
     "hunyuanvideo": partial(originals_of, HUNYUANVIDEO),
     "qwen-image": dict,
     "qwen-image edit": dict,
+    **dict.fromkeys(("sdxl", "sdxl v", "sdxl refiner"), tiny_unet.original_weights),
 }
 """What makes the weights of a file, where that is not `original_weights`."""
+MARKS = {"qwen-image edit": (REFERENCES_AT_ZERO,), "sdxl v": (V_PREDICTION, ZERO_TERMINAL)}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
         weights = place / f"{name}.safetensors"
         tables = {"pos_embed": torch.zeros(1, 32 * 32, 96)} if "pixart" in name else {}
         weights_of = WEIGHTS.get(name, original_weights)
-        marks = {REFERENCES_AT_ZERO: torch.empty(0)} if name == "qwen-image edit" else {}
+        marks = dict.fromkeys(MARKS.get(name, ()), torch.empty(0))
         save_file(weights_of(dict(model.state_dict())) | tables | marks, weights)
         loaded = load_transformer(weights, device="cpu")
         weights.with_suffix(".json").write_text(json.dumps({"family": loaded.family, "config": loaded.config}))
@@ -98,7 +107,8 @@ def test_prediction_equals_the_hosts(name, folder):
     sampling = family.model_sampling(None)
     positive = entries_of_side(messages, "positive", Inputs(tensors, family, sampling, latent.shape))
     alone = Axis("alone", [0], None, Ledger())
-    predict = SequenceParallel(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
+    strategy = RowParallel if isinstance(family, PlainFamily) else SequenceParallel
+    predict = strategy(family, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
     answer = folder / f"{name}.host.safetensors"
     if not answer.exists():
         pytest.skip("this ComfyUI is older than the family")

@@ -16,7 +16,12 @@ from paralleldit.parallel_backend.layout.layout import Layout
 
 PACK = Path(__file__).resolve().parents[2]
 README, PAGE = PACK / "README.md", PACK / "docs" / "MATRIX.md"
-MODULES = ("test_exact_layouts", "test_pipefusion", "test_pipefusion_families", "test_distrifusion")
+MODULES = (
+    "test_exact_layouts",
+    "test_pipefusion",
+    "test_pipefusion_families",
+    "test_distrifusion",
+)
 """Those whose function `cells` says what their tests note."""
 
 EXACT, LATE, BF16 = "exact", "late", "bf16"

@@ -24,24 +24,26 @@ from paralleldit.parallel_backend.strategies.prompt_batches import one_by_one
 from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.covering import covering, pairs
+from paralleldit.tests.ranks.matrix import EXACT, cell
 from paralleldit.tests.tiny_models import entry_of, run_prompt_of, tensors_of
-from paralleldit.tests.tiny_unet import TinyUNet, condition, network
+from paralleldit.tests.tiny_unet import BASE, REFINER, SPECS, condition, family, network, told
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 BYTES = 4
+TABLE = [
+    Layout(),
+    Layout(ulysses_degree=2),
+    Layout(ring_degree=2),
+    Layout(ulysses_degree=3),
+    Layout(ring_degree=3),
+    Layout(ulysses_degree=4),
+    Layout(ring_degree=4),
+    Layout(ulysses_degree=2, ring_degree=2),
+]
 LAYOUTS = covering(
-    [
-        Layout(),
-        Layout(ulysses_degree=2),
-        Layout(ring_degree=2),
-        Layout(ulysses_degree=3),
-        Layout(ring_degree=3),
-        Layout(ulysses_degree=4),
-        Layout(ring_degree=4),
-        Layout(ulysses_degree=2, ring_degree=2),
-    ],
+    TABLE,
     # How rows are shared depends on the number of ranks, how attention is, on the axes.
     lambda layout: {frozenset((layout.ranks,))} | pairs([axis for axis in AXES if layout.degree(axis) > 1]),
 )
@@ -57,12 +59,20 @@ SHAPES = {
     "a single cell": (1, 1, 1),
 }
 """Batch, rows and columns of the latent; the network's coarsest row is made of 4."""
+CASES = [*((BASE, shape) for shape in SHAPES), *((REFINER, shape) for shape in ("odd", "fewer multiples than ranks"))]
 GUIDED = [
     Layout(cfg_degree=2),
     Layout(data_degree=2),
     Layout(ulysses_degree=2, cfg_degree=2),
     Layout(ring_degree=2, data_degree=2),
 ]
+
+
+def cells():
+    """What the tests of this module note."""
+    for layout in TABLE:
+        yield from (cell(EXACT, layout, spec.name) for spec in SPECS.values())
+    yield from (cell(EXACT, layout, SPECS[BASE].name) for layout in GUIDED)
 
 
 def latent(batch: int, height: int, width: int) -> Tensor:
@@ -73,39 +83,42 @@ def timestep(batch: int) -> Tensor:
     return torch.tensor([701.0, 33.0, 250.0])[:batch]
 
 
-def stock(latent: Tensor, timestep: Tensor, seed: int = 5) -> Tensor:
+def stock(latent: Tensor, timestep: Tensor, seed: int = 5, model: str = BASE) -> Tensor:
     """What diffusers' own forward gives, by a call with arguments of this file's own making."""
-    batch = len(latent)
-    given = condition(batch, seed)
-    added = {"text_embeds": given["pooled"], "time_ids": torch.tensor([[104, 72, 0, 0, 104, 72]] * batch)}
-    return network()(latent, timestep, given["tokens"], added_cond_kwargs=added).sample
+    given = condition(len(latent), seed)
+    return network(model)(latent, timestep, given["tokens"], added_cond_kwargs=told(given, model)).sample
 
 
 def plain(world: Axis) -> list[Tensor]:
-    return [stock(latent(*shape), timestep(shape[0])) for shape in SHAPES.values()]
+    return [stock(latent(*SHAPES[shape]), timestep(SHAPES[shape][0]), model=model) for model, shape in CASES]
 
 
-def in_rows(mesh: Mesh) -> RowParallel:
+def in_rows(mesh: Mesh, model: str = BASE) -> RowParallel:
     attention = make_attention("auto", mesh.ulysses, mesh.ring, CPU, torch.float32)
-    return RowParallel(TinyUNet(network(), torch.float32, CPU), mesh.sequence, attention)
+    return RowParallel(family(model), mesh.sequence, attention)
 
 
 def predictions(world: Axis, layout: Layout) -> list[Tensor]:
-    strategy = in_rows(Mesh(layout))
+    mesh = Mesh(layout)
+    strategies = {model: in_rows(mesh, model) for model in SPECS}
     try:
-        return [strategy.predict(latent(*shape), timestep(shape[0]), condition(shape[0])) for shape in SHAPES.values()]
+        return [
+            strategies[model].predict(latent(*SHAPES[shape]), timestep(SHAPES[shape][0]), condition(SHAPES[shape][0]))
+            for model, shape in CASES
+        ]
     finally:
-        strategy.family.uninstall()
+        for strategy in strategies.values():
+            strategy.family.uninstall()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_plain_forward(ranks, layout):
+def test_the_plain_forward(ranks, figures, layout):
     (expected,) = ranks.once(1, plain)
     for found in ranks.run(layout.ranks, predictions, layout):
-        errors = {
-            name: float((mine - truth).norm() / truth.norm())
-            for name, mine, truth in zip(SHAPES, found, expected, strict=True)
-        }
+        errors = {}
+        for case, mine, truth in zip(CASES, found, expected, strict=True):
+            errors[case] = float((mine - truth).norm() / truth.norm())
+            figures.note(EXACT, layout, SPECS[case[0]].name, errors[case])
         assert max(errors.values()) <= TOLERANCE, errors
 
 
@@ -126,7 +139,9 @@ def guided(world: Axis, layout: Layout) -> Tensor:
 
 
 def guided_alone(world: Axis) -> Tensor:
-    sampling = TinyUNet(network(), torch.float32, CPU).model_sampling(None)
+    view = family()
+    sampling = view.model_sampling(None)
+    view.uninstall()
     x = latent(2, 13, 9)
     positive, negative = (
         sampling.denoised(stock(sampling.calculate_input(SIGMA, x), sampling.timestep(SIGMA).expand(2), seed), x, SIGMA)
@@ -136,10 +151,12 @@ def guided_alone(world: Axis) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", GUIDED, ids=str)
-def test_guidance_and_batches_over_rows(ranks, layout):
+def test_guidance_and_batches_over_rows(ranks, figures, layout):
     (expected,) = ranks.once(1, guided_alone)
     for found in ranks.run(layout.ranks, guided, layout):
-        assert float((found - expected).norm() / expected.norm()) <= TOLERANCE
+        error = float((found - expected).norm() / expected.norm())
+        figures.note(EXACT, layout, SPECS[BASE].name, error)
+        assert error <= TOLERANCE
 
 
 def work_of(request: Sample | Predict) -> Run:
@@ -153,7 +170,7 @@ def under_both_prompts(world: Axis) -> Tensor:
 def by_request(world: Axis, layout: Layout) -> list[Tensor]:
     """What requests give: a run of three steps, and one prediction under two prompts."""
     mesh = Mesh(layout)
-    family = TinyUNet(network(), torch.float32, CPU)
+    view = family()
     sides = {side: condition(2, seed) for side, seed in (("positive", 5), ("negative", 6))}
     keys = {"a" * 32: "positive", "b" * 32: "negative"}
     tensors = {"latent": latent(2, 13, 9)}
@@ -183,11 +200,11 @@ def by_request(world: Axis, layout: Layout) -> list[Tensor]:
         asked |= {name.replace(side, key): each for name, each in tensors_of(side, sides[side]).items()}
     try:
         return [
-            sample(sampled, tensors, family, mesh, work_of(sampled))["latent"],
-            predict(predicted, asked, RunConditions(), family, mesh, work_of(predicted), {}, {})["prediction"],
+            sample(sampled, tensors, view, mesh, work_of(sampled))["latent"],
+            predict(predicted, asked, RunConditions(), view, mesh, work_of(predicted), {}, {})["prediction"],
         ]
     finally:
-        family.uninstall()
+        view.uninstall()
 
 
 @pytest.mark.parametrize("layout", [Layout(ulysses_degree=2), Layout(ring_degree=2, cfg_degree=2)], ids=str)
@@ -202,7 +219,7 @@ def test_requests_give_what_one_rank_gives(ranks, layout):
 
 def test_a_layout_that_needs_blocks_is_refused_with_one_that_does_not():
     with pytest.raises(UserError) as caught:
-        check_layout(Layout(distrifusion_degree=2), RunFacts(ranks=2, can=TinyUNet.spec.can))
+        check_layout(Layout(distrifusion_degree=2), RunFacts(ranks=2, can=SPECS[BASE].can))
     assert "distrifusion_degree=2" in str(caught.value)
     assert "Nearest that fits: ulysses2" in str(caught.value)
 
@@ -264,13 +281,16 @@ def test_bytes_sent_match_theory(ranks, layout):
 def left_behind(world: Axis) -> tuple[bool, bool]:
     """Whether the network is its own again after an evaluation that failed, and after the family is gone."""
     x, when, given = latent(1, 13, 9), timestep(1), condition(1)
+    expected = stock(x, when)
     strategy = in_rows(Mesh(Layout(ulysses_degree=2)))
-    family = strategy.family
+    view = strategy.family
     with pytest.raises(RuntimeError):
         strategy.predict(x[:, :3], when, given)
-    alone = torch.equal(family.forward(x, when, given), stock(x, when))
-    family.uninstall()
-    return alone, all("diffusers" in type(each).__module__ for each in network().attn_processors.values())
+    alone = torch.equal(view.forward(x, when, given), expected)
+    view.uninstall()
+    return alone and torch.equal(stock(x, when), expected), all(
+        "diffusers" in type(each).__module__ for each in network().attn_processors.values()
+    )
 
 
 def test_the_network_is_left_as_it_was(ranks):

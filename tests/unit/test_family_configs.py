@@ -17,17 +17,27 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.keys.flux import FLUX
 from paralleldit.parallel_backend.families.keys.qwen_image import QWEN_IMAGE
 from paralleldit.parallel_backend.families.keys.qwen_image import REFERENCES_AT_ZERO as QWEN_AT_ZERO
+from paralleldit.parallel_backend.families.keys.sdxl import SDXL
 from paralleldit.parallel_backend.families.keys.wan import LANDMARKS as WAN_LANDMARKS
 from paralleldit.parallel_backend.families.keys.wan import WAN
 from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.families.spec import FamilySpec, LatentSpec, Shapes
 from paralleldit.parallel_backend.files import detect, open_checkpoint
 from paralleldit.parallel_backend.files.key_map import ruled_map
+from paralleldit.tests import tiny_unet
 from paralleldit.tests.tiny_models import TINY_MODELS
 from safetensors.torch import save_file
 from torch import Tensor
 
 PUBLISHED = {name: (spec, config) for spec in FAMILIES.values() for name, config in spec.published.items()}
+
+
+def convert_unet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    of_file = {f"{single_file_utils.LDM_UNET_KEY}{key}": rows for key, rows in weights.items()}
+    config = {"addition_embed_type": "text_time", "layers_per_block": 2}
+    return single_file_utils.convert_ldm_unet_checkpoint(of_file, config)
+
+
 CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
@@ -35,6 +45,8 @@ CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "zimage": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     "hunyuanvideo": single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
     "qwen-image": SINGLE_FILE_LOADABLE_CLASSES["QwenImageTransformer2DModel"]["checkpoint_mapping_fn"],
+    "sdxl": convert_unet,
+    "sdxl-refiner": convert_unet,
 }
 """Those that diffusers has for the single files of a family."""
 LATENT = LatentSpec(4, scale=2.0, shift=1.0)
@@ -161,6 +173,43 @@ def test_a_mark_or_a_config_says_that_references_are_at_time_zero(tmp_path):
         assert (found.family, found.config["zero_cond_t"]) == ("qwen-image", at_zero)
         assert found.pieces(tiny_shapes("qwen-image edit")).keys() == weights.keys()
     assert QWEN_IMAGE.derive_config("diffusers", tiny_shapes("qwen-image edit"), {"zero_cond_t": True})["zero_cond_t"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (None, {}),
+        (None, {"v_pred": (0,)}),
+        ("an SDXL for inpainting", {"conv_in.weight": (320, 9, 3, 3)}),
+        ("an SDXL that edits pictures", {"conv_in.weight": (320, 8, 3, 3)}),
+        ("an SDXL that takes 5 channels", {"conv_in.weight": (320, 5, 3, 3)}),
+        ("Playground 2.5", {"edm_mean": (4,), "edm_std": (4,)}),
+        ("an SDXL of continuous noise levels", {"edm_vpred.sigma_max": ()}),
+        ("Stable Video Diffusion", {"input_blocks.1.0.time_stack.in_layers.0.weight": (320,)}),
+        ("a Stable Diffusion 2 that takes a picture", {"down_blocks.0.attentions.0.norm.weight": (320,)}),
+        ("an SDXL with fewer blocks", {"up_blocks.0.attentions.2.transformer_blocks.10.norm1.weight": (1280,)}),
+        ("an SDXL with fewer blocks", {"input_blocks.3.0.in_layers.0.weight": (320,)}),
+    ],
+)
+def test_other_kinds_of_sdxl_are_refused_by_their_names(kind, changes):
+    found = SDXL.reject({**shapes_of("sdxl"), **changes}, {})
+    assert found == kind or (kind and found and found.startswith(kind))
+
+
+@pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr")], ids=str)
+def test_marks_beside_a_model_tell_what_it_predicts(tmp_path, marks):
+    network = tiny_unet.of_files()
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    weights = {
+        f"model.diffusion_model.{key}": torch.zeros(shape, dtype=torch.float16)
+        for key, shape in original_shapes(SDXL, shapes).items()
+    }
+    beside = {name: torch.zeros(0) for name in (*marks, "first_stage_model.decoder.conv_in.weight")}
+    save_file({**weights, **beside}, tmp_path / "model.safetensors")
+    found = detect(open_checkpoint(tmp_path / "model.safetensors"))
+    assert (found.family, found.config["_marks"]) == ("sdxl", marks)
+    assert {name: network.config[name] for name in found.config} == {**found.config, "_marks": ()}
+    assert found.pieces(shapes).keys() == shapes.keys()
 
 
 def tiny_shapes(model: str) -> Shapes:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from paralleldit.parallel_backend.families.registry import FAMILIES, load_view
 from paralleldit.tests.tiny_models import TINY_MODELS
+from paralleldit.tests.tiny_unet import SPECS
 
 PACK = Path(__file__).resolve().parents[2]
 OWN = ("parallel_backend/families/", "parallel_backend/text/recipes.py")
@@ -37,7 +38,7 @@ def test_a_row_leads_to_the_view_of_its_family(name):
 
 
 def test_every_family_has_a_tiny_model():
-    assert {tiny.spec.name for tiny in TINY_MODELS.values()} == set(FAMILIES)
+    assert {each.name for each in (*(tiny.spec for tiny in TINY_MODELS.values()), *SPECS.values())} == set(FAMILIES)
 
 
 def named(tree: ast.AST) -> Iterator[str]:

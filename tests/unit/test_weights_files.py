@@ -238,7 +238,7 @@ def test_a_component_of_a_pipeline_folder_can_be_named(tmp_path: Path) -> None:
         (tmp_path / component).mkdir()
         saved(tmp_path / component, f"{component}.safetensors")
     assert open_checkpoint(tmp_path).files[0].name == "transformer.safetensors"
-    assert open_checkpoint(tmp_path, component="vae").files[0].name == "vae.safetensors"
+    assert open_checkpoint(tmp_path, "vae").files[0].name == "vae.safetensors"
 
 
 def test_detection_reads_headers_only(tmp_path: Path) -> None:

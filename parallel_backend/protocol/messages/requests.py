@@ -40,6 +40,7 @@ class EncodeText(Request):
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 20)]
 Size = tuple[Pixels, Pixels]
+Offset = Annotated[int, Field(ge=0, le=1 << 20)]
 
 
 MAX_STEPS = 10_000
@@ -69,12 +70,15 @@ class Prompt(Message):
     the request's latent is. For each of the `image_prompts` `….image.<number>` [B or 1, …], the picture as the
     IP-Adapter's image encoder gives it.
 
-    `size` and `target_size`: height and width in pixels, for models that take them.
+    `size` and `target_size`: height and width in pixels, for models that take them; `crop`: what was cut off above and
+    on the left of the picture; `aesthetic_score`: how beautiful it is to be.
     """
 
     guidance: Finite | None = None
     size: Size | None = None
     target_size: Size | None = None
+    crop: tuple[Offset, Offset] = (0, 0)
+    aesthetic_score: Finite | None = None
     references: int = Field(default=0, ge=0, le=16)
     reference_places: ReferencePlaces | None = None
     image_prompts: tuple[ImagePromptUse, ...] = Field(default=(), max_length=16)
