@@ -74,12 +74,16 @@ def write_text_encoder(folder: Path) -> None:
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
 
 
+def write_vae(folder: Path) -> None:
+    AutoencoderKLQwenImage(**WAN | {"z_dim": 16}).save_pretrained(folder / "vae")
+
+
 def write_pipeline(folder: Path, transformer: QwenImageTransformer2DModel) -> Path:
     """A diffusers folder for `ParallelDiTLoader`, `ParallelDiTTextEncode` and `ParallelDiTVAELoader`."""
     torch.manual_seed(0)
     write_text_encoder(folder)
     transformer.save_pretrained(folder / "transformer")
-    AutoencoderKLQwenImage(**WAN | {"z_dim": 16}).save_pretrained(folder / "vae")
+    write_vae(folder)
     index = {
         "_class_name": "QwenImagePipeline",
         "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],

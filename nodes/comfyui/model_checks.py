@@ -6,7 +6,8 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import AttentionKernel
@@ -183,6 +184,20 @@ def check_methods(network: Any, own: Collection[str]) -> None:
             "ranks.",
             f"Remove the node that does (a step cache such as TeaCache, or a patch of attention), or {OWN_LOADER}",
         )
+
+
+def refuse_calls(network: Any) -> None:
+    """Makes the layers of `network`, which have no weights here, raise `UserError` when a node computes with them."""
+    for name, layer in network.named_children():
+        if next(layer.parameters(), None) is not None:
+            layer.register_forward_pre_hook(partial(_refuse_call, name))
+
+
+def _refuse_call(name: str, *_: Any) -> NoReturn:
+    raise UserError(
+        f"A node computes with {name} of the model, whose weights are in the ranks.",
+        f"Remove it (a ControlNet that borrows layers of the model, such as Fun for Qwen-Image), or {OWN_LOADER}",
+    )
 
 
 def check_options(options: Mapping[str, Any]) -> None:

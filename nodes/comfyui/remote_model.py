@@ -30,7 +30,7 @@ from ..request.weight_patches import changes_of
 from ..session.activity import noted
 from .copied_weights import keep_readable
 from .latent_format import format_of_vae
-from .model_checks import check_methods, check_options, check_stepwise, chosen_attention, kernel_line
+from .model_checks import check_methods, check_options, check_stepwise, chosen_attention, kernel_line, refuse_calls
 from .stepwise import StepwiseModel
 
 META = torch.device("meta")
@@ -118,6 +118,7 @@ def new_model(handle: ModelHandle) -> RemotePatcher:
     keep_readable(model, handle)
     model.stepwise = StepwiseModel()
     _ask_ranks(model)
+    refuse_calls(model.diffusion_model)
     model.memory_required = _no_memory
     model.state_dict_for_saving = _refuse_weights
     patcher = RemotePatcher(

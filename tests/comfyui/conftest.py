@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    from paralleldit.tests import tiny_hunyuanvideo, tiny_sd3, tiny_wan, tiny_zimage
+    from paralleldit.tests import tiny_hunyuanvideo, tiny_qwen_image, tiny_sd3, tiny_wan, tiny_zimage
     from paralleldit.tests.comfyui.host import prepare
     from paralleldit.tests.tiny_flux import write_pipeline
 
@@ -31,11 +31,14 @@ def base(tmp_path_factory) -> Path:
     piped_hunyuanvideo = tiny_hunyuanvideo.write_pipeline(pipelines / "hunyuanvideo", hunyuanvideo)
     zimage = tiny_zimage.tiny_transformer()
     piped_zimage = tiny_zimage.write_pipeline(pipelines / "zimage", zimage)
+    qwen = tiny_qwen_image.tiny_transformer()
+    piped_qwen = tiny_qwen_image.write_pipeline(pipelines / "qwen", qwen)
     files = [
         tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3),
         tiny_wan.write_original(pipelines / "wan.safetensors", wan),
         tiny_hunyuanvideo.write_original(pipelines / "hunyuanvideo.safetensors", hunyuanvideo),
         tiny_zimage.write_original(pipelines / "zimage.safetensors", zimage),
+        tiny_qwen_image.write_original(pipelines / "qwen.safetensors", qwen),
     ]
     pipes = {
         "tiny": tiny,
@@ -45,6 +48,7 @@ def base(tmp_path_factory) -> Path:
         "wan": piped_wan,
         "hunyuanvideo": piped_hunyuanvideo,
         "zimage": piped_zimage,
+        "qwen": piped_qwen,
     }
     prepare(folder / "base", pipes, files)
     write_loras(folder / "base" / "models" / "loras", tiny / "transformer", sd3, zimage)

@@ -150,7 +150,7 @@ CASES = {
             negative={"reference_latents": EDITED},
         )
         for name, rules in (
-            ("qwen-image", ("", "offset", "index_timestep_zero")),
+            ("qwen-image", ("", "offset")),
             ("qwen-image edit", ("", "index")),
         )
         for places in rules

@@ -8,6 +8,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from paralleldit.nodes.comfyui import model_checks
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.parallel_backend.errors import UserError
@@ -148,6 +149,24 @@ def test_a_method_that_nothing_would_call_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="replaced forward_orig of the network, which would do nothing") as refused:
         model_checks.check_methods(network, own)
     assert "TeaCache" in refused.value.hint
+
+
+def test_a_node_that_computes_with_a_layer_that_has_no_weights_here_is_refused_by_the_layers_name() -> None:
+    network = torch.nn.Sequential()
+    network.add_module("img_in", torch.nn.Linear(2, 3, device="meta"))
+    network.add_module("positions", torch.nn.Identity())
+    model_checks.refuse_calls(network)
+    assert network.positions(torch.ones(2)).sum() == 2
+    with pytest.raises(UserError, match="computes with img_in of the model") as refused:
+        network.img_in(torch.ones(1, 2))
+    assert "Fun for Qwen-Image" in refused.value.hint
+
+
+def test_a_control_that_patches_blocks_is_refused_by_name() -> None:
+    """As ComfyUI's model patches: DiffSynth's ControlNets for Qwen-Image, Fun for Z-Image."""
+    patches = {"patches": {"double_block": [negative_attention], "noise_refiner": [negative_attention]}}
+    with pytest.raises(UserError, match=r"patches\.double_block, transformer_options\.patches\.noise_refiner"):
+        model_checks.check_options(patches)
 
 
 class CONST:

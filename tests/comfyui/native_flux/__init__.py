@@ -1,11 +1,12 @@
 """Nodes for the tests only.
 
 A tiny diffusers Flux, or a tiny file, as a MODEL that ComfyUI itself samples, to compare with: ComfyUI's own loader
-takes every Flux or Z-Image for one of the full width. What a tiny vision model would say of a picture: ComfyUI knows
-none but those of full size.
+takes every Flux, Z-Image or Qwen-Image for one of the full width. What tiny models would make of a text or a picture:
+ComfyUI knows none but those of full size.
 """
 
 import json
+import zlib
 from pathlib import Path
 
 import comfy.clip_vision
@@ -74,12 +75,41 @@ class NativeFileLoader:
 
     def load(self, file, config, kind):
         weights = comfy.utils.load_torch_file(folder_paths.get_full_path("diffusion_models", file))
-        model_config = getattr(comfy.supported_models, kind)(json.loads(config))
+        config = json.loads(config)
+        known = getattr(comfy.supported_models, kind, comfy.model_detection.model_config_from_unet_config)
+        model_config = known(config)
         model_config.set_inference_dtype(torch.float32, None)
         model = model_config.get_model(weights, "")
         model.load_model_weights(weights, "")
         device = comfy.model_management.get_torch_device()
         return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device),)
+
+
+class TinyClip:
+    """Stands in for the text encoders of Qwen models: other texts, and texts with other pictures, become others."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "load"
+    CATEGORY = "tests"
+
+    def __init__(self, width=0):
+        self.width = width
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"width": ("INT", {})}}
+
+    def load(self, width):
+        return (TinyClip(width),)
+
+    def tokenize(self, text, images=(), **kwargs):
+        return {"text": text, "pictures": [float(image.mean()) for image in images]}
+
+    def encode_from_tokens_scheduled(self, tokens, **kwargs):
+        said = repr(sorted(tokens.items())).encode()
+        generator = torch.Generator().manual_seed(zlib.crc32(said))
+        length = 5 + zlib.crc32(said) % 7 + 4 * len(tokens["pictures"])
+        return [[torch.randn(1, length, self.width, generator=generator), {}]]
 
 
 class TinyVision:
@@ -102,5 +132,6 @@ class TinyVision:
 NODE_CLASS_MAPPINGS = {
     "NativeFluxLoader": NativeFluxLoader,
     "NativeFileLoader": NativeFileLoader,
+    "TinyClip": TinyClip,
     "TinyVision": TinyVision,
 }
