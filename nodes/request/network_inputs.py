@@ -96,7 +96,7 @@ def entry_of_inputs(inputs: Mapping[str, Any], rows: slice) -> RunPrompt:
         size, target_size = (height, width), (target_height, target_width)
         if top or left:
             raise UserError(
-                f"The model is told of a crop at {left}, {top}, which cannot be sent to the ranks.",
+                f"The conditioning has a crop at {left}, {top}, which cannot be sent to the ranks.",
                 "Remove the node that sets it.",
             )
     return RunPrompt(
@@ -115,7 +115,7 @@ def _shared(values: Tensor | None, rows: slice, numbers: int = 0) -> Any:
     of_rows = values.reshape(values.shape[0], -1)[rows]
     if not is_repeated(of_rows[:1], of_rows):
         raise UserError(
-            "The pictures of one batch are told of different sizes or guidance, which the ranks take only once.",
+            "The pictures of one batch have different sizes or guidance, which the ranks take only once.",
             "Sample the pictures one after the other.",
         )
     return tuple(round(value) for value in of_rows[0].tolist()) if numbers else float(of_rows[0, 0])

@@ -190,14 +190,14 @@ class ActiveImagePrompt:
     def is_active(self, timestep: float) -> bool:
         return self.weight != 0.0 and self.end <= timestep <= self.start
 
-    def at(self, timestep: Tensor, place: int) -> Shown:
+    def at(self, timestep: Tensor, place: int) -> TimedPrompt:
         picture = self.picture.expand(len(timestep), *self.picture.shape[1:])
         weight = self.weight if self.is_active(float(timestep[0])) else 0.0
-        return Shown(self.adapter, self.adapter.see(picture, timestep), weight, self.tensor, place)
+        return TimedPrompt(self.adapter, self.adapter.see(picture, timestep), weight, self.tensor, place)
 
 
 @dataclass(frozen=True)
-class Shown:
+class TimedPrompt:
     """A picture at one moment of a run. `place`: which of its condition's pictures it is."""
 
     adapter: IPAdapter

@@ -179,7 +179,7 @@ class Engine:
         return has_all and self._ready.place == _place(request, tensors)
 
     def _image_prompts(self, request: messages.Predict) -> list[messages.ImagePromptUse]:
-        """Of the conditions that were told before, and of those that are told now."""
+        """Of the conditions that the ranks keep from earlier evaluations, and of those that come with this one."""
         prompts = [each.prompts for key in request.conditions if (each := self._runs.condition(key))]
         prompts += [entry.image_prompts for entry in messages.entries_of(request)]
         return [prompt for own in prompts for prompt in own]

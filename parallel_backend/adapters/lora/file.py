@@ -124,18 +124,18 @@ def read_lora(checkpoint: Checkpoint, names: Names) -> LoraFile:
 
 
 def _trained_scale(metadata: Mapping[str, str]) -> Any:
-    """`alpha(module, rank)` as a file's metadata tell it: None where they do not, as for a scale of 1.
+    """`alpha(module, rank)` as a file's metadata give it: None where they do not, as for a scale of 1.
 
     Raises `UserError` for metadata that cannot be read: at a scale of 1 the LoRA would be too strong or too weak.
     """
     try:
-        told = json.loads(metadata.get(METADATA, "{}"))
+        found = json.loads(metadata.get(METADATA, "{}"))
     except ValueError as error:
         raise _unread("is not valid JSON") from error
-    if not isinstance(told, dict):
+    if not isinstance(found, dict):
         raise _unread("is not a JSON object")
     prefix = "transformer."
-    config = {key.removeprefix(prefix): value for key, value in told.items() if key.startswith(prefix)}
+    config = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
 
     def alpha(module: str, rank: int) -> float | None:
         patterns = config.get("alpha_pattern") or {}
