@@ -21,6 +21,7 @@ MODULES = (
     "test_pipefusion",
     "test_pipefusion_families",
     "test_distrifusion",
+    "test_row_parallel",
 )
 """Those whose function `cells` says what their tests note."""
 
