@@ -13,6 +13,7 @@ from paralleldit.parallel_backend.adapters.lora.module_names import Names
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.files import open_checkpoint
+from paralleldit.tests.tiny_models import TINY_MODELS
 from paralleldit.tests.unit.flux_original_layout import HIDDEN, tiny_flux
 from safetensors.torch import save_file
 
@@ -63,6 +64,57 @@ def test_a_lora_changes_the_modules_that_its_trainer_means(called, rows: int, mo
     assert not file.strange
     covered = torch.cat([change.place.rows for change in file.changes])
     assert covered.tolist() == list(range(rows * HIDDEN))
+
+
+OTHERS = {
+    "Qwen-Image Lightning": ("qwen-image", "transformer_blocks.0.attn.add_k_proj.lora_{}.weight", "same"),
+    "Qwen-Image, with the model's prefix": (
+        "qwen-image",
+        "diffusion_model.transformer_blocks.1.img_mod.1.lora_{AB}.weight",
+        "transformer_blocks.1.img_mod.1",
+    ),
+    "Qwen-Image, DiffSynth": ("qwen-image", "transformer_blocks.0.txt_mlp.net.2.lora_{AB}.default.weight", "same"),
+    "Qwen-Image, kohya": (
+        "qwen-image",
+        "lora_unet_transformer_blocks_0_attn_to_out_0.lora_{}.weight",
+        "transformer_blocks.0.attn.to_out.0",
+    ),
+    "Qwen-Image, SimpleTuner": (
+        "qwen-image",
+        "lycoris_transformer_blocks_0_img_mlp_net_0_proj.lora_{}.weight",
+        "transformer_blocks.0.img_mlp.net.0.proj",
+    ),
+    "Z-Image, ai-toolkit": (
+        "z-image",
+        "diffusion_model.layers.0.attention.to_v.lora_{AB}.weight",
+        "layers.0.attention.to_v",
+    ),
+    "Z-Image, its own fused one": (
+        "z-image",
+        "lora_unet_layers_0_attention_qkv.lora_{}.weight",
+        "layers.0.attention.to_{}",
+    ),
+    "Z-Image, a refiner": (
+        "z-image",
+        "transformer.noise_refiner.0.adaLN_modulation.0.lora_{AB}.weight",
+        "noise_refiner.0.adaLN_modulation.0",
+    ),
+}
+"""The model, how a trainer calls the two matrices, and the module: the same name, or three where q, k and v are one."""
+
+
+@pytest.mark.parametrize(("model", "called", "module"), OTHERS.values(), ids=OTHERS)
+def test_a_lora_of_another_family_changes_what_its_trainer_means(model, called, module, tmp_path: Path) -> None:
+    tiny = TINY_MODELS[model]
+    shapes = {name: tuple(each.shape) for name, each in tiny.make(2, 1).state_dict().items()}
+    module = called.partition(".lora")[0] if module == "same" else module
+    modules = [module.replace("{}", letter) for letter in "qkv"] if "{}" in module else [module]
+    rows, columns = (sum(shapes[f"{each}.weight"][0] for each in modules), shapes[f"{modules[0]}.weight"][1])
+    up, down = (called.replace("{}", end).replace("{AB}", letter) for end, letter in (("up", "B"), ("down", "A")))
+    save_file({up: torch.ones(rows, RANK), down: torch.ones(RANK, columns)}, tmp_path / "lora.safetensors")
+    file = read_lora(open_checkpoint(tmp_path / "lora.safetensors"), Names(tiny.spec, shapes))
+    assert [change.place.parameter for change in file.changes] == [f"{each}.weight" for each in modules]
+    assert not file.strange
 
 
 REFUSED = {

@@ -299,6 +299,19 @@ def test_a_file_gives_the_module_that_it_holds(case, layout, tmp_path):
     torch.testing.assert_close(*modes, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_qwen_images_single_file_is_read_as_the_wan_vae_that_it_is(tmp_path):
+    torch.manual_seed(5)
+    module = diffusers.AutoencoderKLQwenImage(**WAN).eval()
+    file = tmp_path / "qwen_image_vae.safetensors"
+    save_file({key: each.contiguous() for key, each in original("Wan 2.1", module.state_dict()).items()}, file)
+    vae = load_vae(file, device="cpu", dtype=torch.float32)
+    latent, picture = torch.randn(1, 4, 1, 3, 4), torch.rand(1, 3, 1, 24, 32) * 2 - 1
+    found, encoded = vae.decode(latent), vae.encode(picture)
+    torch.testing.assert_close(found, module.decode(latent).sample, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoded, module.encode(picture).latent_dist.mode(), rtol=0, atol=1e-6)
+
+
 def test_a_file_that_lacks_blocks_is_named(tmp_path):
     state = original("Wan 2.1", new_module("Wan 2.1").state_dict())
     file = tmp_path / "vae.safetensors"
