@@ -76,7 +76,7 @@ class ModelHandle:
             blocks=spec.count_blocks(config),
             heads=spec.count_heads(config),
             can=spec.can,
-            has_cache=self.cache is not None,
+            cache=self.cache.rule if self.cache else None,
         )
 
 

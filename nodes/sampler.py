@@ -239,7 +239,7 @@ class ParallelDiTSampler:
             sampler=sampler_name,
             whole_batch=sampler_name in WHOLE_BATCH_SAMPLERS,
             has_negative=negative is not None,
-            has_cache=handle.cache is not None and not study,
+            cache=handle.cache.rule if handle.cache and not study else None,
             is_study=study,
             token_rows=handle.spec.count_rows({name: each.shape for name, each in latents.items()}),
             controls=len(placed),

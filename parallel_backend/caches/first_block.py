@@ -18,7 +18,7 @@ class FirstBlockCache(ResidualCache):
 
     first = 1
 
-    def __init__(self, blocks: int, stream: str, agreement: Agreement, limits: Limits, *, threshold: float) -> None:
+    def __init__(self, blocks: range, stream: str, agreement: Agreement, limits: Limits, *, threshold: float) -> None:
         super().__init__(blocks, agreement, limits)
         self.stream = stream
         self.threshold = threshold

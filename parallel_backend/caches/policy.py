@@ -26,6 +26,10 @@ class BlockPolicy(Protocol):
 class StepCache(Protocol):
     """Gives each evaluation of a run its policy."""
 
+    def at(self, sigma: float) -> None:
+        """The next evaluations are at the noise level `sigma`."""
+        ...
+
     def policy(self, evaluation: Evaluation) -> BlockPolicy: ...
 
 
@@ -38,6 +42,9 @@ class Counts(Protocol):
 
 class ComputeAll:
     """Without a cache: every block is computed."""
+
+    def at(self, sigma: float) -> None:
+        """It does not matter."""
 
     def policy(self, evaluation: Evaluation) -> BlockPolicy:
         return self

@@ -68,15 +68,15 @@ class Limits:
 
 
 class ResidualCache(ABC):
-    """Of one run, or of one part of it with the same weights. `blocks`: how many the model has.
+    """Of one run, or of one part of it with the same weights. `blocks`: the numbers of those that this rank computes.
 
     `at` says where the run is. `whole`, `all`: how many evaluations were computed whole, of how many.
     """
 
     first = 0
-    """The number of blocks that are always computed."""
+    """How many of the blocks are always computed."""
 
-    def __init__(self, blocks: int, agreement: Agreement, limits: Limits) -> None:
+    def __init__(self, blocks: range, agreement: Agreement, limits: Limits) -> None:
         self.blocks = blocks
         self.limits = limits
         self.agreement = agreement
@@ -100,7 +100,7 @@ class ResidualCache(ABC):
     def policy(self, evaluation: Evaluation) -> BlockPolicy:
         """The policy of this evaluation; one that computes all blocks while the cache is not active."""
         self.all += 1
-        if not self._is_active or self.blocks <= self.first:
+        if not self._is_active or len(self.blocks) <= self.first:
             self.whole += 1
             return COMPUTE_ALL
         # A prompt may be evaluated for areas of several sizes.
@@ -149,11 +149,11 @@ class _ResidualPolicy:
 
     def before(self, block: int, state: State) -> State | None:
         cache, kept = self._cache, self._kept
-        if block == 0:
+        if block == cache.blocks.start:
             self._start = self._last = state
-        if block < cache.first:
+        if block < cache.blocks.start + cache.first:
             return None
-        if block == cache.first:
+        if block == cache.blocks.start + cache.first:
             self._base = state
             # What a control has added behind the last block is not compared.
             self._skips = cache.may_skip(kept, self._evaluation, self._start, self._last)
@@ -173,7 +173,7 @@ class _ResidualPolicy:
     def after(self, block: int, before: State, after: State) -> None:
         cache, kept = self._cache, self._kept
         self._last = after
-        if block == cache.blocks - 1:
+        if block == cache.blocks[-1]:
             base = self._base
             residual = {
                 name: tensor - base[name] - self._added[name] if name in self._added else tensor - base[name]

@@ -20,7 +20,7 @@ class ScheduleCache(ResidualCache):
 
     def __init__(
         self,
-        blocks: int,
+        blocks: range,
         level: Callable[[float], float],
         agreement: Agreement,
         limits: Limits,

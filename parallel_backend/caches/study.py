@@ -62,6 +62,9 @@ class Study:
         self._behind_first: State | None = None
         self._device = torch.device("cpu")
 
+    def at(self, sigma: float) -> None:
+        """The timestep of each evaluation is noted instead."""
+
     def policy(self, evaluation: Evaluation) -> Study:
         key = evaluation.condition.name, evaluation.batch, *evaluation.grids.items()
         self._now = self._prompts.setdefault(key, _Prompt())

@@ -26,7 +26,7 @@ class TeaCache(ResidualCache):
 
     def __init__(
         self,
-        blocks: int,
+        blocks: range,
         signal: Callable[[State], Tensor],
         agreement: Agreement,
         limits: Limits,

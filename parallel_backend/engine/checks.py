@@ -53,7 +53,7 @@ def check_request(
         heads=spec.count_heads(model.config),
         can=spec.can,
         stepwise=isinstance(request, Predict),
-        has_cache=request.cache is not None,
+        cache=request.cache.rule if request.cache else None,
         is_study=isinstance(request, Sample) and request.study,
     )
     if isinstance(request, Sample):

@@ -13,6 +13,7 @@ from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import IPAdapter
 from ..attention.usp import AttentionCore
 from ..caches.policy import COMPUTE_ALL
+from ..caches.residuals import ResidualCache
 from ..caches.study import WatchedAttention
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
@@ -73,14 +74,15 @@ def sample(
     steps = len(job.sigmas) - 1
     if steps < 1:
         return _reply(latents)
-    cache = step_cache_of(request.cache, family, mesh, model_sampling) if request.cache else None
+    asked = request.cache
+    cache = step_cache_of(asked, family, mesh, model_sampling) if asked and mesh.pipefusion.size == 1 else COMPUTE_ALL
     study = study_of(family, mesh) if request.study else None
     watched = WatchedAttention(attention, study) if study else attention
-    strategy = strategy_of(request.layout, family, mesh, watched, packing, study or cache or COMPUTE_ALL)
+    strategy = strategy_of(request.layout, family, mesh, watched, packing, study or cache)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
     cfg_pp = find_sampler(request.sampler).cfg_pp
-    if cache or study:
+    if request.cache or study:
         # They look at each prompt by itself.
         predict_all = one_by_one(strategy.predict)
     else:
@@ -107,8 +109,7 @@ def sample(
     def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
         run.check_cancelled()
         strategy.begin_step(step.index)
-        if cache:
-            cache.at(float(sigma))
+        cache.at(float(sigma))
         return guidance.denoised(x, sigma)
 
     reports = _Reports(run)
@@ -134,7 +135,7 @@ def sample(
             raise
         finally:
             leave()
-        if cache:
+        if isinstance(cache, ResidualCache):
             run.evaluations(*count([cache]))
     else:
         assert isinstance(attention, AttentionCore)
@@ -146,7 +147,7 @@ def sample(
             guidance,
             job,
             packing,
-            COMPUTE_ALL,
+            lambda blocks: step_cache_of(asked, family, mesh, model_sampling, blocks) if asked else COMPUTE_ALL,
             stage=Stage(mesh.pipefusion.rank, mesh.pipefusion.size, request.layout.stage_blocks),
             patches=patches_of(request.layout, _token_rows(family, latents)),
             warmup_steps=request.layout.warmup_steps,
@@ -154,6 +155,8 @@ def sample(
             has_lone_stages=request.layout.has_lone_stages,
         )
         sampled = pipeline.run(run, on_piped_step)
+        if counted := [cache for cache in pipeline.caches_of_first_patches() if isinstance(cache, ResidualCache)]:
+            run.evaluations(*count(counted))
     reports.finish()
     whole = mesh.data.all_gather(sampled, counts, dim=0)
     check_result(whole, steps)

@@ -23,9 +23,16 @@ from ..sampling.model_sampling import ModelSampling
 
 
 def step_cache_of(
-    settings: StepCache, family: Family, mesh: Mesh, model_sampling: ModelSampling | None = None
+    settings: StepCache,
+    family: Family,
+    mesh: Mesh,
+    model_sampling: ModelSampling | None = None,
+    blocks: range | None = None,
 ) -> ResidualCache:
-    """Raises `UserError` for a family without blocks. Without `model_sampling` it works at all noise levels."""
+    """Raises `UserError` for a family without blocks. Without `model_sampling` it works at all noise levels.
+
+    `blocks`: the numbers of those that this rank computes, all of them by default.
+    """
     tokens = with_tokens(family, "A step cache")
     # The pictures of a batch are skipped together, as on one rank. Shares of weights are gathered by all ranks that
     # compute with them, whichever prompt each of them evaluates.
@@ -36,9 +43,9 @@ def step_cache_of(
         start = float(model_sampling.percent_to_sigma(settings.start)) if settings.start > 0.0 else start
         end = float(model_sampling.percent_to_sigma(settings.end)) if settings.end < 1.0 else end
     limits = Limits(settings.max_skips, settings.order, (start, end))
-    blocks, threshold = len(tokens.blocks), settings.threshold
+    blocks, threshold = blocks or range(len(tokens.blocks)), settings.threshold
     if settings.rule == "teacache":
-        coefficients = settings.coefficients or tokens.spec.teacache.get(blocks, PLAIN)
+        coefficients = settings.coefficients or tokens.spec.teacache.get(len(blocks), PLAIN)
         return TeaCache(
             blocks, partial(_modulated_input, tokens), agreement, limits, threshold=threshold, coefficients=coefficients
         )

@@ -43,7 +43,7 @@ class RunFacts:
     pictures; `cfg`: the guidance scale, at 1 of which the negative prompt is not evaluated unless the sampler is one of
     CFG++: `cfg_pp`; `blocks`, `heads`: of the model; `token_rows`: rows of image tokens; `whole_batch`: whether
     `sampler` looks at the whole latent of the whole batch; `controls`: ControlNets; `entries`: of both sides;
-    `has_cache`: whether there is a step cache; `is_study`: whether blocks are measured; `can`: which methods the
+    `cache`: by which rule there is a step cache; `is_study`: whether blocks are measured; `can`: which methods the
     model serves.
     """
 
@@ -60,7 +60,7 @@ class RunFacts:
     whole_batch: bool = False
     controls: int = 0
     entries: tuple[PromptFacts, ...] = ()
-    has_cache: bool = False
+    cache: str | None = None
     is_study: bool = False
     can: Capabilities | None = None
 
@@ -344,12 +344,12 @@ def _references(layout: Layout, work: RunFacts) -> Misfit | None:
 
 
 def _cache(layout: Layout, work: RunFacts) -> Misfit | None:
-    if layout.pipefusion_degree == 1 or not work.has_cache:
+    if layout.pipefusion_degree == 1 or work.cache in (None, "schedule"):
         return None
     return (
-        "A step cache decides by the first block whether the others are computed, but with "
+        f"A step cache of kind {work.cache} decides by the first block whether the others are computed, but with "
         f"pipefusion_degree={layout.pipefusion_degree} these are in stages that work on other strips by then.",
-        "Set pipefusion_degree to 1, or remove Parallel Cache.",
+        "Set the kind of Parallel Cache to schedule, which looks at the noise level alone, or pipefusion_degree to 1.",
     )
 
 

@@ -17,9 +17,11 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Evaluations, StepCache
 from paralleldit.parallel_backend.run_context import Run
-from paralleldit.parallel_backend.strategies import sequence
+from paralleldit.parallel_backend.strategies import select, sequence
 from paralleldit.tests.covering import covering, pairs_of
+from paralleldit.tests.ranks import stale_families
 from paralleldit.tests.ranks.stale_families import HEADS, relative_error, request_of
+from paralleldit.tests.ranks.test_pipefusion_families import StripModel
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS
 
 STEPS = 8
@@ -233,6 +235,48 @@ def test_distrifusion_with_a_cache_is_what_it_is_without_where_nothing_is_skippe
         assert torch.equal(latent, expected)
 
 
-def test_pipefusion_is_refused_with_a_cache():
-    with pytest.raises(UserError, match=r"A step cache .* pipefusion_degree=2"):
-        check_layout(Layout(pipefusion_degree=2), RunFacts(ranks=2, has_cache=True))
+class CachedStrips(StripModel):
+    """Strips whose blocks are computed, or not, by a schedule: each patch has what its own evaluations left."""
+
+    def __init__(self, family, layout):
+        super().__init__(family, layout)
+        self.kept = {}
+
+    def predict(self, latent, timestep, condition, next_timestep=None):
+        time = float(timestep[0])
+
+        def run_by_rule(family, state, blocks, *, policy):
+            patch = self.attention.prompt, tuple(self.attention.places[("image",)].tolist())
+            return by_schedule(self.kept.setdefault(patch, {}), family, state, blocks, CACHES["schedule"], time)
+
+        with mock.patch.object(stale_families, "run_blocks", run_by_rule):
+            return super().predict(latent, timestep, condition, next_timestep)
+
+
+def cached_strips(world, model, layout):
+    with mock.patch.object(select, "SequenceParallel", lambda family, *_: CachedStrips(family, layout)):
+        return cached(world, model, Layout(), None)[0]
+
+
+PIPED = [
+    Layout(pipefusion_degree=2, num_patches=2, warmup_steps=1),
+    Layout(pipefusion_degree=2, ulysses_degree=2, num_patches=3, warmup_steps=2),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), [("flux dev", PIPED[0]), ("sd3.5 medium", PIPED[1]), ("hunyuandit 1.2", PIPED[0])], ids=str
+)
+def test_pipefusion_skips_blocks_of_a_patch_by_a_schedule(ranks, model, layout):
+    (expected,) = ranks.once(1, cached_strips, model, layout.model_copy(update={"ulysses_degree": 1}))
+    ((plain, _), *_) = ranks.run(layout.ranks, cached, model, layout, None)
+    assert relative_error(expected, plain) > 1e-4, "what is skipped must matter"
+    for latent, counts in ranks.run(layout.ranks, cached, model, layout, CACHES["schedule"]):
+        assert relative_error(latent, expected) <= 1e-5
+        assert not counts or counts[0][0] < counts[0][1] == 2 * STEPS
+
+
+@pytest.mark.parametrize("rule", ["first block", "teacache"])
+def test_pipefusion_is_refused_with_a_cache_that_looks_at_the_first_block(rule):
+    with pytest.raises(UserError, match=rf"A step cache of kind {rule} .* pipefusion_degree=2"):
+        check_layout(Layout(pipefusion_degree=2), RunFacts(ranks=2, cache=rule))

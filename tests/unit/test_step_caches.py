@@ -25,12 +25,12 @@ AGREEMENT = Agreement(Axis("sequence", [0], None, Ledger()))
 
 
 def cache(threshold: float = LARGE, **limits: Any) -> FirstBlockCache:
-    return FirstBlockCache(BLOCKS, "image", AGREEMENT, Limits(**limits), threshold=threshold)
+    return FirstBlockCache(range(BLOCKS), "image", AGREEMENT, Limits(**limits), threshold=threshold)
 
 
 def teacache(threshold: float, **more: Any) -> TeaCache:
     """It looks at the tokens before the blocks as they are."""
-    return TeaCache(BLOCKS, lambda state: state["image"], AGREEMENT, Limits(), threshold=threshold, **more)
+    return TeaCache(range(BLOCKS), lambda state: state["image"], AGREEMENT, Limits(), threshold=threshold, **more)
 
 
 def evaluated(

@@ -135,7 +135,7 @@ def test_levels_go_from_one_to_none(kind):
     ids=["0", "even", "only at first"],
 )
 def test_a_schedule_says_which_evaluations_are_computed_whole(rates, threshold, whole):
-    cache = ScheduleCache(BLOCKS, lambda time: time, AGREEMENT, Limits(), threshold=threshold, rates=rates)
+    cache = ScheduleCache(range(BLOCKS), lambda time: time, AGREEMENT, Limits(), threshold=threshold, rates=rates)
     found = [evaluated(cache, 1.0, 2.0, time=time)[1] == BLOCKS for time in (1.0, 0.8, 0.6, 0.4, 0.2)]
     assert found == whole
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...attention.patch_kv import PatchAttention
 from ...attention.usp import AttentionCore
-from ...caches.policy import BlockPolicy
+from ...caches.policy import StepCache
 from ...distributed.mesh import Mesh
 from ...errors import Cancelled, UserError
 from ...failures import STAY_READY, describe
@@ -63,7 +63,7 @@ class PipeFusion:
         guidance: Guidance,
         job: SamplingJob,
         packing: Packing,
-        policy: BlockPolicy,
+        cache_of: Callable[[range], StepCache],
         *,
         stage: Stage,
         patches: int,
@@ -71,9 +71,14 @@ class PipeFusion:
         preview: bool,
         has_lone_stages: bool,
     ) -> None:
-        """`has_lone_stages`: as `Layout.has_lone_stages`. One that fails then takes no other rank along."""
+        """`cache_of`: makes a step cache for blocks of these numbers, one for each patch of a condition. All stages
+        must decide alike without a word, by the noise level alone.
+
+        `has_lone_stages`: as `Layout.has_lone_stages`. One that fails then takes no other rank along.
+        """
         self.family, self.mesh, self.guidance, self.packing = family, mesh, guidance, packing
-        self.policy = policy
+        self._cache_of = cache_of
+        self._caches: dict[tuple[int, tuple[int, ...]], StepCache] = {}
         self.stage = stage
         own = self.stage.blocks(family.block_parameters)
         self.blocks, self.first_block = family.blocks[own], own.start
@@ -215,13 +220,26 @@ class PipeFusion:
         state = replace(state, skips=skips, prompts=condition.prompts_at(evaluation.timestep, self.attention))
         added = self.controls.added(unit.call, index)
         by_block = {number: residuals[key] for number, key in added.items() if key in residuals}
-        state = run_blocks(family, state, self.blocks, policy=self.policy, first=self.first_block, residuals=by_block)
+        policy = self._cache(index, unit.patches, float(call.sigma)).policy(evaluation)
+        state = run_blocks(family, state, self.blocks, policy=policy, first=self.first_block, residuals=by_block)
         if self.stage.is_last:
             predicted = {spec.name: plan.predicted(spec.name, rank, unit.patches) for spec in family.latents}
             outputs = family.head(state, predicted)
             return [outputs[spec.name] for spec in family.latents]
         following = self.controls.needed(unit.call, index, self.first_block + len(self.blocks))
         return self.transport.pack(state, [residuals[key] for key in following])
+
+    def caches_of_first_patches(self) -> list[StepCache]:
+        """The caches that were asked once for each evaluation."""
+        return [cache for (_, patches), cache in self._caches.items() if patches[0] == 0]
+
+    def _cache(self, index: int, patches: Sequence[int], sigma: float) -> StepCache:
+        """The step cache of these patches of a condition, at the noise level `sigma`."""
+        key = index, tuple(patches)
+        if key not in self._caches:
+            self._caches[key] = self._cache_of(range(self.first_block, self.first_block + len(self.blocks)))
+        self._caches[key].at(sigma)
+        return self._caches[key]
 
     def _answer(self, unit: Unit, outputs: Sequence[Tensor], samplers: StripSamplers) -> None:
         """The last stage's work: guidance, the sampler's step, and the new latent on its way to the first stage."""

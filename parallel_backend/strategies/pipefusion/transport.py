@@ -97,10 +97,14 @@ class Transport:
             channel.send(results[number]) if results else channel.send_nothing()
 
     def pack(self, state: State, residuals: Sequence[Tensor]) -> list[Tensor]:
-        """The message onward, and those to the stages that take this one's skips."""
+        """The message onward, and those to the stages that take this one's skips.
+
+        A block that a step cache has passed over gives zeros: those that would take its skip are passed over, too.
+        """
         family = self._family
+        nothing = torch.zeros_like(state[family.controlled])
         given = [givers for givers, channel in self._skips.items() if channel.is_sender]
-        leaving = [torch.stack([state.skips[giver] for giver in givers]) for givers in given]
+        leaving = [torch.stack([state.skips.get(giver, nothing) for giver in givers]) for givers in given]
         parts = [*(state[name] for name in family.streams), *residuals]
         return [torch.cat([part.to(family.carry_dtype).flatten(1) for part in parts], dim=1), *leaving]
 
