@@ -4,10 +4,12 @@ import torch
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
 from paralleldit.parallel_backend.layout.layout import Layout, parse_layout
+from paralleldit.tools.demo_model.checkpoint import TARGET
 from paralleldit.tools.demo_model.scenes import draw, make_scene
-from paralleldit.tools.quality.methods import PRESETS, name_of
+from paralleldit.tools.quality.methods import PRESETS, Method, name_of, parse_cache
 from paralleldit.tools.quality.metrics import PSNR_CEILING, psnr, ssim
 from paralleldit.tools.quality.report import Row, sheet, table
+from paralleldit.tools.quality.rivals import Rival, parse_rival
 
 SCENES = [make_scene(99, index, held_out=True) for index in range(3)]
 
@@ -115,3 +117,26 @@ def test_presets_fit_the_demo_model_at_128_px():
         assert len({name_of(layout) for layout in layouts}) == len(layouts)
         for layout in layouts:
             check_layout(layout, RunFacts(blocks=9, token_rows=8))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("0.1", "cache 0.1"),
+        ("threshold=0.2,order=1", "cache 0.2, order 1"),
+        ("schedule,0.25,order=1", "schedule 0.25, order 1"),
+        ("teacache,0.3", "teacache 0.3"),
+    ],
+)
+def test_caches_are_named_as_they_are_written(text, name):
+    cache = parse_cache(text, TARGET)
+    assert str(Method(Layout(), cache)).endswith(name)
+    assert len(cache.rates) == (20 if cache.rule == "schedule" else len(cache.rates))
+
+
+def test_caches_of_others_are_named_as_their_makers_do():
+    assert parse_rival("magcache=0.06") == Rival("magcache", 0.06)
+    assert str(parse_rival("first-block=0.2")) == "diffusers' FirstBlockCache 0.2"
+    for text in ("easycache=0.1", "magcache", "magcache=much"):
+        with pytest.raises(UserError, match="names no cache of others"):
+            parse_rival(text)

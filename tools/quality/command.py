@@ -2,12 +2,13 @@
 
     python tools/quality --layout ulysses_degree=2 --layout pipefusion_degree=2,num_patches=4,warmup_steps=1
     python tools/quality --preset pipefusion --sheet quality.png
-    python tools/quality --layout ulysses_degree=2 --cache 0.1 --cache threshold=0.2,order=1
+    python tools/quality --layout ulysses_degree=2 --cache 0.1 --cache threshold=0.2,order=1 --rival first-block=0.1
 
 Every method samples the same captions from the same noise through real ranks; the serial run is one rank, and is itself
 compared with the stock diffusers pipeline. Prints a Markdown table: PSNR and SSIM (mean over the pictures) against the
 serial pictures, PSNR of the worst picture, the share of the asked attributes that the demo model's checker finds, the
-evaluations that a step cache computed in full, and how many times as fast as without a cache the layout sampled.
+evaluations that a step cache computed in full, and how many times as fast as without a cache the layout sampled. Caches
+of others (--rival) sample in plain diffusers, in this process, and their gain is over plain diffusers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..demo_model.checkpoint import TARGET
 from ..demo_model.evaluate import held_out
 from .methods import PRESETS, Method, parse_cache
 from .report import Row, sheet, table
+from .rivals import RIVALS, parse_rival, sample_by
 from .sampling import Diffusers, Made, Task, encode, sample, sidecar
 
 SERIAL = Method(Layout())
@@ -44,10 +46,13 @@ def main() -> int:
     try:
         chosen = [layout for name in options.preset for layout in PRESETS[name]]
         chosen += [parse_layout(text) for text in options.layout]
-        caches = [parse_cache(text) for text in options.cache]
+        caches = [parse_cache(text, options.model.resolve()) for text in options.cache]
         layouts = list(dict.fromkeys([SERIAL.layout, *chosen]))
         methods = [Method(layout, cache) for layout in layouts for cache in (None, *caches)]
+        rivals = [parse_rival(text) for text in options.rival]
         made, error = run(task, methods)
+        plain = sample_by(None, task) if rivals else None
+        others = [(rival, sample_by(rival, task)) for rival in rivals]
     except UserError as problem:
         print(problem, file=sys.stderr)
         return 2
@@ -64,6 +69,8 @@ def main() -> int:
         )
         for method, each in made
     ]
+    if plain is not None:
+        rows += [Row(str(rival), each.pictures, each.whole, plain.seconds / each.seconds) for rival, each in others]
     print(f"{options.prompts} held-out captions, {task.size} px, {task.steps} steps of Euler, CFG {task.cfg:g}.")
     print(f"The serial latents equal plain diffusers' to {error:.0e} (relative).\n")
     print(table(serial, rows, scenes))
@@ -103,6 +110,9 @@ def parse_options() -> argparse.Namespace:
     add("--layout", action="append", default=[], metavar="NAME=VALUE,...", help="a layout; may be given several times")
     add("--preset", action="append", default=[], choices=sorted(PRESETS), help="a list of layouts")
     add("--cache", action="append", default=[], metavar="THRESHOLD,NAME=VALUE,...", help="a step cache for each layout")
+    add(
+        "--rival", action="append", default=[], metavar="NAME=THRESHOLD", help=f"a cache of others: {', '.join(RIVALS)}"
+    )
     add("--prompts", type=int, default=16, help="number of held-out captions (default 16)")
     add("--size", type=int, default=256, help="side of the pictures in px (default 256)")
     add("--steps", type=int, default=20)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from typing import get_args
 
+from ...nodes.study.findings import load
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout
-from ...parallel_backend.protocol.messages import StepCache
+from ...parallel_backend.protocol.messages import CacheRule, StepCache
+
+FIRST_BLOCK = "first block"
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,35 @@ def name_of(layout: Layout) -> str:
     return name if layout.attention == "auto" else f"{name}, {layout.attention}"
 
 
-def parse_cache(text: str) -> StepCache:
-    """A cache from `name=value,...`, or from its threshold alone. Raises `UserError` for what is none."""
-    pairs = [part.split("=", 1) if "=" in part else ["threshold", part] for part in text.split(",")]
+def parse_cache(text: str, model: Path) -> StepCache:
+    """A cache from `name=value,...`, or from its threshold alone; `rule` may be given by its name alone, too.
+
+    A schedule's rates, and TeaCache's coefficients, are those of the study beside the `model`. Raises `UserError` for
+    what is none.
+    """
+    given: dict[str, object] = {}
     try:
-        return StepCache.model_validate_json(json.dumps({name: json.loads(value) for name, value in pairs}))
+        for part in text.split(","):
+            name, found, value = part.partition("=")
+            if found:
+                given[name] = json.loads(value)
+            elif part in get_args(CacheRule):
+                given["rule"] = part
+            else:
+                given["threshold"] = json.loads(part)
+        if given.get("rule", FIRST_BLOCK) != FIRST_BLOCK:
+            study = load(model)
+            given |= {"rates": study.rates, "coefficients": study.coefficients}
+        return StepCache.model_validate_json(json.dumps(given))
     except ValueError as error:
-        raise UserError(f"{text!r} names no step cache: {error}", "Write it like threshold=0.1,order=1.") from error
+        raise UserError(
+            f"{text!r} names no step cache: {error}", "Write it like threshold=0.1,order=1 or schedule,0.2,order=1."
+        ) from error
 
 
 def _cache_name(cache: StepCache | None) -> str:
     if cache is None:
         return ""
-    given = {name: value for name, value in cache.model_dump(exclude_defaults=True).items() if name != "threshold"}
-    return ", ".join([f"cache {cache.threshold:g}", *(f"{name} {value:g}" for name, value in given.items())])
+    given = cache.model_dump(exclude_defaults=True, exclude={"rule", "threshold", "rates", "coefficients"})
+    settings = (f"{name} {value:g}" for name, value in given.items())
+    return ", ".join([f"{cache.rule if cache.rule != FIRST_BLOCK else 'cache'} {cache.threshold:g}", *settings])
