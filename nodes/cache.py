@@ -43,7 +43,7 @@ class ParallelDiTCache:
                         "default": KINDS[0],
                         "tooltip": "What tells that little changes: what the first block adds, or how the time changes "
                         "its input (TeaCache; its authors give 0.25, 0.4 and 0.6 as thresholds for Flux), or a "
-                        "schedule that Parallel Redundancy has found for the model.",
+                        "schedule that Parallel Redundancy has found for the model: of blocks, or of attention alone.",
                     },
                 ),
                 "threshold": (
@@ -104,7 +104,7 @@ class ParallelDiTCache:
     ) -> tuple[Any]:
         check_span(start_percent, end_percent, IDLE)
         handle = handle_of(model)
-        if kind == "schedule" and study is None:
+        if kind in ("schedule", "attention") and study is None:
             study = load(Path(handle.ref.path))
         if study is not None:
             check_blocks(study, handle.spec.count_blocks(handle.config))
@@ -117,5 +117,6 @@ class ParallelDiTCache:
             end=end_percent,
             coefficients=study.coefficients if study and kind == "teacache" else (),
             rates=study.rates if study and kind == "schedule" else (),
+            attention=study.attention if study and kind == "attention" else (),
         )
         return (host.current().with_handle(model, replace(handle, cache=cache)),)

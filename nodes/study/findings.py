@@ -19,6 +19,8 @@ DEGREE = 4
 """Of TeaCache's polynomial."""
 INPUT, ALL = 0, 1
 """The rows of `Measured.whole` that are used here: the modulated input, and the residual of all blocks."""
+ATTENTION = 2
+"""The column of `Measured.changes` of what attention gives."""
 SUFFIX = ".redundancy.json"
 
 
@@ -43,17 +45,24 @@ class Measured:
             )
         return cls(name, levels, changes, whole)
 
-    def rates(self) -> list[float]:
-        """The relative change of the residual of all blocks for a whole unit of the noise level, in each part."""
+    def rates(self) -> Tensor:
+        """`[PARTS]`: the relative change of the residual of all blocks for a whole unit of the noise level."""
+        return self._rates(self.whole[:, ALL, 0])
+
+    def attention(self) -> Tensor:
+        """`[blocks, PARTS]`: as `rates`, of what the attention of each block gives; 0 where there is none."""
+        return torch.stack([self._rates(each.nan_to_num(0.0)) for each in self.changes[:, :, ATTENTION, 0].T])
+
+    def _rates(self, changes: Tensor) -> Tensor:
         edges = torch.linspace(0, 1, PARTS + 1)
         high, low = torch.maximum(self.levels[:-1], self.levels[1:]), torch.minimum(self.levels[:-1], self.levels[1:])
-        rate = self.whole[:, ALL, 0] / (high - low).clamp_min(1e-6)
+        rate = changes / (high - low).clamp_min(1e-6)
         overlap = (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp_min(0)
         weights = overlap.sum(0)
         found = (overlap * rate[:, None]).sum(0) / weights
         seen = weights.gt(0).nonzero().flatten()
         nearest = (torch.arange(PARTS)[:, None] - seen).abs().argmin(1)
-        return found[seen[nearest]].tolist()
+        return found[seen[nearest]]
 
 
 @dataclass(frozen=True)
@@ -61,25 +70,29 @@ class Findings:
     """What some runs of one model have in common.
 
     `rates`: as `Measured.rates`, their mean. `coefficients`: of the polynomial from the change of the first block's
-    input to that of the residual of all blocks, highest power first; none where the input is not known. `runs`: their
-    names. `correlation`, `difference`: of the rates of each two runs, the worst.
+    input to that of the residual of all blocks, highest power first; none where the input is not known. `attention`: of
+    each block, the rates of what its attention gives. `runs`: their names. `correlation`, `difference`: of the rates of
+    each two runs, the worst.
     """
 
     blocks: int
     rates: tuple[float, ...]
     coefficients: tuple[float, ...]
+    attention: tuple[tuple[float, ...], ...]
     runs: tuple[str, ...]
     correlation: float
     difference: float
 
     @classmethod
     def of(cls, runs: Sequence[Measured]) -> Findings:
-        rates = torch.tensor([run.rates() for run in runs])
+        rates = torch.stack([run.rates() for run in runs])
+        attention = torch.stack([run.attention() for run in runs]).mean(0)
         pairs = list(combinations(rates, 2))
         return cls(
             blocks=runs[0].changes.shape[1],
             rates=tuple(rates.mean(0).tolist()),
             coefficients=_polynomial(torch.cat([run.whole[:, (INPUT, ALL), 0] for run in runs])),
+            attention=tuple(map(tuple, attention.tolist())),
             runs=tuple(run.name for run in runs),
             correlation=min((float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs), default=1.0),
             difference=max((float((a - b).abs().sum() / ((a + b).sum() / 2)) for a, b in pairs), default=0.0),
@@ -126,10 +139,14 @@ def load(model: Path) -> Findings:
     path = path_beside(model)
     try:
         data = json.loads(path.read_text())
-        numbers = {name: tuple(float(each) for each in data[name]) for name in ("rates", "coefficients")}
-        names = tuple(str(each) for each in data["runs"])
         return Findings(
-            int(data["blocks"]), **numbers, runs=names, correlation=data["correlation"], difference=data["difference"]
+            blocks=int(data["blocks"]),
+            rates=tuple(map(float, data["rates"])),
+            coefficients=tuple(map(float, data["coefficients"])),
+            attention=tuple(tuple(map(float, block)) for block in data["attention"]),
+            runs=tuple(map(str, data["runs"])),
+            correlation=float(data["correlation"]),
+            difference=float(data["difference"]),
         )
     except FileNotFoundError as error:
         raise UserError(

@@ -61,6 +61,8 @@ class Study:
         self._before: State | None = None
         self._behind_first: State | None = None
         self._device = torch.device("cpu")
+        self.block: int | None = None
+        """The block that is being computed."""
 
     def at(self, sigma: float) -> None:
         """The timestep of each evaluation is noted instead."""
@@ -75,6 +77,7 @@ class Study:
         return self
 
     def before(self, block: int, state: State) -> State | None:
+        self.block = block
         if block == 0:
             self._before = state
             if self.signal is not None:
@@ -84,6 +87,7 @@ class Study:
         return None
 
     def after(self, block: int, before: State, after: State) -> None:
+        self.block = None
         for name, tensor in after.streams.items():
             what = "block" if name == self.stream else "text"
             if what == "block" or name == "text":
@@ -159,13 +163,13 @@ class WatchedAttention:
         return sent
 
     def __call__(self, site: SiteId, q: Sent, *sets: KeySet, extra_kv: KeysValues | None = None) -> Tensor:
-        block = site[0]
-        if isinstance(block, int):
+        block = self._study.block
+        if block is not None:
             for what, sent in (("key", sets[0].key), ("value", sets[0].value)):
                 if sent in self._projections:
                     self._study.note(block, what, self._projections[sent])
         result = self._attention(site, q, *sets, extra_kv=extra_kv)
-        if isinstance(block, int):
+        if block is not None:
             self._study.note(block, "attention", result)
         return result
 

@@ -20,6 +20,7 @@ from ..strategies.select import attention_of, strategy_of
 from .checks import check_rows, latents_of, needed
 from .conditioning import control_of, image_prompts_of, pictures_of, prompt_of
 from .run_conditions import RunCondition, RunConditions
+from .step_caches import around
 
 if TYPE_CHECKING:
     from ..adapters.controlnet.nets import ControlNet
@@ -72,7 +73,7 @@ def predict(
         given = given_residuals(request.residuals, tensors, with_tokens(family, "A ControlNet"), shape)
     attention = attention_of(request.layout, mesh, family)
     cache = run_conditions.cache_for(request, family, mesh)
-    strategy = strategy_of(request.layout, family, mesh, attention, packing, cache)
+    strategy = strategy_of(request.layout, family, mesh, around(attention, cache), packing, cache)
 
     sizes = split_sizes(batch, mesh.data.size)
     start = sum(sizes[: mesh.data.rank])

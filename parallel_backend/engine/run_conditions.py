@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..caches.attention import AttentionCache
 from ..caches.policy import CountedComputeAll, StepCache
 from ..caches.residuals import ResidualCache
 from ..protocol.messages import ControlUse, ImagePromptUse, ModelRef, Predict
@@ -41,7 +42,7 @@ class RunConditions(dict[str, RunCondition]):
     def __init__(self) -> None:
         super().__init__()
         self.joined = JoinedConditions()
-        self._caches: dict[tuple[object, ...], ResidualCache] = {}
+        self._caches: dict[tuple[object, ...], ResidualCache | AttentionCache] = {}
         """By what they are for. Other weights, and another mesh, have a cache of their own."""
         self._uncached = CountedComputeAll()
 

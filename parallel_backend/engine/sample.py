@@ -12,9 +12,9 @@ from torch import Tensor
 from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import IPAdapter
 from ..attention.usp import AttentionCore
+from ..caches.attention import AttentionCache
 from ..caches.policy import COMPUTE_ALL
 from ..caches.residuals import ResidualCache
-from ..caches.study import WatchedAttention
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
 from ..families.family import Family, TokenFamily
@@ -37,7 +37,7 @@ from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
 from .conditioning import Inputs, control_of, entries_of_side, sizes_of_controls
-from .step_caches import count, step_cache_of, study_of, watching
+from .step_caches import around, count, step_cache_of, study_of, watching
 
 if TYPE_CHECKING:
     from ..run_context import Run
@@ -77,8 +77,8 @@ def sample(
     asked = request.cache
     cache = step_cache_of(asked, family, mesh, model_sampling) if asked and mesh.pipefusion.size == 1 else COMPUTE_ALL
     study = study_of(family, mesh) if request.study else None
-    watched = WatchedAttention(attention, study) if study else attention
-    strategy = strategy_of(request.layout, family, mesh, watched, packing, study or cache)
+    around_sites = around(attention, study or cache)
+    strategy = strategy_of(request.layout, family, mesh, around_sites, packing, study or cache)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
     levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
     cfg_pp = find_sampler(request.sampler).cfg_pp
@@ -135,7 +135,7 @@ def sample(
             raise
         finally:
             leave()
-        if isinstance(cache, ResidualCache):
+        if isinstance(cache, ResidualCache | AttentionCache):
             run.evaluations(*count([cache]))
     else:
         assert isinstance(attention, AttentionCore)

@@ -9,13 +9,17 @@ from functools import partial
 
 from torch import Tensor
 
+from ..attention.site import Attention
+from ..caches.attention import AttentionCache
 from ..caches.first_block import FirstBlockCache
 from ..caches.policy import Counts
+from ..caches.policy import StepCache as Policies
 from ..caches.residuals import Agreement, Limits, ResidualCache
 from ..caches.schedule import ScheduleCache
-from ..caches.study import Study
+from ..caches.study import Study, WatchedAttention
 from ..caches.teacache import PLAIN, TeaCache
 from ..distributed.mesh import Mesh
+from ..errors import UserError
 from ..families.family import Family, TokenFamily, with_tokens
 from ..families.state import State
 from ..protocol.messages import StepCache
@@ -28,10 +32,11 @@ def step_cache_of(
     mesh: Mesh,
     model_sampling: ModelSampling | None = None,
     blocks: range | None = None,
-) -> ResidualCache:
-    """Raises `UserError` for a family without blocks. Without `model_sampling` it works at all noise levels.
+) -> ResidualCache | AttentionCache:
+    """Raises `UserError` for a family without blocks, or for a study of another number of blocks.
 
-    `blocks`: the numbers of those that this rank computes, all of them by default.
+    Without `model_sampling` it works at all noise levels. `blocks`: the numbers of those that this rank computes, all
+    of them by default.
     """
     tokens = with_tokens(family, "A step cache")
     # The pictures of a batch are skipped together, as on one rank. Shares of weights are gathered by all ranks that
@@ -52,6 +57,14 @@ def step_cache_of(
     if settings.rule == "schedule":
         level = (model_sampling or tokens.model_sampling(None)).level
         return ScheduleCache(blocks, level, agreement, limits, threshold=threshold, rates=settings.rates)
+    if settings.rule == "attention":
+        if len(settings.attention) != len(blocks):
+            raise UserError(
+                f"The study is of a model of {len(settings.attention)} blocks, and this one has {len(blocks)}.",
+                "Connect a Parallel Redundancy with this model to Parallel Cache.",
+            )
+        level = (model_sampling or tokens.model_sampling(None)).level
+        return AttentionCache(level, limits, budget=threshold, rates=settings.attention)
     return FirstBlockCache(blocks, tokens.controlled, agreement, limits, threshold=threshold)
 
 
@@ -61,6 +74,13 @@ def study_of(family: Family, mesh: Mesh) -> Study:
     knows_input = type(tokens).modulated_input is not TokenFamily.modulated_input
     signal = partial(_modulated_input, tokens) if knows_input else None
     return Study(len(tokens.blocks), tokens.controlled, signal, mesh.sequence)
+
+
+def around(attention: Attention, cache: Policies) -> Attention:
+    """`attention`, as far as `cache` looks at it or answers in its place."""
+    if isinstance(cache, Study):
+        return WatchedAttention(attention, cache)
+    return cache.around(attention) if isinstance(cache, AttentionCache) else attention
 
 
 def watching(study: Study, family: Family) -> AbstractContextManager[None]:

@@ -344,6 +344,8 @@ def _references(layout: Layout, work: RunFacts) -> Misfit | None:
 
 
 def _cache(layout: Layout, work: RunFacts) -> Misfit | None:
+    if work.cache == "attention":
+        return _shared_attention(layout)
     if layout.pipefusion_degree == 1 or work.cache in (None, "schedule"):
         return None
     return (
@@ -351,6 +353,22 @@ def _cache(layout: Layout, work: RunFacts) -> Misfit | None:
         f"pipefusion_degree={layout.pipefusion_degree} these are in stages that work on other strips by then.",
         "Set the kind of Parallel Cache to schedule, which looks at the noise level alone, or pipefusion_degree to 1.",
     )
+
+
+def _shared_attention(layout: Layout) -> Misfit | None:
+    for name in ("pipefusion", "distrifusion"):
+        if layout.degree(name) > 1:
+            return (
+                f"{name}_degree={layout.degree(name)} takes keys and values of the step before, and shared attention "
+                "has none.",
+                f"Set {name}_degree to 1, or the kind of Parallel Cache to schedule.",
+            )
+    if layout.compile != "off":
+        return (
+            "A compiled block cannot leave out its attention in some of the steps.",
+            "Set compile to off, or the kind of Parallel Cache to schedule.",
+        )
+    return None
 
 
 def _study(layout: Layout, work: RunFacts) -> Misfit | None:

@@ -10,9 +10,7 @@ from paralleldit.parallel_backend.distributed.control_group import ControlGroup
 from paralleldit.parallel_backend.distributed.mesh import Mesh
 from paralleldit.parallel_backend.engine import sample
 from paralleldit.parallel_backend.engine.model import Transformer
-from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.blocks import run_blocks
-from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
 from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.protocol.messages import Evaluations, StepCache
@@ -235,6 +233,84 @@ def test_distrifusion_with_a_cache_is_what_it_is_without_where_nothing_is_skippe
         assert torch.equal(latent, expected)
 
 
+class NaivelyShared:
+    """Serial attention that gives again what it gave, where the rates of a block add up to less than the budget."""
+
+    keeps = False
+
+    def __init__(self, attention, settings):
+        self.attention, self.settings = attention, settings
+        self.prompts, self.levels = {}, {}
+
+    def begin(self, prompt, level):
+        self.kept = self.prompts.setdefault(prompt, {})
+        passed = abs(level - self.levels.get(prompt, level))
+        self.levels[prompt] = level
+        for block, (rate,) in enumerate(self.settings.attention):
+            self.kept[block] = self.kept.get(block, 0.0) + rate * passed
+
+    def set_lengths(self, lengths):
+        self.attention.set_lengths(lengths)
+
+    def send(self, *given):
+        return self.attention.send(*given)
+
+    def __call__(self, site, q, *sets, extra_kv=None):
+        if site not in self.kept or self.kept[site[0]] >= self.settings.threshold:
+            self.kept[site] = self.attention(site, q, *sets, extra_kv=extra_kv)
+        return self.kept[site]
+
+    def end(self):
+        """A block whose attention was computed begins anew."""
+        for block in range(len(self.settings.attention)):
+            if self.kept[block] >= self.settings.threshold:
+                self.kept[block] = 0.0
+
+
+SHARED = StepCache(rule="attention", threshold=0.25, attention=((1.0,), (2.0,), (0.0,), (9.0,)))
+"""Of four blocks two share some of their attention, one all of it, and one none."""
+
+
+def shared_serially(world, model):
+    turns, made = itertools.count(), []
+    predict, attention_of = sequence.SequenceParallel.predict, sample.attention_of
+
+    def naive(*given):
+        made.append(NaivelyShared(attention_of(*given), SHARED))
+        return made[-1]
+
+    def noted(self, latent, timestep, *more):
+        made[-1].begin(next(turns) % 2, self.family.model_sampling(None).level(float(timestep[0])))
+        prediction = predict(self, latent, timestep, *more)
+        made[-1].end()
+        return prediction
+
+    with (
+        mock.patch.object(sample, "attention_of", naive),
+        mock.patch.object(sequence.SequenceParallel, "predict", noted),
+    ):
+        return cached(world, model, Layout(), None)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("flux dev", Layout()),
+        ("sd3.5 medium", Layout(ulysses_degree=2)),
+        ("wan 2.1", Layout(ring_degree=2)),
+        ("qwen-image", Layout(ulysses_degree=2, cfg_degree=2, weights="sharded")),
+        ("pixart alpha", Layout(tensor_degree=2, data_degree=2)),
+    ],
+    ids=str,
+)
+def test_attention_is_shared_as_a_serial_model_shares_it(ranks, paths, model, layout):
+    (expected,) = ranks.run(1, shared_serially, model)
+    ((plain, _),) = ranks.once(1, cached, model, Layout(), None)
+    assert relative_error(expected, plain) > 1e-5, "what is shared must matter"
+    for latent, _ in ranks.run(layout.ranks, cached, model, layout, SHARED, paths[model]):
+        assert relative_error(latent, expected) <= 1e-5
+
+
 class CachedStrips(StripModel):
     """Strips whose blocks are computed, or not, by a schedule: each patch has what its own evaluations left."""
 
@@ -274,9 +350,3 @@ def test_pipefusion_skips_blocks_of_a_patch_by_a_schedule(ranks, model, layout):
     for latent, counts in ranks.run(layout.ranks, cached, model, layout, CACHES["schedule"]):
         assert relative_error(latent, expected) <= 1e-5
         assert not counts or counts[0][0] < counts[0][1] == 2 * STEPS
-
-
-@pytest.mark.parametrize("rule", ["first block", "teacache"])
-def test_pipefusion_is_refused_with_a_cache_that_looks_at_the_first_block(rule):
-    with pytest.raises(UserError, match=rf"A step cache of kind {rule} .* pipefusion_degree=2"):
-        check_layout(Layout(pipefusion_degree=2), RunFacts(ranks=2, cache=rule))

@@ -239,3 +239,28 @@ def test_a_stage_of_a_published_model_holds_little_more_than_its_share(model):
     for stages in (2, 3, 4):
         share = max(stage_weights(parameters, balanced_sizes(parameters, stages))) / sum(parameters)
         assert share <= 1.1 / stages
+
+
+@pytest.mark.parametrize(
+    ("layout", "facts", "reason"),
+    [
+        (Layout(pipefusion_degree=2), {"cache": "first block"}, r"kind first block .* pipefusion_degree=2"),
+        (Layout(pipefusion_degree=2), {"cache": "teacache"}, r"kind teacache .* pipefusion_degree=2"),
+        (Layout(pipefusion_degree=2), {"cache": "attention"}, r"pipefusion_degree=2 takes keys and values"),
+        (Layout(distrifusion_degree=2), {"cache": "attention"}, r"distrifusion_degree=2 takes keys and values"),
+        (Layout(ulysses_degree=2, compile="blocks"), {"cache": "attention"}, "compiled block"),
+        (Layout(tensor_degree=2), {"is_study": True}, r"A study .* tensor_degree=2"),
+        (Layout(ulysses_degree=2, compile="blocks"), {"is_study": True}, "A study"),
+    ],
+    ids=str,
+)
+def test_caches_and_studies_are_refused_where_they_cannot_work(layout, facts, reason):
+    with pytest.raises(UserError, match=reason):
+        check_layout(layout, RunFacts(ranks=2, **facts))
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(pipefusion_degree=2), Layout(distrifusion_degree=2), Layout(tensor_degree=2)]
+)
+def test_a_schedule_works_in_every_layout(layout):
+    check_layout(layout, RunFacts(ranks=2, cache="schedule"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from paralleldit.parallel_backend.caches.attention import AttentionCache
 from paralleldit.parallel_backend.caches.first_block import FirstBlockCache
 from paralleldit.parallel_backend.caches.residuals import Agreement, Limits, ResidualCache
 from paralleldit.parallel_backend.caches.teacache import TeaCache
@@ -149,3 +150,68 @@ def test_each_prompt_has_what_its_own_evaluations_left():
     run = cache()
     assert [evaluated(run, 1.0, 2.0, name=name)[1] for name in ("positive 0", "negative 0")] == [BLOCKS, BLOCKS]
     assert evaluated(run, 1.0, 99.0, name="negative 0") == (7.0, 1)
+
+
+class CountedAttention:
+    """Gives each time a number more, and counts what it was sent."""
+
+    keeps = False
+
+    def __init__(self) -> None:
+        self.sent = self.given = 0
+
+    def send(self, x: Any, streams: Any, serves: Any = None) -> Any:
+        self.sent += 1
+        return x
+
+    def __call__(self, site: Any, q: Any, *sets: Any, extra_kv: Any = None) -> Any:
+        self.given += 1
+        return self.given
+
+
+def attended(cache: AttentionCache, attention: Any, level: float, between: bool = False) -> list[int]:
+    """What the attention of two blocks gives in an evaluation at this level; with what attends `between` them, too."""
+    evaluation: Any = SimpleNamespace(
+        condition=SimpleNamespace(name=""), batch=1, grids={"image": "a grid"}, timestep=torch.tensor([level])
+    )
+    policy, around, state = cache.policy(evaluation), cache.around(attention), State({})
+    found = []
+    for block in range(2):
+        policy.before(block, state)
+        around.send(torch.zeros(1, 1, 1, 1), ("image",))
+        found.append(around((block, "joint"), ANYTHING))
+        policy.after(block, state, state)
+        if between:
+            found.append(around((block, "joint"), ANYTHING))
+    return found
+
+
+ANYTHING: Any = None
+SHARED_BLOCK, OTHER = (1.0,), (9.0,)
+
+
+def shared(**limits: Any) -> AttentionCache:
+    return AttentionCache(lambda time: time, Limits(**limits), budget=0.25, rates=[SHARED_BLOCK, OTHER])
+
+
+def test_attention_of_a_block_is_shared_while_its_change_is_within_the_budget():
+    cache, attention = shared(), CountedAttention()
+    found = [attended(cache, attention, level) for level in (1.0, 0.9, 0.8, 0.7, 0.6)]
+    assert found == [[1, 2], [1, 3], [1, 4], [5, 6], [5, 7]]
+    assert attention.sent == attention.given, "what is shared is not sent"
+    assert (cache.whole, cache.all) == (2, 5)
+
+
+def test_what_attends_between_blocks_is_never_shared_nor_kept():
+    cache, attention = shared(), CountedAttention()
+    assert attended(cache, attention, 1.0, between=True) == [1, 2, 3, 4]
+    assert attended(cache, attention, 0.9, between=True) == [1, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("limits", "first"), [({"max_skips": 1}, [1, 1, 4]), ({"levels": (0.85, 0.0)}, [1, 3, 3])])
+def test_attention_is_shared_within_its_limits(limits, first):
+    cache, attention, found = shared(**limits), CountedAttention(), []
+    for level in (1.0, 0.9, 0.8):
+        cache.at(level)
+        found.append(attended(cache, attention, level)[0])
+    assert found == first

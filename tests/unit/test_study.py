@@ -36,14 +36,14 @@ def steps(count: int) -> list[float]:
 
 def test_the_rates_do_not_depend_on_the_number_of_steps():
     change = lambda high, low: high**2 - low**2  # noqa: E731
-    few, many = (measured(steps(count), change).rates() for count in (PARTS, 10 * PARTS))
+    few, many = (measured(steps(count), change).rates().tolist() for count in (PARTS, 10 * PARTS))
     expected = [(2 * part + 1) / PARTS for part in range(PARTS)]
     assert many[1:] == pytest.approx(expected[1:], rel=1e-3)
     assert few[1:] == pytest.approx(expected[1:], rel=1e-3)
 
 
 def test_where_a_run_has_no_evaluations_the_nearest_rate_counts():
-    rates = measured([0.9, 0.8, 0.7], lambda high, low: high - low).rates()
+    rates = measured([0.9, 0.8, 0.7], lambda high, low: high - low).rates().tolist()
     assert rates == pytest.approx([1.0] * PARTS, rel=1e-3)
 
 

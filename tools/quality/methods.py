@@ -73,7 +73,7 @@ def parse_cache(text: str, model: Path) -> StepCache:
                 given["threshold"] = json.loads(part)
         if given.get("rule", FIRST_BLOCK) != FIRST_BLOCK:
             study = load(model)
-            given |= {"rates": study.rates, "coefficients": study.coefficients}
+            given |= {"rates": study.rates, "coefficients": study.coefficients, "attention": study.attention}
         return StepCache.model_validate_json(json.dumps(given))
     except ValueError as error:
         raise UserError(
@@ -84,6 +84,6 @@ def parse_cache(text: str, model: Path) -> StepCache:
 def _cache_name(cache: StepCache | None) -> str:
     if cache is None:
         return ""
-    given = cache.model_dump(exclude_defaults=True, exclude={"rule", "threshold", "rates", "coefficients"})
+    given = cache.model_dump(exclude_defaults=True, exclude={"rule", "threshold", "rates", "coefficients", "attention"})
     settings = (f"{name} {value:g}" for name, value in given.items())
     return ", ".join([f"{cache.rule if cache.rule != FIRST_BLOCK else 'cache'} {cache.threshold:g}", *settings])

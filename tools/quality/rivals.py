@@ -62,14 +62,14 @@ def sample_by(rival: Rival | None, task: Task) -> Made:
 
 
 def _first_block(pipeline: Any, rival: Rival, task: Task) -> None:
-    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=rival.threshold))
 
 
 def _magcache(pipeline: Any, rival: Rival, task: Task) -> None:
     """Calibrated on the first caption, as its makers do for a model that they have no ratios of."""
-    from diffusers import MagCacheConfig
+    from diffusers.hooks.mag_cache import MagCacheConfig
 
     calibrated = Diffusers(Task(task.model, task.captions[:1], task.size, task.steps, task.cfg, 1, task.seed))
     calibration = MagCacheConfig(calibrate=True, num_inference_steps=task.steps)

@@ -102,7 +102,7 @@ class ImagePromptUse(Message):
     end: Percent = 1.0
 
 
-CacheRule = Literal["first block", "teacache", "schedule"]
+CacheRule = Literal["first block", "teacache", "schedule", "attention"]
 Coefficient = Annotated[float, Field(ge=-1e9, le=1e9)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6)]
 
@@ -111,13 +111,15 @@ class StepCache(Message):
     """A step cache by the `rule` that a module of caches/ describes, from `start` to `end` of the run.
 
     In a `Predict`, whose run the client knows, it is named while it is to work. `coefficients`: of TeaCache's
-    polynomial; none: those that were published for the model. `rates`: of a schedule.
+    polynomial; none: those that were published for the model. `rates`: of a schedule; `attention`: of each
+    block's attention.
     """
 
     rule: CacheRule = "first block"
     threshold: float = Field(ge=0.0, le=10.0)
     coefficients: tuple[Coefficient, ...] = Field(default=(), max_length=16)
     rates: tuple[Rate, ...] = Field(default=(), max_length=1000)
+    attention: tuple[tuple[Rate, ...], ...] = Field(default=(), max_length=1000)
     max_skips: Index = 0
     order: int = Field(default=0, ge=0, le=2)
     start: Percent = 0.0
