@@ -1,7 +1,8 @@
 """Qwen-Image (arXiv 2508.02324), its Edit models too: joint attention, separate weights for text and image throughout.
 
 Of ComfyUI and diffusers, ComfyUI is the reference where they differ: in positions on odd grids, in where the text's
-positions begin if a reference is larger than the picture, and in the time, which is fp32.
+positions begin if a reference is larger than the picture, and in the time, which is fp32. The pipeline of diffusers
+also brings what guidance gives to the length of the positive prediction; that is left to the graph (CFGNorm).
 """
 
 from __future__ import annotations
