@@ -15,21 +15,6 @@ OnNode = Callable[[Node], None]
 OnShown = Callable[[dict[str, Any]], None]
 
 
-def run_workflow(
-    api: Mapping[str, Any],
-    *,
-    classes: NodeClasses,
-    set_values: Mapping[str, str] | None = None,
-    on_node: OnNode = lambda node: None,
-    cache: dict[str, tuple[Any, ...]] | None = None,
-) -> tuple[Outputs, dict[str, Any]]:
-    """Runs an API-format workflow: every node's outputs by node id, and what its output nodes show (`ui`) likewise.
-
-    What `begin_workflow` says of the arguments holds here."""
-    run = begin_workflow(api, classes=classes, set_values=set_values, on_node=on_node, cache=cache)
-    return run.finish()
-
-
 def begin_workflow(
     api: Mapping[str, Any],
     *,

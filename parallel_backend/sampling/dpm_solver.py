@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .solver import Denoise, Solver, SolverContext, slope
-
-Slopes = Generator[Denoise, Tensor, list[Tensor]]
 
 
 def dpm_fast(x: Tensor, sigmas: Tensor, context: SolverContext) -> Solver:

@@ -15,7 +15,7 @@ from paralleldit import NODE_CLASS_MAPPINGS
 from paralleldit.cli.commands import main, options
 from paralleldit.cli.commands.workflow_options import read_workflow
 from paralleldit.cli.headless.core_nodes import Folders, core_nodes
-from paralleldit.cli.headless.runner import begin_workflow, finish_meanwhile, run_workflow
+from paralleldit.cli.headless.runner import begin_workflow, finish_meanwhile
 from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.protocol import messages
 from PIL import Image
@@ -37,7 +37,7 @@ def classes(folder: Path) -> dict[str, type]:
 
 
 def run(api, folder, **more):
-    return run_workflow(api, classes=classes(folder), **more)
+    return begin_workflow(api, classes=classes(folder), **more).finish()
 
 
 def test_the_demo_workflow_makes_a_picture_that_carries_the_workflow(client, demo, tmp_path):
@@ -289,7 +289,7 @@ def test_primitives_and_pictures_feed_other_nodes(client, demo, tmp_path):
     }
     demo["6"]["inputs"] |= {"steps": ["20", 0], "cfg": ["21", 0], "latent_image": ["24", 0]}
     demo["3"]["inputs"]["text"] = ["22", 0]
-    _, shown = run_workflow(demo, classes=classes(tmp_path) | {"Image2Latent": Image2Latent})
+    _, shown = begin_workflow(demo, classes=classes(tmp_path) | {"Image2Latent": Image2Latent}).finish()
     message, _ = client.last(messages.Sample)
     assert (message.schedule.steps, message.cfg) == (4, 2.5)
     assert "a ring" in [each.prompt for each, _ in client.sent if isinstance(each, messages.EncodeText)]
@@ -327,7 +327,7 @@ def test_a_video_is_saved_as_a_moving_picture_that_carries_the_workflow(client, 
         "3": {"class_type": "SaveAnimatedWEBP", "inputs": {"images": ["2", 0], **settings}},
     }
     for number in (1, 2):
-        _, shown = run_workflow(api, classes=classes(tmp_path) | {"Latent2Frames": Latent2Frames})
+        _, shown = begin_workflow(api, classes=classes(tmp_path) | {"Latent2Frames": Latent2Frames}).finish()
         path = tmp_path / "output" / "clips" / f"video_0000{number}_.webp"
         assert shown["3"]["images"] == [{"filename": path.name, "subfolder": "clips", "path": str(path)}]
     with Image.open(path) as moving:

@@ -11,7 +11,7 @@ import torch
 from paralleldit import NODE_CLASS_MAPPINGS
 from paralleldit.cli.headless.conditioning_nodes import CONDITIONING_NODES
 from paralleldit.cli.headless.core_nodes import Folders, core_nodes
-from paralleldit.cli.headless.runner import run_workflow
+from paralleldit.cli.headless.runner import begin_workflow
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.sampling import NAME
 
@@ -98,6 +98,6 @@ def test_a_workflow_of_regions_reaches_the_ranks(client, tmp_path):
     }
     api["6"]["inputs"]["positive"] = ["21", 0]
     known = {**core_nodes(Folders(tmp_path, tmp_path, tmp_path)), **NODE_CLASS_MAPPINGS}
-    run_workflow(api, classes=known)
+    begin_workflow(api, classes=known).finish()
     whole, area = client.last(messages.Sample)[0].positive
     assert (whole.area, area.area, area.strength, area.prompt) == (None, (8, 8, 0, 8), 0.8, 0)
