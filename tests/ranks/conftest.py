@@ -40,9 +40,8 @@ class RankPool:
         """
         context = mp.get_context(start)
         if isinstance(context, ForkServerContext):
-            # One server imports torch once; the ranks are its forks, made before it has any thread.
-            diffusers = "diffusers.models.transformers.transformer_flux"
-            context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "accelerate", diffusers])
+            # One server imports all that is large once; the ranks are its forks, made before it has any thread.
+            context.set_forkserver_preload(["tests.ranks.preloaded"])
         port = _free_port()
         self.generation = self.world_size = 0
         self.patience = patience

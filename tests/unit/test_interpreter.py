@@ -16,11 +16,11 @@ from paralleldit.parallel_backend.errors import UserError
 PACK = Path(__file__).resolve().parents[2]
 SEEN = "import json, site, sys; print(json.dumps([sys.path, sys.flags.no_user_site, sys.argv[1:]]))"
 HOST = f"""
-import json, os, subprocess, sys
+import json, os, subprocess, sys, types
 sys.path[:0] = {{paths}}
-sys.path.append({str(PACK / "tests")!r})
-import conftest
-from paralleldit.launcher import interpreter
+sys.modules["pack"] = pack = types.ModuleType("pack")  # its nodes would load torch
+pack.__path__ = [{str(PACK)!r}]
+from pack.launcher import interpreter
 command = interpreter.command(sys.executable, "seen_by_ranks", "an argument")
 env = interpreter.environment(os.environ, sys.executable)
 print(subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=True).stdout)
