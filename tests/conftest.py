@@ -1,5 +1,6 @@
 """Loads the pack, whatever its folder is called, as the package `paralleldit`, to compute with one thread."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -22,3 +23,14 @@ def _load_pack(name: str) -> None:
 
 if "paralleldit" not in sys.modules:
     _load_pack("paralleldit")
+
+
+def pytest_configure() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: from now on no collection of garbage looks through it."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()

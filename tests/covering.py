@@ -34,14 +34,15 @@ def covering(
     cases = list(cases)
     if whole:
         return cases
-    met = [meetings(case) for case in cases]
-    missing = set().union(*met)
+    met, costs = [meetings(case) for case in cases], [cost(case) for case in cases]
+    missing = [set(each) for each in met]
     chosen: list[int] = []
-    while missing:
-        best = max(range(len(cases)), key=lambda index: len(met[index] & missing) / cost(cases[index]))
+    while any(missing):
+        best = max(range(len(cases)), key=lambda index: len(missing[index]) / costs[index])
         chosen.append(best)
-        missing -= met[best]
-    for index in sorted(chosen, key=lambda index: -cost(cases[index])):
+        for each in missing:
+            each -= met[best]
+    for index in sorted(chosen, key=lambda index: -costs[index]):
         if met[index] <= set().union(*(met[other] for other in chosen if other != index)):
             chosen.remove(index)
     return [cases[index] for index in sorted(chosen)]

@@ -1,4 +1,4 @@
-"""The saved demo workflow from the command line to a PNG, through a sidecar of two real ranks."""
+"""The saved demo workflow from the command line to a PNG and to measurements, through a sidecar of two real ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ PACK = Path(__file__).resolve().parents[2]
 NAME = "diffusers/tiny"
 SET = (f"2.model={NAME}", f"Positive.text_encoders={NAME}", f"Negative.text_encoders={NAME}", f"7.vae={NAME}")
 SMALL = ("6.steps=2", "6.seed=42", "5.width=64", "5.height=48")
+LAYOUTS = (
+    "cfg_degree=2",
+    "pipefusion_degree=2,stage_blocks=even",
+    "pipefusion_degree=2,stage_blocks=even,warmup_steps=3",  # exact
+    "data_degree=2",  # of one picture
+    "ulysses_degree=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,12 @@ def run_demo(launcher, *more: str) -> subprocess.CompletedProcess[str]:
     workflow = str(PACK / "workflows" / "api" / "demo_txt2img.api.json")
     places = [option for value in (*SET, *SMALL) for option in ("--set", value)]
     return launcher("run", workflow, "--device=cpu", "--models=models", *places, *more)
+
+
+def bench(launcher, *options: str) -> subprocess.CompletedProcess[str]:
+    workflow = str(PACK / "workflows" / "api" / "demo_txt2img.api.json")
+    places = [option for value in (*SET, *SMALL, "6.steps=3") for option in ("--set", value)]
+    return launcher("bench", workflow, "--device=cpu", "--models=models", "--rounds=1", *places, *options)
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -72,6 +85,30 @@ def test_a_fault_in_the_ranks_is_told_and_then_every_layout_makes_the_same_pictu
         assert "starting" not in done.stderr
         pictures.append(pixels(launcher.folder / degree))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_the_run_of_a_workflow_is_measured_in_the_layouts_that_fit_and_on_one_rank(launcher):
+    done = bench(launcher, *(f"--layout={layout}" for layout in LAYOUTS))
+    assert done.returncode == 0, done.stderr
+    assert "data_degree=2 is left out: data_degree=2 cuts the batch" in done.stderr
+    assert "ulysses_degree=3 is left out: The layout's degrees" in done.stderr
+    head, _, *rows = done.stdout.splitlines()
+    cells = {row.split("|")[1].strip(): [float(cell) for cell in row.split("|")[2:-1]] for row in rows}
+    assert "differs from one rank" in head
+    assert list(cells) == ["one rank", *LAYOUTS[:3]]
+    sent = {name: row[3] for name, row in cells.items()}
+    differs = {name: row[5] for name, row in cells.items()}
+    assert all(row[0] > 0 and row[2] > 0 and row[4] > 0 for row in cells.values())
+    assert (cells["one rank"][2], sent["one rank"], differs["one rank"]) == (1.0, 0.0, 0.0)
+    assert max(differs[LAYOUTS[0]], differs[LAYOUTS[2]]) <= 1e-5 < differs[LAYOUTS[1]]
+    assert "starting 1 of 1 ranks" in done.stderr
+
+
+def test_what_cannot_be_measured_is_refused(launcher):
+    assert "unknown" in bench(launcher, "--set=6.sampler_name=unknown").stderr
+    nothing = bench(launcher, "--layout=ulysses_degree=3", "--no-alone")
+    assert nothing.returncode == 1
+    assert "in none of these layouts" in nothing.stderr
 
 
 def test_a_vae_with_ranks_of_its_own_decodes_beside_those_that_sample(launcher):
