@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 # A machine without an NVIDIA driver gets the CPU build by its exact name, so that no index can answer with CUDA's.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo torch==2.13.0+cpu)
 
-# Two processes of tests, each with ranks of its own, and behind them, by themselves, the tests that hold to seconds.
+# Two processes of tests, each with ranks of its own, and behind them, by themselves, the tests that hold to seconds: of
+# these, too, two at a time, since they mostly wait.
 TEST_PROCESSES ?= 2
 
 .PHONY: demo test matrix check format bench chaos fuzz clean
@@ -19,8 +20,8 @@ demo: $(VENV)/ready
 	$(BIN)/python cli run workflows/api/demo_txt2img.api.json
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not alone" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest --ignore=tests/alone -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/alone -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 matrix: $(VENV)/ready
 	PARALLELDIT_WHOLE_MATRIX=1 PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks tests/unit/test_compiled_blocks.py

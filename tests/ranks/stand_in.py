@@ -44,16 +44,19 @@ class StandIn:
         run.progress("encode text", 1, 1, preview=tensors.get("tokens"))
 
     def steps(self, tensors, run):
-        for step in range(200):
-            run.progress("sample", step + 1, 200)
-            run.check_cancelled()
-            time.sleep(0.05)
+        self.step(run, 200, 0.05)
+
+    def some_steps(self, tensors, run):
+        self.step(run, 80, 0.05)
 
     def walk(self, tensors, run):
-        for step in range(20):
-            run.progress("sample", step + 1, 20)
+        self.step(run, 20, 0.02)
+
+    def step(self, run, count, seconds):
+        for step in range(count):
+            run.progress("sample", step + 1, count)
             run.check_cancelled()
-            time.sleep(0.02)
+            time.sleep(seconds)
 
     def user_error(self, tensors, run):
         raise UserError("This prompt cannot be encoded.", "Use another.")

@@ -14,8 +14,6 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.tiny_flux import CLIP_WIDTH, T5_WIDTH, write_pipeline
 
-pytestmark = pytest.mark.alone
-
 LEAVES_S = 10.0
 """Four ranks on a few cores, which notice one after the other. One that waits in vain ends the sidecar after 30 s."""
 WORKS, RAISES, DIES, LACKS_MEMORY = range(4)

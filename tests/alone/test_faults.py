@@ -14,10 +14,8 @@ from paralleldit.launcher.client import SidecarError
 from paralleldit.launcher.lifecycle import current, ensure_sidecar
 from paralleldit.nodes import host
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.tests.ranks.test_sidecar import HANG_S, PACK, alive, ask, launcher, pids_of, spec_in, wait_for
+from paralleldit.tests.alone.sidecars import ANOTHER, HANG_S, alive, ask, launcher, pids_of, spec_in, wait_for
 from paralleldit.tools.chaos.faults import Fault, Prompter, inject
-
-pytestmark = pytest.mark.alone
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
@@ -106,14 +104,9 @@ def test_a_sidecar_at_work_is_not_ended_by_others_unless_they_force_it(spec):
 def test_what_was_suspended_as_a_whole_for_longer_than_the_limit_goes_on(tmp_path):
     """As `docker pause` does, or a laptop that sleeps."""
     spec = spec_in(tmp_path / "run", hang_timeout=2 * HANG_S)
-    code = f"""
-import sys; sys.path.insert(0, {str(PACK / "tests")!r})
-import conftest
-from paralleldit.launcher.lifecycle import *
-from paralleldit.parallel_backend.protocol import messages
-from pathlib import Path, PosixPath
+    code = f"""{ANOTHER}
 client = ensure_sidecar({spec!r})
-request = messages.EncodeText(id=0, text=messages.TextRef(path="/none"), prompt="steps")
+request = messages.EncodeText(id=0, text=messages.TextRef(path="/none"), prompt="some_steps")
 print("began", flush=True)
 print(client.request(request)[0].data["sum"])
 """

@@ -17,8 +17,6 @@ from paralleldit.parallel_backend.layout.layout import Layout
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.tiny_flux import CLIP_WIDTH, T5_WIDTH, write_pipeline
 
-pytestmark = pytest.mark.alone
-
 HANG_S = 4.0
 
 
