@@ -8,6 +8,8 @@ from pathlib import Path
 
 # What tests compute is small: a second thread would spend its time waiting for the first. For ranks, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor have they much to compile: processes that help with it would take longer to start.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 PACK = Path(__file__).resolve().parent.parent
 
