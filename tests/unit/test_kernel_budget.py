@@ -147,7 +147,7 @@ ADDED = (
     Added(Layout(distrifusion_degree=2), collectives=1, kernels=4),
     Added(Layout(distrifusion_degree=4), collectives=1, kernels=6),
 )
-EVERY_FAMILYS = (Layout(ulysses_degree=2), Layout(ulysses_degree=8))
+EVERY_FAMILYS = (Layout(ulysses_degree=8),)
 """Layouts that are tried with all models; the others with a Flux and a Wan."""
 
 
