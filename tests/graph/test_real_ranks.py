@@ -87,6 +87,13 @@ def test_a_fault_in_the_ranks_is_told_and_then_every_layout_makes_the_same_pictu
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_what_cannot_be_measured_is_refused(launcher):
+    assert "unknown" in bench(launcher, "--set=6.sampler_name=unknown").stderr
+    nothing = bench(launcher, "--layout=ulysses_degree=3", "--no-alone")
+    assert nothing.returncode == 1
+    assert "in none of these layouts" in nothing.stderr
+
+
 def test_the_run_of_a_workflow_is_measured_in_the_layouts_that_fit_and_on_one_rank(launcher):
     done = bench(launcher, *(f"--layout={layout}" for layout in LAYOUTS))
     assert done.returncode == 0, done.stderr
@@ -102,13 +109,6 @@ def test_the_run_of_a_workflow_is_measured_in_the_layouts_that_fit_and_on_one_ra
     assert (cells["one rank"][2], sent["one rank"], differs["one rank"]) == (1.0, 0.0, 0.0)
     assert max(differs[LAYOUTS[0]], differs[LAYOUTS[2]]) <= 1e-5 < differs[LAYOUTS[1]]
     assert "starting 1 of 1 ranks" in done.stderr
-
-
-def test_what_cannot_be_measured_is_refused(launcher):
-    assert "unknown" in bench(launcher, "--set=6.sampler_name=unknown").stderr
-    nothing = bench(launcher, "--layout=ulysses_degree=3", "--no-alone")
-    assert nothing.returncode == 1
-    assert "in none of these layouts" in nothing.stderr
 
 
 def test_a_vae_with_ranks_of_its_own_decodes_beside_those_that_sample(launcher):
