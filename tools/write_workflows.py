@@ -37,6 +37,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 HOST = {
     "CLIPLoader": (("CLIP",), {}),
     "DualCLIPLoader": (("CLIP",), {}),
+    "CheckpointLoaderSimple": (("MODEL", "CLIP", "VAE"), {}),
     "CLIPTextEncode": (("CONDITIONING",), {"clip": "CLIP"}),
     "FluxGuidance": (("CONDITIONING",), {"conditioning": "CONDITIONING"}),
     "LoraLoaderModelOnly": (("MODEL",), {"model": "MODEL"}),
@@ -47,6 +48,7 @@ HOST = {
     "LoadImage": (("IMAGE", "MASK"), {}),
     "SaveImage": ((), {"images": "IMAGE"}),
     "SaveAnimatedWEBP": ((), {"images": "IMAGE"}),
+    "EmptyLatentImage": (("LATENT",), {}),
     "EmptySD3LatentImage": (("LATENT",), {}),
     "EmptyHunyuanLatentVideo": (("LATENT",), {}),
 }

@@ -131,6 +131,17 @@ def _encode_sd3(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, ma
     )
 
 
+def _encode_sdxl(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+    # The refiner has the second encoder alone, for the first prompt.
+    encoded = [
+        clip.encoder(clip.ids(text, clip.tokenizer.model_max_length), output_hidden_states=True)
+        for clip, text in zip(parts, (prompt, prompt_2), strict=False)
+    ]
+    return TextConditioning(
+        tokens=torch.cat([each.hidden_states[-2] for each in encoded], dim=-1), pooled=encoded[-1].text_embeds
+    )
+
+
 def _encode_pixart(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
     # Its captions were in lower case.
     tokens, mask = parts[0].masked_tokens(prompt_2.lower().strip(), max_length)
@@ -218,6 +229,16 @@ def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
     return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
 
 
+SDXL_ENCODERS = (
+    EncoderSpec("text_encoder", "tokenizer", ("clip_text_model",), CLIPTextModel, CLIPTokenizer),
+    EncoderSpec("text_encoder_2", "tokenizer_2", ("clip_text_model",), CLIPTextModelWithProjection, CLIPTokenizer),
+)
+
+
+def _sdxl(pipeline: str, parts: tuple[EncoderSpec, ...]) -> TextFamily:
+    return TextFamily((pipeline,), parts, main_part=len(parts) - 1, default_length=77, encode=_encode_sdxl)
+
+
 FAMILIES = (
     TextFamily(
         pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
@@ -242,6 +263,8 @@ FAMILIES = (
         default_length=256,
         encode=_encode_sd3,
     ),
+    _sdxl("StableDiffusionXLPipeline", SDXL_ENCODERS),
+    _sdxl("StableDiffusionXLImg2ImgPipeline", SDXL_ENCODERS[1:]),
     _pixart(("PixArtAlphaPipeline",), length=120),
     _pixart(("PixArtSigmaPipeline",), length=300),
     TextFamily(

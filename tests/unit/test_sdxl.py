@@ -1,20 +1,34 @@
-"""Stable Diffusion XL's U-Net as it is loaded: what it is told in numbers, and LoRAs by all names of its layers."""
+"""Stable Diffusion XL's U-Net as it is loaded: what it is told in numbers, LoRAs, what diffusers' pipeline samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from paralleldit.parallel_backend.adapters.lora.file import read_lora
+from paralleldit.parallel_backend.attention.kernels import KERNELS
+from paralleldit.parallel_backend.attention.usp import AttentionCore
+from paralleldit.parallel_backend.distributed.axis import Axis
+from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.files import open_checkpoint
+from paralleldit.parallel_backend.sampling.driver import SamplingJob
+from paralleldit.parallel_backend.sampling.driver import run as run_sampler
+from paralleldit.parallel_backend.strategies.guidance import Guidance
+from paralleldit.parallel_backend.strategies.prompt_batches import one_by_one
+from paralleldit.parallel_backend.strategies.row_parallel import RowParallel
+from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests import tiny_unet
 from paralleldit.tests.tiny_unet import BASE, CPU, REFINER
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 RANK, ALPHA, STRENGTH = 2, 3.0, 0.7
 LAYERS = {
@@ -95,3 +109,67 @@ def test_loras_of_linear_layers_and_convolutions_change_the_prediction_as_merged
     assert float((plain - expected).norm() / expected.norm()) > 0.01
     loaded.adapted.take_off()
     assert torch.equal(prediction(loaded), plain)
+
+
+STEPS, CFG, HEIGHT, WIDTH = 4, 5.0, 104, 72
+
+
+@torch.no_grad()
+def of_pipeline(noise: Tensor, prompts: Sequence[Condition]) -> tuple[Tensor, Tensor]:
+    """The latent that the pipeline samples by Euler from `noise` of variance 1, and its noise levels."""
+    positive, negative = prompts
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(projection_dim=tiny_unet.POOLED, num_hidden_layers=1)
+        ),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=tiny_unet.network(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    latent = pipeline(
+        prompt_embeds=positive["tokens"],
+        pooled_prompt_embeds=positive["pooled"],
+        negative_prompt_embeds=negative["tokens"],
+        negative_pooled_prompt_embeds=negative["pooled"],
+        guidance_scale=CFG,
+        height=HEIGHT,
+        width=WIDTH,
+        original_size=positive.size,
+        crops_coords_top_left=positive.crop,
+        target_size=positive.size,
+        num_inference_steps=STEPS,
+        latents=noise.clone(),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return latent, pipeline.scheduler.sigmas
+
+
+def test_the_latent_of_diffusers_pipeline():
+    noise = torch.randn(1, 4, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(5))
+    prompts = [tiny_unet.condition(1, seed) for seed in (5, 6)]
+    expected, sigmas = of_pipeline(noise, prompts)
+    view, alone = tiny_unet.family(), Axis("alone", [0], None, Ledger())
+    predict = RowParallel(view, alone, AttentionCore(alone, alone, KERNELS["sdpa"])).predict
+    sampling, sides = view.model_sampling(None), [[WeightedPrompt.plain(each)] for each in prompts]
+    guidance = Guidance(one_by_one(predict), sampling, alone, *sides, CFG)
+    # The pipeline starts with noise of a little more than the first level.
+    start = noise * (sigmas[0] ** 2 + 1).sqrt()
+    job = SamplingJob("euler", sampling, sigmas, torch.zeros_like(noise), start, seed=0)
+    try:
+        with torch.inference_mode():
+            found = run_sampler(lambda x, sigma, _: guidance.denoised(x, sigma), job)
+    finally:
+        view.uninstall()
+    assert float((found - expected).norm() / expected.norm()) <= 1e-5

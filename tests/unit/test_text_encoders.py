@@ -19,6 +19,8 @@ from diffusers import (
     PixArtSigmaPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
     ZImagePipeline,
@@ -183,6 +185,40 @@ def test_conditioning_equals_the_sd3_pipeline(dtype, tmp_path):
         assert torch.equal(ours.tokens, tokens), name
         assert ours.pooled is not None
         assert torch.equal(ours.pooled, pooled), name
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("pipeline_class", [StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline])
+def test_conditioning_equals_the_sdxl_pipelines(pipeline_class, tmp_path):
+    """The base model's, and the refiner's of one encoder."""
+    save_tokenizers(tmp_path, None)
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "tokenizer_2")
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(clip_config(10, 12)).save_pretrained(tmp_path / "text_encoder_2")
+    is_base = pipeline_class is StableDiffusionXLPipeline
+    if is_base:
+        CLIPTextModel(clip_config(6)).save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class.__name__}))
+    encoders = load_text_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    pipeline = pipeline_class(
+        vae=None,
+        text_encoder=CLIPTextModel.from_pretrained(tmp_path / "text_encoder") if is_base else None,
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(tmp_path / "text_encoder_2"),
+        tokenizer=CLIPTokenizer.from_pretrained(tmp_path / "tokenizer") if is_base else None,
+        tokenizer_2=CLIPTokenizer.from_pretrained(tmp_path / "tokenizer_2"),
+        unet=None,
+        scheduler=None,
+        add_watermarker=False,
+    )
+    for name in ("short", "two prompts", "empty", "too long"):
+        prompt, prompt_2, _ = PROMPTS[name]
+        ours = encoders.encode(prompt, prompt_2).tensors()
+        with torch.no_grad():
+            tokens, _, pooled, _ = pipeline.encode_prompt(prompt, prompt_2, do_classifier_free_guidance=False)
+        assert ours.keys() == {"tokens", "pooled"}
+        assert torch.equal(ours["tokens"], tokens), name
+        assert torch.equal(ours["pooled"], pooled), name
 
 
 def save_pixart(place: Path, pipeline: str) -> Path:

@@ -23,6 +23,7 @@ KNOWN = {**core_nodes(Folders(Path(), Path(), Path())), **NODE_CLASS_MAPPINGS}
 HOST_OUTPUTS = {
     "CLIPLoader": ("CLIP",),
     "DualCLIPLoader": ("CLIP",),
+    "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"),
     "CLIPTextEncode": ("CONDITIONING",),
     "FluxGuidance": ("CONDITIONING",),
     "ModelSamplingAuraFlow": ("MODEL",),
@@ -162,7 +163,7 @@ def test_a_download_is_a_file_of_that_name_over_https(name):
     found = DOWNLOADS[name]
     assert found["url"].startswith("https://huggingface.co/")
     assert found["url"].rpartition("/")[2] == name
-    assert found["directory"] in ("diffusion_models", "text_encoders", "vae")
+    assert found["directory"] in ("checkpoints", "diffusion_models", "text_encoders", "vae")
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, **IDS)
