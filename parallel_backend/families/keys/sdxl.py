@@ -10,6 +10,8 @@ from ...errors import UserError
 from ...layout.capabilities import ROWS_ALONE
 from ...layout.stages import BlockList
 from ..spec import Config, FamilySpec, Input, LatentSpec, LoraName, Rule, Shapes, count_blocks
+from .layers import embedder
+from .shapes import neighbour
 
 CHANNELS = 4
 LAYERS = 2
@@ -59,8 +61,7 @@ def _attention(source: str, target: str) -> Iterator[Rule]:
 def _rules() -> Iterator[Rule]:
     yield Rule("input_blocks.0.0", ("conv_in",))
     for source, target in (("time_embed", "time_embedding"), ("label_emb.0", "add_embedding")):
-        yield Rule(f"{source}.0", (f"{target}.linear_1",))
-        yield Rule(f"{source}.2", (f"{target}.linear_2",))
+        yield from embedder(source, target)
     for level in range(LEVELS):
         down, up = 1 + level * (LAYERS + 1), level * (LAYERS + 1)
         for layer in range(LAYERS):
@@ -107,7 +108,7 @@ DISTILLED = "an SDXL with fewer blocks (SSD-1B, Segmind Vega, KOALA)"
 def reject(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
     """Which other model of this architecture it is."""
     shapes = _named(shapes)
-    if kind := next((kind for key, kind in NEIGHBOURS.items() if key in shapes), None):
+    if kind := neighbour(NEIGHBOURS, shapes):
         return kind
     channels = _shape(shapes, "conv_in.weight", 4)[1]
     if channels != CHANNELS:
