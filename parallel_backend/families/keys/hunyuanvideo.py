@@ -8,7 +8,9 @@ from typing import Any
 from ...errors import UserError
 from ...layout.stages import BlockList
 from ..spec import Config, FamilySpec, Input, LatentSpec, LoraName, Rule, Shapes, count_blocks
-from .flux import CUTS, NORM, residuals, rotary_axes
+from .flux import CUTS, LAYERS, NORM, residuals
+from .layers import FINAL_LAYER, embedder, feed_forward, projections, text_projections
+from .shapes import count_channels, count_heads, landmark_shapes, neighbour, rotary_axes
 
 PATCH = (1, 2, 2)
 CHANNELS = 16
@@ -20,26 +22,23 @@ EMBEDDERS = {
     "guidance_in": "time_text_embed.guidance_embedder",
     "txt_in.t_embedder": "context_embedder.time_text_embed.timestep_embedder",
 }
-QKV = ("to_q", "to_k", "to_v")
-ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 STREAMS = {
-    "img": ("norm1", "ff", QKV, "norm", "to_out.0"),
-    "txt": ("norm1_context", "ff_context", ADDED, "norm_added", "to_add_out"),
+    "img": ("norm1", "ff", projections, "norm", "to_out.0"),
+    "txt": ("norm1_context", "ff_context", text_projections, "norm_added", "to_add_out"),
 }
+FEATURES = (("fc1", "fc2"), ("0", "2"))
+"""What the original and ComfyUI call the layers of a feed-forward."""
 
 
 def _rules() -> Iterator[Rule]:
     """Of weights with two names the original comes first, then ComfyUI's; norms of old files of it say `scale`."""
     yield Rule("img_in.proj", ("x_embedder.proj",))
     for source, target in EMBEDDERS.items():
-        for layer, (original, own) in enumerate((("mlp.0", "in_layer"), ("mlp.2", "out_layer")), start=1):
-            yield Rule(f"{source}.{original}", (f"{target}.linear_{layer}",))
-            yield Rule(f"{source}.{own}", (f"{target}.linear_{layer}",))
-    for layer, own in enumerate(("in_layer", "out_layer"), start=1):
-        yield Rule(f"vector_in.{own}", (f"time_text_embed.text_embedder.linear_{layer}",))
-        of_text = (f"context_embedder.time_text_embed.text_embedder.linear_{layer}",)
-        yield Rule(f"txt_in.c_embedder.linear_{layer}", of_text)
-        yield Rule(f"txt_in.c_embedder.{own}", of_text)
+        yield from embedder(f"{source}.mlp", target)
+        yield from embedder(source, target, LAYERS)
+    yield from embedder("vector_in", "time_text_embed.text_embedder", LAYERS)
+    for layers in (("linear_1", "linear_2"), LAYERS):
+        yield from embedder("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder", layers)
     yield Rule("txt_in.input_embedder", ("context_embedder.proj_in",))
     for number in range(REFINERS):
         source = f"txt_in.individual_token_refiner.blocks.{number}"
@@ -47,37 +46,32 @@ def _rules() -> Iterator[Rule]:
         for norm in ("norm1", "norm2"):
             yield Rule(f"{source}.{norm}", (f"{target}.{norm}",))
         for dot in "_.":
-            yield Rule(f"{source}.self_attn{dot}qkv", tuple(f"{target}.attn.{name}" for name in QKV))
+            yield Rule(f"{source}.self_attn{dot}qkv", projections(f"{target}.attn"))
             yield Rule(f"{source}.self_attn{dot}proj", (f"{target}.attn.to_out.0",))
-        yield from _feed_forward(f"{source}.mlp", f"{target}.ff")
+        for layers in FEATURES:
+            yield from feed_forward(f"{source}.mlp", f"{target}.ff", layers)
         yield Rule(f"{source}.adaLN_modulation.1", (f"{target}.norm_out.linear",))
-    for stream, (norm, feed_forward, qkv, head_norm, output) in STREAMS.items():
+    for stream, (norm, features, qkv, head_norm, output) in STREAMS.items():
         source, target = f"double_blocks.{{i}}.{stream}", "transformer_blocks.{i}"
         for name in ("linear", "lin"):
             yield Rule(f"{source}_mod.{name}", (f"{target}.{norm}.linear",))
         for dot in "_.":
-            yield Rule(f"{source}_attn{dot}qkv", tuple(f"{target}.attn.{name}" for name in qkv))
+            yield Rule(f"{source}_attn{dot}qkv", qkv(f"{target}.attn"))
             yield Rule(f"{source}_attn{dot}proj", (f"{target}.attn.{output}",))
         for part, name in (("q", "query"), ("k", "key")):
             yield Rule(f"{source}_attn_{part}_norm", (f"{target}.attn.{head_norm}_{part}",))
             yield Rule(f"{source}_attn.norm.{name}_norm", (f"{target}.attn.{head_norm}_{part}",), suffixes=NORM)
-        yield from _feed_forward(f"{source}_mlp", f"{target}.{feed_forward}")
+        for layers in FEATURES:
+            yield from feed_forward(f"{source}_mlp", f"{target}.{features}", layers)
     source, target = "single_blocks.{i}", "single_transformer_blocks.{i}"
     for name in ("linear", "lin"):
         yield Rule(f"{source}.modulation.{name}", (f"{target}.norm.linear",))
-    yield Rule(f"{source}.linear1", (*(f"{target}.attn.{name}" for name in QKV), f"{target}.proj_mlp"))
+    yield Rule(f"{source}.linear1", (*projections(f"{target}.attn"), f"{target}.proj_mlp"))
     for part, name in (("q", "query"), ("k", "key")):
         yield Rule(f"{source}.{part}_norm", (f"{target}.attn.norm_{part}",))
         yield Rule(f"{source}.norm.{name}_norm", (f"{target}.attn.norm_{part}",), suffixes=NORM)
     yield Rule(f"{source}.linear2", (f"{target}.proj_out",))
-    yield Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True)  # shift, scale -> scale, shift
-    yield Rule("final_layer.linear", ("proj_out",))
-
-
-def _feed_forward(source: str, target: str) -> Iterator[Rule]:
-    for number, own, layer in ((1, 0, "net.0.proj"), (2, 2, "net.2")):
-        yield Rule(f"{source}.fc{number}", (f"{target}.{layer}",))
-        yield Rule(f"{source}.{own}", (f"{target}.{layer}",))
+    yield from FINAL_LAYER
 
 
 LANDMARKS = {
@@ -98,7 +92,7 @@ LANDMARKS = {
         "output": "proj_out.weight",
     },
 }
-DIMS = {"video": 5, "refiner": 1}
+DIMS = {"video": 5, "refiner": 1, "head_norm": 1}
 HEAD_NORMS = (
     "single_transformer_blocks.0.attn.norm_q.weight",
     "single_blocks.0.q_norm.weight",
@@ -120,7 +114,7 @@ BY_CHANNELS = {33: "HunyuanVideo I2V", 32: "SkyReels-V1 I2V"}
 
 def reject(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
     """Which other model of this architecture it is: by a key that only it has, or by its channels."""
-    if kind := next((kind for key, kind in NEIGHBOURS.items() if key in shapes), None):
+    if kind := neighbour(NEIGHBOURS, shapes):
         return kind
     layout = next(name for name, keys in LANDMARKS.items() if keys["output"] in shapes)
     patch, output = (shapes[LANDMARKS[layout][fact]] for fact in ("video", "output"))
@@ -139,27 +133,23 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
     That is rope_axes_dim (see `rotary_axes`). Raises `UserError` for a folder of an image-to-video model, whose
     weights have the same shapes.
     """
-    shape = {fact: shapes[key] for fact, key in LANDMARKS[layout].items()}
-    head_norm = next((shapes[key] for key in HEAD_NORMS if key in shapes), ())
-    if len(head_norm) != 1 or any(len(size) != DIMS.get(fact, 2) for fact, size in shape.items()):
-        raise UserError(
-            f"The tensors of this HunyuanVideo model have unexpected shapes: {shape | {'head_norm': head_norm}}."
-        )
+    head_norm = next((key for key in HEAD_NORMS if key in shapes), None)
+    if head_norm is None:
+        raise UserError(f"The HunyuanVideo model has no {HEAD_NORMS[0]}.", "Is it a complete model?")
+    shape = landmark_shapes("HunyuanVideo", shapes, {**LANDMARKS[layout], "head_norm": head_norm}, DIMS)
     if declared.get("image_condition_type") is not None:
         raise UserError(
             f"config.json says image_condition_type = {declared['image_condition_type']!r}: a model that is given a "
             "picture, which is not served.",
             "Choose a text-to-video model.",
         )
-    (hidden, channels, *_), (head_dim,) = shape["video"], head_norm
-    if not head_dim or not hidden or hidden % head_dim:
-        raise UserError(f"The hidden size {hidden} is not a multiple of the head dim {head_dim}.")
+    (hidden, channels, *_), (head_dim,) = shape["video"], shape["head_norm"]
     double, single, guidance = LAYOUTS[layout]
     features = shape["single"][0] - (3 * hidden if layout == "original" else 0)
     return {
         "in_channels": channels,
-        "out_channels": shape["output"][0] // (PATCH[1] * PATCH[2]),
-        "num_attention_heads": hidden // head_dim,
+        "out_channels": count_channels(shape["output"][0], PATCH[1]),
+        "num_attention_heads": count_heads(hidden, head_dim),
         "attention_head_dim": head_dim,
         "num_layers": count_blocks(shapes, double),
         "num_single_layers": count_blocks(shapes, single),
