@@ -13,7 +13,7 @@ from paralleldit.parallel_backend.engine import sample as sample_request
 from paralleldit.parallel_backend.engine.model import Transformer
 from paralleldit.parallel_backend.engine.sample import run_sampler, sample
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.layout import AXES, Layout
 from paralleldit.parallel_backend.layout.model_part import ModelPart
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Sample, Schedule
@@ -21,7 +21,7 @@ from paralleldit.parallel_backend.strategies.guidance import Guidance
 from paralleldit.parallel_backend.strategies.prompt_batches import PromptBatches
 from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
-from paralleldit.tests.covering import covering, pairs_of
+from paralleldit.tests.covering import covering, pairs, pairs_of
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
 from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
 
@@ -330,16 +330,29 @@ def sampled(world, degrees, model, sampler, batch_index, masked, spoilt=""):
     return sample(request, tensors, family, Mesh(request.layout), QuietRun())["latent"]
 
 
-@pytest.mark.parametrize("model", WHOLE_RUNS)
+RUNS = [
+    ((2, 1, 1, 1), "euler", None, False),
+    ((1, 2, 2, 1), "dpmpp_2m", None, True),
+    ((1, 1, 1, 2), "euler_ancestral", None, True),
+    ((1, 1, 2, 2), "dpmpp_2m_sde", (3, 1, 1, 0), False),
+    ((2, 1, 2, 2), "ddim", None, True),
+]
+
+
+def meetings_of_run(model, degrees, sampler, batch_index, masked):
+    """Each family meets every axis, a mask and numbers of pictures; each two axes meet, and each with every sampler."""
+    axes = [axis for axis in AXES if layout_of(degrees).degree(axis) > 1]
+    beside = [*axes, *["masked"] * masked, *["numbered"] * (batch_index is not None)]
+    return pairs([*axes, sampler]) | {frozenset((model, each)) for each in beside}
+
+
 @pytest.mark.parametrize(
-    ("degrees", "sampler", "batch_index", "masked"),
-    [
-        ((2, 1, 1, 1), "euler", None, False),
-        ((1, 2, 2, 1), "dpmpp_2m", None, True),
-        ((1, 1, 1, 2), "euler_ancestral", None, True),
-        ((1, 1, 2, 2), "dpmpp_2m_sde", (3, 1, 1, 0), False),
-        ((2, 1, 2, 2), "ddim", None, True),
-    ],
+    ("model", "degrees", "sampler", "batch_index", "masked"),
+    covering(
+        [(model, *run) for run in RUNS for model in WHOLE_RUNS],
+        lambda case: meetings_of_run(*case),
+        lambda case: layout_of(case[1]).ranks,
+    ),
     ids=str,
 )
 def test_whole_run_equals_one_rank(ranks, model, degrees, sampler, batch_index, masked):
