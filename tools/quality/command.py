@@ -2,6 +2,7 @@
 
     python tools/quality --layout ulysses_degree=2 --layout pipefusion_degree=2,num_patches=4,warmup_steps=1
     python tools/quality --preset pipefusion --sheet quality.png
+    python tools/quality --size 128 --steps 28 --layout ulysses_degree=2 --layout cfg_degree=2 --all-caches
     python tools/quality --layout ulysses_degree=2 --cache 0.1 --cache threshold=0.2,order=1 --rival first-block=0.1
 
 Every method samples the same captions from the same noise through real ranks; the serial run is one rank, and is itself
@@ -21,9 +22,9 @@ from ...parallel_backend.errors import UserError
 from ...parallel_backend.layout.layout import Layout, parse_layout
 from ..demo_model.checkpoint import TARGET
 from ..demo_model.evaluate import held_out
-from .methods import PRESETS, Method, parse_cache
+from .methods import ALL_CACHES, PRESETS, Method, parse_cache
 from .report import Row, sheet, table
-from .rivals import RIVALS, parse_rival, sample_by
+from .rivals import ALL_RIVALS, RIVALS, parse_rival, sample_by
 from .sampling import Diffusers, Made, Task, encode, sample, sidecar
 
 SERIAL = Method(Layout())
@@ -46,10 +47,11 @@ def main() -> int:
     try:
         chosen = [layout for name in options.preset for layout in PRESETS[name]]
         chosen += [parse_layout(text) for text in options.layout]
-        caches = [parse_cache(text, options.model.resolve()) for text in options.cache]
+        asked = [*options.cache, *(ALL_CACHES if options.all_caches else ())]
+        caches = [parse_cache(text, options.model.resolve()) for text in asked]
         layouts = list(dict.fromkeys([SERIAL.layout, *chosen]))
         methods = [Method(layout, cache) for layout in layouts for cache in (None, *caches)]
-        rivals = [parse_rival(text) for text in options.rival]
+        rivals = [parse_rival(text) for text in (*options.rival, *(ALL_RIVALS if options.all_caches else ()))]
         made, error = run(task, methods)
         plain = sample_by(None, task) if rivals else None
         others = [(rival, sample_by(rival, task)) for rival in rivals]
@@ -113,6 +115,7 @@ def parse_options() -> argparse.Namespace:
     add(
         "--rival", action="append", default=[], metavar="NAME=THRESHOLD", help=f"a cache of others: {', '.join(RIVALS)}"
     )
+    add("--all-caches", action="store_true", help="every kind of cache, and of others' that are installed")
     add("--prompts", type=int, default=16, help="number of held-out captions (default 16)")
     add("--size", type=int, default=256, help="side of the pictures in px (default 256)")
     add("--steps", type=int, default=20)

@@ -45,6 +45,15 @@ PRESETS: dict[str, tuple[Layout, ...]] = {
 }
 
 
+ALL_CACHES = (
+    *(f"{threshold},order=1" for threshold in (0.1, 0.2, 0.3)),
+    *(f"schedule,{threshold},order=1" for threshold in (0.15, 0.25, 0.35)),
+    *(f"teacache,{threshold},order=1" for threshold in (0.15, 0.3)),
+    *(f"attention,{threshold}" for threshold in (0.1, 0.2)),
+)
+"""Every kind of cache at some thresholds."""
+
+
 def name_of(layout: Layout) -> str:
     """What a reader needs to tell this layout from others."""
     name = str(layout)

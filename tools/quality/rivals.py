@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -105,3 +106,9 @@ RIVALS: dict[str, tuple[str, Callable[[Any, Rival, Task], None]]] = {
     "cache-dit": ("cache-dit", _cache_dit),
 }
 """What each is called in tables, and what puts it on a pipeline."""
+ALL_RIVALS = (
+    *(f"first-block={threshold}" for threshold in (0.05, 0.1, 0.2)),
+    *(f"magcache={threshold}" for threshold in (0.06, 0.2)),
+    *(f"cache-dit={threshold}" for threshold in (0.1, 0.2) if find_spec("cache_dit")),
+)
+"""Every cache of others that is installed, at some thresholds."""
