@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     from ...nodes.study.heatmaps import heat_maps
 
     runs = list(_captured(args))
-    host.use(host.Host(models=args.models, spec=spec_of(args), owned=False, say=print))
+    host.use(host.Host(models=args.models, spec=spec_of(args), owned=False, say=_say))
     client = session.client_for(LayoutChoice(ranks=args.layout.ranks))
     args.output.mkdir(parents=True, exist_ok=True)
     model, found = Path(runs[0].message.model.path), []
@@ -74,6 +75,7 @@ def _captured(args: argparse.Namespace) -> Iterator[Captured]:
 
 
 def _measured(args: argparse.Namespace, client: Client, run: Captured, prompt: str) -> Iterator[Measured]:
+    from ...nodes.session import session
     from ...nodes.study.findings import Measured
 
     schedule = run.message.schedule
@@ -83,8 +85,14 @@ def _measured(args: argparse.Namespace, client: Client, run: Captured, prompt: s
         for sampler in args.samplers or [run.message.sampler]:
             changed = schedule.model_copy(update={"steps": steps})
             settings = {"schedule": changed, "sampler": sampler, "layout": args.layout, "study": True, "cache": None}
-            _, tensors = client.request(run.message.model_copy(update=settings), run.tensors)
-            yield Measured.of(f"{prompt}, {steps} steps of {sampler}", tensors)
+            name = f"{prompt}, {steps} steps of {sampler}"
+            _say(f"{name} ...")
+            reply = session.ask(client, run.message.model_copy(update=settings), run.tensors)
+            yield Measured.of(name, reply.tensors)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:
