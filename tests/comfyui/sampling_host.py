@@ -155,6 +155,15 @@ def host_latent(model: HostModel, sampler: str, scheduler: str, denoise: float, 
     )
 
 
+def host_lms_in_fp64(model: HostModel) -> Tensor:
+    """The latent of one run of lms with the levels of linear_quadratic, all of it in fp64."""
+    from comfy.k_diffusion.sampling import sample_lms
+    from comfy.sample import prepare_noise
+
+    sigmas = host_sigmas(model, "linear_quadratic", SAMPLER_STEPS, 1.0, "lms").double()
+    return sample_lms(model, prepare_noise(torch.zeros(SHAPE), SEED).double() * sigmas[0], sigmas, disable=True)
+
+
 def host_results() -> dict[str, Tensor]:
     from comfy.k_diffusion.sampling import default_noise_sampler
     from comfy.sample import prepare_noise
@@ -182,6 +191,7 @@ def host_results() -> dict[str, Tensor]:
             results[case_key("sigmas", name, case)] = host_sigmas(model, *case)
         for case in PARTS:
             results[case_key("part", name, case)] = host_part(model, *case)
+        results[f"lms in fp64/{name}"] = host_lms_in_fp64(model)
         for case in RUNS if name in SAMPLED_MODELS else ():
             if case[0] in KNOWN:  # An older ComfyUI lacks some.
                 results[case_key("latent", name, case)] = host_latent(model, *case)
