@@ -1,6 +1,7 @@
 # `make demo` makes a picture, `make test` runs the tests, with a part of the tables of layouts and families in which all
 # of their pairs meet; `make matrix` runs the whole of them and writes the support matrix (docs/MATRIX.md); `make check`
-# checks format, lint and types; `make fuzz` sends a million malformed frames, and goes on with a run that was ended.
+# checks format, lint and types; `make soak` runs hundreds of prompts by the same ranks; `make fuzz` sends a million
+# malformed frames, and goes on with a run that was ended.
 # Each sets up what it needs in .venv; nothing is installed anywhere else.
 
 PYTHON ?= python3.11
@@ -14,7 +15,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo torch==2.13.0 || echo 
 # these, too, two at a time, since they mostly wait.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test matrix check format bench chaos fuzz clean
+.PHONY: demo test matrix check format bench chaos soak fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/python cli run workflows/api/demo_txt2img.api.json
@@ -40,6 +41,9 @@ bench: $(VENV)/ready
 
 chaos: $(VENV)/ready
 	$(BIN)/python tools/chaos $(CHAOS)
+
+soak: $(VENV)/ready
+	$(BIN)/python tools/chaos soak $(SOAK)
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tools/fuzz_frames.py --frames 1000000 --state $(VENV)/fuzz.json

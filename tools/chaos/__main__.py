@@ -1,4 +1,6 @@
-"""`python tools/chaos ...`: loads the pack, whatever its folder is called, as a package, then runs the command."""
+"""`python tools/chaos ...` and `python tools/chaos soak ...`: loads the pack, whatever its folder is called, as a
+package, then runs the command.
+"""
 
 import importlib
 import sys
@@ -13,4 +15,5 @@ if __name__ == "__main__":
     package = ModuleType("paralleldit")
     package.__path__ = [str(PACK)]
     sys.modules["paralleldit"] = package
-    sys.exit(importlib.import_module("paralleldit.tools.chaos.command").main())
+    name = "soak" if sys.argv[1:2] == ["soak"] else "command"
+    sys.exit(importlib.import_module(f"paralleldit.tools.chaos.{name}").main())
