@@ -66,7 +66,7 @@ class ModelHandle:
     @property
     def latents(self) -> tuple[LatentSpec, ...]:
         """What it samples, scaled as the VAE in its folder says, if there is one."""
-        return latents_of(self.spec, Path(self.ref.path))
+        return latents_of(self.spec, self.config, Path(self.ref.path))
 
     def facts(self, ranks: int) -> RunFacts:
         """What a layout for `ranks` must know of the model, whatever the run."""

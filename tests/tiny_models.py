@@ -10,22 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
     DDPMScheduler,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanVideoTransformer3DModel,
+    MochiTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid, get_3d_rotary_pos_embed
 from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.families.family import TokenFamily
+from paralleldit.parallel_backend.families.keys.cogvideox import COGVIDEOX, COGVIDEOX15
 from paralleldit.parallel_backend.families.keys.flux import FLUX
 from paralleldit.parallel_backend.families.keys.hunyuandit import HUNYUANDIT
 from paralleldit.parallel_backend.families.keys.hunyuanvideo import HUNYUANVIDEO
+from paralleldit.parallel_backend.families.keys.mochi import MOCHI
 from paralleldit.parallel_backend.families.keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from paralleldit.parallel_backend.families.keys.qwen_image import QWEN_IMAGE
 from paralleldit.parallel_backend.families.keys.sd3 import SD3
@@ -419,25 +424,113 @@ def _hunyuanvideo() -> TinyModel:
         return model
 
     def condition(draw: Draw, batch: int, text: int) -> Condition:
-        # Those of a batch are of one length.
-        mask = {"mask": _mask(1, text).expand(batch, -1)} if batch > 1 else {}
-        tensors = {"tokens": draw(batch, text, 24), "pooled": draw(batch, 12)}
-        return Condition(tensors | mask, guidance=GUIDANCE)
+        return Condition({"tokens": draw(batch, text, 24), "pooled": draw(batch, 12)}, guidance=GUIDANCE)
 
     def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
         batch, *_, height, width = latent.shape
-        mask = condition.get("mask")
         velocity = model(
             hidden_states=whole_patches(latent),
             timestep=torch.full((batch,), sigma * 1000),
             encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
-            encoder_attention_mask=torch.ones(batch, condition["tokens"].shape[1]) if mask is None else mask,
+            encoder_attention_mask=torch.ones(batch, condition["tokens"].shape[1]),
             pooled_projections=condition["pooled"].expand(batch, -1),
             guidance=torch.full((batch,), GUIDANCE * 1000),
         ).sample
         return latent - sigma * velocity[..., :height, :width]
 
     return TinyModel(HUNYUANVIDEO, build, condition, sigma, denoise, FRAMES)
+
+
+def _cogvideox(newer: bool, turns: bool = True) -> TinyModel:
+    """`newer`: 1.5, of two frames to a token; `turns`: as 5B, not 2B."""
+    side, clean_share = (8, 6), _clean_share("scaled_linear", 0.00085, 0.012, 1.0 if turns else 3.0)
+
+    def build(heads: int, depth: int) -> CogVideoXTransformer3DModel:
+        model = CogVideoXTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=16,
+            time_embed_dim=24,
+            text_embed_dim=20,
+            num_layers=2 * depth,
+            sample_height=side[0],
+            sample_width=side[1],
+            sample_frames=9,
+            patch_size_t=2 if newer else None,
+            use_rotary_positional_embeddings=turns,
+        )
+        for name, parameter in model.named_parameters():
+            if "attn1.norm" in name:
+                torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.3)
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        return Condition({"tokens": draw(batch, text, 20)})
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        # The ranks load this module too, and do without the pipeline and all its imports.
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+        batch, _, frames, height, width = latent.shape
+        cells = whole_patches(latent * clean_share**0.5)
+        if newer:
+            cells = torch.cat((cells, cells[:, :, : frames % 2]), dim=2)
+        grid = (cells.shape[-2] // 2, cells.shape[-1] // 2)
+        rotary = None
+        if newer:
+            rotary = get_3d_rotary_pos_embed(
+                16, None, grid, (frames + 1) // 2, grid_type="slice", max_size=[max(*grid)] * 2
+            )
+        elif turns:
+            crop = get_resize_crop_region_for_grid(grid, side[1] // 2, side[0] // 2)
+            rotary = get_3d_rotary_pos_embed(16, crop, grid, frames)
+        text = condition["tokens"].expand(batch, -1, -1)
+        # It computes its table for texts of the length of the training alone.
+        model.patch_embed.max_text_seq_length, model.patch_embed.sample_width = text.shape[1], 0
+        velocity = model(
+            hidden_states=cells.transpose(1, 2),
+            encoder_hidden_states=text,
+            timestep=torch.full((batch,), float(TIMESTEP)),
+            image_rotary_emb=rotary,
+        ).sample.transpose(1, 2)[:, :, :frames, :height, :width]
+        return clean_share * latent - (1 - clean_share) ** 0.5 * velocity
+
+    return TinyModel(
+        COGVIDEOX15 if newer else COGVIDEOX, build, condition, (1 / clean_share - 1) ** 0.5, denoise, FRAMES
+    )
+
+
+def _mochi() -> TinyModel:
+    sigma = 0.7
+
+    def build(heads: int, depth: int) -> MochiTransformer3DModel:
+        model = MochiTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=16,
+            num_layers=2 * depth,
+            pooled_projection_dim=24,
+            text_embed_dim=16,
+            time_embed_dim=32,
+        )
+        torch.nn.init.normal_(model.pos_frequencies, 0.0, 0.05)
+        for name, parameter in model.named_parameters():
+            if "attn1.norm" in name:
+                torch.nn.init.normal_(parameter, 1.0, 0.3)
+        return model
+
+    def condition(draw: Draw, batch: int, text: int) -> Condition:
+        return Condition({"tokens": draw(batch, text, 16)})
+
+    def denoise(model: Any, latent: Tensor, condition: Condition) -> Tensor:
+        batch, *_, height, width = latent.shape
+        velocity = model(
+            hidden_states=whole_patches(latent),
+            encoder_hidden_states=condition["tokens"].expand(batch, -1, -1),
+            timestep=torch.full((batch,), (1 - sigma) * 1000),
+            encoder_attention_mask=torch.ones(batch, condition["tokens"].shape[1]),
+        ).sample
+        return latent + sigma * velocity[..., :height, :width]
+
+    return TinyModel(MOCHI, build, condition, sigma, denoise, FRAMES)
 
 
 TIMESTEP = 500
@@ -450,8 +543,17 @@ def _rotary(crop: Any, grid: tuple[int, int]) -> Any:
     return get_2d_rotary_pos_embed_from_grid(16, places[:, None], use_real=True)
 
 
-def _clean_share(beta_schedule: str, beta_start: float, beta_end: float) -> float:
-    """Of the variance of the noisy latent at `TIMESTEP`."""
+def _clean_share(beta_schedule: str, beta_start: float, beta_end: float, snr_shift: float | None = None) -> float:
+    """Of the variance of the noisy latent at `TIMESTEP`; with an `snr_shift` that of CogVideoX."""
+    if snr_shift is not None:
+        scheduler = CogVideoXDDIMScheduler(
+            beta_schedule=beta_schedule,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            snr_shift_scale=snr_shift,
+            rescale_betas_zero_snr=True,
+        )
+        return float(scheduler.alphas_cumprod[TIMESTEP])
     scheduler = DDPMScheduler(beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end)
     return float(scheduler.alphas_cumprod[TIMESTEP])
 
@@ -518,4 +620,8 @@ TINY_MODELS = {
     "qwen-image": _qwen_image(edits=False),
     "qwen-image edit": _qwen_image(edits=True),
     "hunyuanvideo": _hunyuanvideo(),
+    "mochi": _mochi(),
+    "cogvideox 2b": _cogvideox(newer=False, turns=False),
+    "cogvideox 5b": _cogvideox(newer=False),
+    "cogvideox 1.5": _cogvideox(newer=True),
 }

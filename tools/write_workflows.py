@@ -51,6 +51,7 @@ HOST = {
     "EmptyLatentImage": (("LATENT",), {}),
     "EmptySD3LatentImage": (("LATENT",), {}),
     "EmptyHunyuanLatentVideo": (("LATENT",), {}),
+    "EmptyMochiLatentVideo": (("LATENT",), {}),
 }
 """ComfyUI's own nodes: the types of their outputs, and of their inputs that are no widgets."""
 

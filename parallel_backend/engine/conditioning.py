@@ -17,7 +17,7 @@ from ..distributed.axis import Axis
 from ..errors import UserError
 from ..families.condition import Condition
 from ..families.family import Family, with_tokens
-from ..families.spec import Input
+from ..families.spec import FamilySpec, Input
 from ..protocol import messages
 from ..protocol.messages import Conditioning, Prompt
 from ..sampling.model_sampling import ModelSampling
@@ -128,6 +128,7 @@ def prompt_of(
         if name != REGION and "." not in name
     }
     check_condition_tensors(given, family.spec.inputs, side, shape[0])
+    given = trimmed(given, family.spec, side)
     _, *cell = family.latent.stride
     scores = family.spec.aesthetic_scores
     score = scores.get(side) if prompt.aesthetic_score is None else prompt.aesthetic_score
@@ -268,6 +269,24 @@ def clock_at(percent: float, model_sampling: ModelSampling) -> float:
     if percent in (0.0, 1.0):
         return math.inf if percent == 0.0 else -math.inf
     return float(model_sampling.timestep(torch.tensor(model_sampling.percent_to_sigma(percent))).float())
+
+
+def trimmed(given: Mapping[str, Tensor], spec: FamilySpec, side: str) -> dict[str, Tensor]:
+    """The tensors of a condition without the tokens that do not count, and without the masks that say so.
+
+    Raises `UserError` where that differs among the texts of a batch.
+    """
+    kept = dict(given)
+    for each in (each for each in spec.inputs if each.trimmed and each.mask in given):
+        mask = kept.pop(str(each.mask)) > 0
+        if not (mask == mask[:1]).all() or not mask.any():
+            raise UserError(
+                f"The masks of the {side} conditioning leave {mask.sum(1).tolist()} tokens of the texts of a batch; a "
+                f"{spec.title} model takes one mask for all of them, of one token or more.",
+                "Sample the videos one after the other.",
+            )
+        kept[each.name] = kept[each.name][:, mask[0]]
+    return kept
 
 
 def check_condition_tensors(given: Mapping[str, Tensor], inputs: Sequence[Input], side: str, batch: int) -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 def build_family(loaded: LoadedTransformer, path: Path) -> Family:
     """The view of the network loaded from `path`."""
     device = next(parameter.device for parameter in loaded.module.parameters() if not parameter.is_meta)
-    family: Family = load_view(loaded.spec)(loaded.module, loaded.compute_dtype, device, latents_of(loaded.spec, path))
+    family: Family = load_view(loaded.spec)(
+        loaded.module, loaded.compute_dtype, device, latents_of(loaded.spec, loaded.config, path)
+    )
     family.block_parameters = loaded.block_parameters
     if isinstance(family, TokenFamily):
         family.heads = loaded.cuts.heads

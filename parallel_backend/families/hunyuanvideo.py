@@ -1,8 +1,8 @@
 """HunyuanVideo, text to video: blocks of its own refine the text, then joint attention as in Flux.1, over all frames.
 
 Sources: HunyuanVideo (arXiv 2412.03603); SkyReels-V1, of the same blocks, has no distilled guidance. Tokens of the text
-that its mask leaves out are left out here, as in diffusers. ComfyUI's network would count them in a mean, but its text
-encoders give it none.
+that its mask leaves out are left out, as in diffusers. ComfyUI's network would count them in a mean, but its text
+encoders give it none. What refines the text knows the time, so it is done in every evaluation, of the whole text.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
-from ..errors import UserError
 from ..sampling.model_sampling import DiscreteFlow, ModelSampling
 from ..tokens.grid import Grid
-from ..tokens.plan import Places, Segment
+from ..tokens.plan import Places
 from ..tokens.rotary import rotations_at
 from .blocks import Block
 from .condition import Condition, check_widths
@@ -31,7 +29,7 @@ SHIFT = 7.0
 
 
 class HunyuanVideo(JointFamily):
-    """The image is a video. The prelude is the text that counts, `[B or 1, St, C]`: what refines it knows the time."""
+    """The image is a video."""
 
     spec = HUNYUANVIDEO
 
@@ -51,29 +49,13 @@ class HunyuanVideo(JointFamily):
         config = self.transformer.config
         widths = {"tokens": config["text_embed_dim"], "pooled": config["pooled_projection_dim"]}
         check_widths(condition, widths, self.spec)
-        mask = condition.get("mask")
-        if mask is not None and not (mask == mask[:1]).all():
-            raise UserError(
-                "The texts of a batch have masks of their own, of which a HunyuanVideo model takes one.",
-                "Sample the videos one after the other.",
-            )
 
     def model_sampling(self, shift: float | None) -> ModelSampling:
         return DiscreteFlow(shift=SHIFT if shift is None else shift)
 
-    def make_prelude(self, condition: Condition) -> Tensor:
-        tokens, mask = condition["tokens"].to(self.dtype), condition.get("mask")
-        return tokens if mask is None else tokens[:, mask[0].bool()]
-
-    def segments(self, condition: Condition, grids: Mapping[str, Grid]) -> dict[str, list[Segment]]:
-        text = Segment(self.prelude(condition).shape[1])
-        return super().segments(condition, grids) | {"text": [text]}
-
     def embed(self, evaluation: Evaluation) -> State:
-        project = self.transformer.x_embedder.proj
-        # A convolution whose stride is its size is a matrix over the values of a token.
-        image = F.linear(self.own_image(evaluation), project.weight.flatten(1), project.bias)
-        tokens = self.prelude(evaluation.condition).expand(evaluation.batch, -1, -1)
+        image = self.embed_patches(self.transformer.x_embedder.proj, self.own_image(evaluation))
+        tokens = evaluation.condition["tokens"].to(self.dtype).expand(evaluation.batch, -1, -1)
         text = self.transformer.context_embedder(tokens, evaluation.timestep)[:, evaluation.shard["text"]]
         return self.resume(evaluation, {"text": text, "image": image})
 
@@ -86,7 +68,7 @@ class HunyuanVideo(JointFamily):
             guidance = embed.time_proj(torch.full_like(evaluation.timestep, condition.guidance) * 1000)
             modulation = modulation + embed.guidance_embedder(guidance.to(self.dtype))
         modulation = modulation + embed.text_embedder(pooled)
-        text_length = self.prelude(condition).shape[1]
+        text_length = condition["tokens"].shape[1]
         rotations = self._rotary(text_length, evaluation.grids["image"])
         return State(streams, modulation, own_rotary(rotations, text_length, evaluation.shard))
 
@@ -99,8 +81,7 @@ class HunyuanVideo(JointFamily):
 
     def _compute_rotary(self, text_length: int, grid: Grid) -> Tensor:
         """Rotations `[St + S, 1, D / 2, 2]`: text tokens sit at position 0, others at their frame, row and column."""
-        axes = (torch.arange(count, device=self.device) for count in (grid.frames, grid.rows, grid.columns))
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+        places = grid.positions(self.device)
         text = places.new_zeros(text_length, 3)
         config = self.transformer.config
         return rotations_at(torch.cat((text, places)), config["rope_axes_dim"], config["rope_theta"])

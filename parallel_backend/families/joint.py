@@ -95,7 +95,9 @@ class JointSite:
         query = attention.send(rotate(torch.cat((text_query, own_query), dim=1)), STREAMS)
         attended = attention((self.block, "joint"), query, KeySet(key, value)).flatten(2).to(image.dtype)
         attended_text, attended_image = attended.split((text.shape[1], image.shape[1]), dim=1)
-        outputs = attn.to_out[0](attended_image), attn.to_add_out(attended_text)
+        if not attn.context_pre_only:  # the last block of some models has no use for what the text has attended to
+            attended_text = attn.to_add_out(attended_text)
+        outputs = attn.to_out[0](attended_image), attended_text
         added = [each.added((self.block, "joint"), self.block, [own_query], attention) for each in prompts]
         # The block adds a third output to the image tokens when it is done with them.
         return (*outputs, sum(added[1:], start=added[0])) if added else outputs

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .keys.cogvideox import COGVIDEOX, COGVIDEOX15
 from .keys.flux import FLUX
 from .keys.hunyuandit import HUNYUANDIT
 from .keys.hunyuanvideo import HUNYUANVIDEO
+from .keys.mochi import MOCHI
 from .keys.pixart import PIXART_ALPHA, PIXART_SIGMA
 from .keys.qwen_image import QWEN_IMAGE
 from .keys.sd3 import SD3
@@ -30,6 +32,9 @@ FAMILIES: dict[str, FamilySpec] = {
         HUNYUANVIDEO,
         SDXL_REFINER,
         SDXL,
+        COGVIDEOX,
+        COGVIDEOX15,
+        MOCHI,
     )
 }
 

@@ -169,7 +169,8 @@ class Input:
 
     `what`: in words, for errors. `entry`: its key in an entry of ComfyUI's CONDITIONING; None for the entry's own
     tensor. `network`: the argument of ComfyUI's network that becomes it; None where the host's network takes none.
-    `mask`: the input `[B, S]` that says which of its tokens count; without one all of them do.
+    `mask`: the input `[B, S]` that says which of its tokens count; without one all of them do. `trimmed`: the model is
+    given those that count, and no mask.
     """
 
     name: str
@@ -179,6 +180,7 @@ class Input:
     network: str | None = None
     required: bool = True
     mask: str | None = None
+    trimmed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +201,8 @@ class FamilySpec:
     inputs: tuple[Input, ...]
     encoders: str
     """The text encoders that make its conditioning, for messages."""
+    latent_scale: Callable[[Config], float] | None = None
+    """The scale of the first latent, where it differs among the family's models."""
     guidance: float = 3.5
     """The distilled guidance scale that ComfyUI gives a model of a prompt that says none."""
     unread: tuple[str, ...] = ()

@@ -65,7 +65,6 @@ KINDS = (
     _model("ACE-Step", _START + r"(genre_embedder|encoder\.lyric_encoder)\."),
     _model("Hunyuan3D", _START + r"latent_in\.weight$"),
     _model("AuraFlow", _START + r"double_layers\.0\.attn\.w1q\.weight$"),
-    _model("Mochi", _START + r"t5_yproj\.weight$"),
     _model("Kandinsky 5", _START + r"visual_transformer_blocks\.0\."),
     _model("SeedVR 2", _START + r"blocks\.\d+\.mlp\.all\.proj_in_gate\.weight$"),
     _model("another Stable Diffusion XL", _START + r"(input|down)_blocks\.", _START + r"(label_emb|add_embedding)\."),

@@ -186,7 +186,7 @@ class EpsPrediction(ModelSampling):
 
     `beta_schedule` "linear" is linear in the square root of beta (Stable Diffusion), "sqrt_linear" is linear in beta
     (DDPM, DiT-XL): ComfyUI's names. `zero_terminal`: the schedule is stretched to end at noise alone (Lin et al. 2023,
-    2305.08891), as nearly as ComfyUI does.
+    2305.08891), as nearly as ComfyUI does. `snr_shift`: by how much the ratio of signal to noise is divided before.
     """
 
     beta_schedule: str = "linear"
@@ -194,6 +194,7 @@ class EpsPrediction(ModelSampling):
     linear_end: float = 0.012
     table_size: int = 1000
     zero_terminal: bool = False
+    snr_shift: float = 1.0
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -208,6 +209,7 @@ class EpsPrediction(ModelSampling):
         ends = (self.linear_start ** (1 / power), self.linear_end ** (1 / power))
         betas = torch.linspace(*ends, self.table_size, dtype=torch.float64) ** power
         alphas = torch.cumprod(1.0 - betas, dim=0)
+        alphas = alphas / (self.snr_shift + (1 - self.snr_shift) * alphas)
         if self.zero_terminal:
             roots = alphas.sqrt()
             alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()

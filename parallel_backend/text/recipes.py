@@ -224,6 +224,18 @@ def _encode_qwen_image(
     return TextConditioning(tokens=hidden[:, QWEN_IMAGE_START:])
 
 
+def _encode_cogvideox(
+    parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int
+) -> TextConditioning:
+    # The model was trained without masking the padding.
+    return TextConditioning(tokens=parts[0].encoder(parts[0].ids(prompt_2, max_length)).last_hidden_state)
+
+
+def _encode_mochi(parts: tuple[LoadedEncoder, ...], prompt: str, prompt_2: str, max_length: int) -> TextConditioning:
+    tokens, mask = parts[0].masked_tokens(prompt_2, max_length)
+    return TextConditioning(tokens=tokens, mask=mask)
+
+
 def _pixart(pipelines: tuple[str, ...], length: int) -> TextFamily:
     t5 = EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer)
     return TextFamily(pipelines, parts=(t5,), main_part=0, default_length=length, encode=_encode_pixart)
@@ -290,6 +302,20 @@ FAMILIES = (
         main_part=0,
         default_length=512,
         encode=_encode_zimage,
+    ),
+    TextFamily(
+        pipelines=("CogVideoXPipeline",),
+        parts=(EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer),),
+        main_part=0,
+        default_length=226,
+        encode=_encode_cogvideox,
+    ),
+    TextFamily(
+        pipelines=("MochiPipeline",),
+        parts=(EncoderSpec("text_encoder", "tokenizer", ("t5",), T5EncoderModel, T5Tokenizer),),
+        main_part=0,
+        default_length=256,
+        encode=_encode_mochi,
     ),
     TextFamily(
         pipelines=("HunyuanVideoPipeline",),

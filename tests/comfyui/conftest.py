@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    from paralleldit.tests import tiny_hunyuanvideo, tiny_qwen_image, tiny_sd3, tiny_wan, tiny_zimage
+    from paralleldit.tests import tiny_cogvideox, tiny_hunyuanvideo, tiny_qwen_image, tiny_sd3, tiny_wan, tiny_zimage
     from paralleldit.tests.comfyui.host import prepare
     from paralleldit.tests.tiny_flux import write_pipeline
 
@@ -29,6 +29,8 @@ def base(tmp_path_factory) -> Path:
     piped_wan = tiny_wan.write_pipeline(pipelines / "wan", wan)
     hunyuanvideo = tiny_hunyuanvideo.tiny_transformer()
     piped_hunyuanvideo = tiny_hunyuanvideo.write_pipeline(pipelines / "hunyuanvideo", hunyuanvideo)
+    cogvideox = tiny_cogvideox.tiny_transformer()
+    piped_cogvideox = tiny_cogvideox.write_pipeline(pipelines / "cogvideox", cogvideox)
     zimage = tiny_zimage.tiny_transformer()
     piped_zimage = tiny_zimage.write_pipeline(pipelines / "zimage", zimage)
     qwen = tiny_qwen_image.tiny_transformer()
@@ -36,6 +38,7 @@ def base(tmp_path_factory) -> Path:
     files = [
         tiny_sd3.write_original(pipelines / "sd3.safetensors", sd3),
         tiny_wan.write_original(pipelines / "wan.safetensors", wan),
+        tiny_cogvideox.write_original(pipelines / "cogvideox.safetensors", cogvideox),
         tiny_hunyuanvideo.write_original(pipelines / "hunyuanvideo.safetensors", hunyuanvideo),
         tiny_zimage.write_original(pipelines / "zimage.safetensors", zimage),
         tiny_qwen_image.write_original(pipelines / "qwen.safetensors", qwen),
@@ -47,6 +50,7 @@ def base(tmp_path_factory) -> Path:
         "video": video,
         "wan": piped_wan,
         "hunyuanvideo": piped_hunyuanvideo,
+        "cogvideox": piped_cogvideox,
         "zimage": piped_zimage,
         "qwen": piped_qwen,
     }

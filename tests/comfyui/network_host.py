@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 BATCH = 2
+OTHERWISE = {"cogvideox": {"spatial_interpolation_scale": 1.0}}
+"""Of the config of ComfyUI's network: in its own scale of CogVideoX 1.0's positions no model was trained."""
 
 
 def timestep(family: str) -> float:
-    """That of the prediction; Z-Image and Qwen-Image are given the noise level itself."""
-    return 0.5 if family in ("zimage", "qwen-image") else 500.0
+    """That of the prediction; Z-Image, Qwen-Image and Mochi are given the noise level itself."""
+    return 0.5 if family in ("zimage", "qwen-image", "mochi") else 500.0
 
 
 def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -34,9 +36,17 @@ def inputs(family: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     if family == "wan":
         # Of odd sides.
         return draw(BATCH, 16, 3, 9, 7), draw(BATCH, 9, 20), {}
+    if family == "mochi":
+        # Its patches are whole in ComfyUI, and its masks those of one prompt.
+        mask = (torch.arange(9) < 6).long().view(1, 9)
+        return draw(BATCH, 12, 3, 8, 6), draw(1, 9, 16), {"attention_mask": mask}
     if family == "hunyuanvideo":
         # Its patches are whole in ComfyUI.
         return draw(BATCH, 16, 3, 8, 6), draw(BATCH, 9, 24), {"pooled_output": draw(BATCH, 12), "guidance": 4.5}
+    if family.startswith("cogvideox"):
+        # Of odd sides and frames, but for 1.0, whose positions are those of ComfyUI in the size of the training alone.
+        size = (3, 9, 7) if family.endswith("1.5") else (1, 60, 90)
+        return draw(BATCH, 16, *size), draw(BATCH, 9, 20), {}
     if family == "zimage":
         return draw(BATCH, 16, 9, 7), draw(BATCH, 9, 20), {}
     if family == "qwen-image":
@@ -70,6 +80,7 @@ def main(folder: Path) -> None:
         if not host_knows(spec) or unet_config(spec, handle["config"]) != spec.host_config(handle["config"]):
             continue
         config = model_config(spec, handle["config"])
+        config.unet_config |= OTHERWISE.get(spec.name, {})
         config.set_inference_dtype(torch.float32, None)
         weights = load_file(told.with_suffix(".safetensors"))
         model = config.get_model(weights, "")
@@ -78,6 +89,9 @@ def main(folder: Path) -> None:
         conditions = model.extra_conds(noise=latent, device="cpu", cross_attn=tokens, **entry)
         inner = {name: value.process_cond(batch_size=BATCH, device="cpu").cond for name, value in conditions.items()}
         sigma = model.model_sampling.sigma(torch.tensor(timestep(spec.name))).repeat(BATCH)
+        if spec.name.startswith("cogvideox"):
+            # Its kind of sampling is for latents that have been scaled already.
+            latent = latent / (sigma.view(-1, 1, 1, 1, 1) ** 2 + 1) ** 0.5
         with torch.inference_mode():
             denoised = model.apply_model(latent, sigma, **inner)
         save_file({"sigma": sigma, "denoised": denoised.contiguous()}, told.with_suffix(".host.safetensors"))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paralleldit.parallel_backend.families.keys.cogvideox import COGVIDEOX15
 from paralleldit.parallel_backend.families.keys.zimage import ZIMAGE
 from paralleldit.parallel_backend.families.spec import FamilySpec
 from paralleldit.parallel_backend.files import detect, open_checkpoint
-from paralleldit.tests.comfyui.graphs import NAME, change, demo_with, latent, stock
+from paralleldit.tests.comfyui.graphs import NAME, STEPS, change, demo_with, latent, stock
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -161,6 +162,48 @@ def native_inputs(host, file: str, spec: FamilySpec) -> dict[str, str]:
     assert spec.host_config
     found = detect(open_checkpoint(host.base / "models" / "diffusion_models" / file))
     return {"file": file, "config": json.dumps(spec.host_config(found.config)), "kind": spec.host_class or ""}
+
+
+BY_VOIDS_SAMPLER = {
+    "20": {"class_type": "VOIDSampler", "inputs": {}},
+    "21": {
+        "class_type": "BasicScheduler",
+        "inputs": {"model": ["2", 0], "scheduler": "simple", "steps": STEPS, "denoise": 1.0},
+    },
+    "6": {
+        "class_type": "SamplerCustom",
+        "inputs": {
+            "model": ["2", 0],
+            "add_noise": True,
+            "noise_seed": 0,
+            "cfg": 2.0,
+            "positive": ["3", 0],
+            "negative": ["4", 0],
+            "sampler": ["20", 0],
+            "sigmas": ["21", 0],
+            "latent_image": ["5", 0],
+        },
+    },
+}
+"""ComfyUI's DDIM for models that are trained as CogVideoX is: KSampler would give them other noise."""
+
+
+def test_cogvideox_samples_as_comfyui_does_with_the_sampler_for_it(host):
+    if not host_has("CogVideoX_T2V"):
+        pytest.skip("this ComfyUI is older than the family")
+    latents = {}
+    for who in ("Parallel Sampler", "ranks", "native"):
+        api = demo_with("diffusers/cogvideox", seed=0, cfg=2.0) | copy.deepcopy(VIDEO)
+        api["2"]["inputs"]["model"] = "cogvideox.safetensors"
+        if who != "Parallel Sampler":
+            change(api, BY_VOIDS_SAMPLER)
+        if who == "native":
+            config = native_inputs(host, "cogvideox.safetensors", COGVIDEOX15)
+            api["2"] = {"class_type": "NativeFileLoader", "inputs": config}
+        latents[who] = latent(host, api, f"cogvideox {who}")
+    native = latents["native"]
+    for who in ("Parallel Sampler", "ranks"):
+        assert (latents[who] - native).norm() / native.norm() < LATENT_TOLERANCE, who
 
 
 HOOKED = {

@@ -21,7 +21,9 @@ from paralleldit.parallel_backend.distributed.axis import Axis
 from paralleldit.parallel_backend.distributed.ledger import Ledger
 from paralleldit.parallel_backend.engine.conditioning import Inputs, entries_of_side
 from paralleldit.parallel_backend.engine.model import build_family
+from paralleldit.parallel_backend.families.keys.cogvideox import COGVIDEOX, COGVIDEOX15, HEADS_OF_5B
 from paralleldit.parallel_backend.families.keys.hunyuanvideo import HUNYUANVIDEO
+from paralleldit.parallel_backend.families.keys.mochi import MOCHI
 from paralleldit.parallel_backend.families.keys.qwen_image import REFERENCES_AT_ZERO
 from paralleldit.parallel_backend.families.keys.sdxl import V_PREDICTION, ZERO_TERMINAL
 from paralleldit.parallel_backend.families.plain import PlainFamily
@@ -32,7 +34,7 @@ from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.weights.load import load_transformer
 from paralleldit.tests import tiny_unet, tiny_wan, tiny_zimage
 from paralleldit.tests.comfyui import network_host as host
-from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
+from paralleldit.tests.comfyui.tiny_networks import hunyuandit, mochi, pixart
 from paralleldit.tests.original_layout import originals_of
 from paralleldit.tests.tiny_models import TINY_MODELS
 from paralleldit.tests.unit.cross_attention_original_layout import original_weights
@@ -51,6 +53,9 @@ CASES = {
     "hunyuandit-1.2": lambda: hunyuandit(takes_size=False),
     "wan": lambda: tiny_wan.tiny_transformer(heads=1, text_width=20),
     "zimage": tiny_zimage.tiny_transformer,
+    "cogvideox 5b": lambda: TINY_MODELS["cogvideox 5b"].make(HEADS_OF_5B, 1),
+    "cogvideox 1.5": lambda: TINY_MODELS["cogvideox 1.5"].make(2, 1),
+    "mochi": mochi,
     "hunyuanvideo": lambda: TINY_MODELS["hunyuanvideo"].make(2, 1),
     "qwen-image": lambda: TINY_MODELS["qwen-image"].make(2, 1),
     "qwen-image edit": lambda: TINY_MODELS["qwen-image edit"].make(2, 1),
@@ -58,12 +63,14 @@ CASES = {
     "sdxl v": tiny_unet.of_files,
     "sdxl refiner": lambda: tiny_unet.of_files(tiny_unet.REFINER),
 }
-OWN = ("zimage", "hunyuanvideo", "qwen-image", "qwen-image edit", "sdxl", "sdxl v", "sdxl refiner")
-STD = {"wan": 0.05, **dict.fromkeys(OWN)}
-"""Deviation of the weights, where it is not 0.15: None for those that the model has. Small queries and keys would show
-the epsilon of Z-Image's norms, which ComfyUI has smaller."""
+STD = {"pixart": 0.15, "hunyuandit": 0.15, "wan": 0.05}
+"""Deviation of the weights, by the family; the others' models keep those that they have. Small queries and keys would
+show the epsilon of Z-Image's norms, which ComfyUI has smaller."""
 
 WEIGHTS = {
+    "cogvideox 5b": partial(originals_of, COGVIDEOX),
+    "cogvideox 1.5": partial(originals_of, COGVIDEOX15),
+    "mochi": partial(originals_of, MOCHI),
     "hunyuanvideo": partial(originals_of, HUNYUANVIDEO),
     "qwen-image": dict,
     "qwen-image edit": dict,
@@ -80,7 +87,7 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for name, make in CASES.items():
         model = make()
-        if (std := STD.get(name, 0.15)) is not None:
+        if std := next((std for family, std in STD.items() if name.partition("-")[0] == family), None):
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=std)
         weights = place / f"{name}.safetensors"
@@ -91,7 +98,8 @@ def folder(tmp_path_factory) -> Path:
         loaded = load_transformer(weights, device="cpu")
         weights.with_suffix(".json").write_text(json.dumps({"family": loaded.family, "config": loaded.config}))
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    command = [python, "-W", "ignore", str(Path(host.__file__)), str(place)]
+    # Without assertions: ComfyUI's Mochi asserts that it is of the published width.
+    command = [python, "-O", "-W", "ignore", str(Path(host.__file__)), str(place)]
     env = os.environ | {"PYTHONPATH": str(Path(host.__file__).parent / "shim")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
     assert done.returncode == 0, f"ComfyUI's side failed:\n{done.stderr[-3000:]}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel
+import torch
+from diffusers import HunyuanDiT2DModel, MochiTransformer3DModel, PixArtTransformer2DModel
 
 
 def pixart(takes_size: bool) -> PixArtTransformer2DModel:
@@ -33,3 +34,16 @@ def hunyuandit(takes_size: bool) -> HunyuanDiT2DModel:
         text_len_t5=7,
         use_style_cond_and_image_meta_size=takes_size,
     )
+
+
+def mochi() -> MochiTransformer3DModel:
+    """Of a width of which ComfyUI makes as many features as diffusers."""
+    model = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=48,
+        num_layers=2,
+        pooled_projection_dim=96,
+        text_embed_dim=16,
+    )
+    torch.nn.init.normal_(model.pos_frequencies, 0.0, 0.05)
+    return model

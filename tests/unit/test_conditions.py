@@ -51,6 +51,12 @@ def test_conditioning_of_the_models_own_kind_is_taken(model):
         ("pixart alpha", {"tokens": draw(1, 0, 20), "mask": None}, "does not fit together"),
         ("pixart alpha", {"tokens": None}, "does not fit together"),
         ("pixart alpha", {"mask_2": draw(1, 4)}, "does not fit together"),
+        (
+            "mochi",
+            {"mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])},
+            r"leave \[2, 3\] tokens of the texts of a batch",
+        ),
+        ("mochi", {"mask": torch.zeros(1, 4)}, r"leave \[0\] tokens"),
     ],
 )
 def test_conditioning_of_another_kind_is_refused(model, changes, message):
@@ -71,3 +77,13 @@ def test_a_text_for_each_picture_is_cut_with_the_batch():
 def test_flow_shift_of_a_model_that_is_no_flow_is_refused(model):
     with pytest.raises(UserError, match="has no flow shift, and the graph sets it to 3"):
         TINY_MODELS[model].make_family(2).model_sampling(3.0)
+
+
+@pytest.mark.parametrize("model", ["hunyuanvideo", "mochi"])
+def test_tokens_that_a_mask_leaves_out_are_left_out(model):
+    tensors = tensors_of(model)
+    tokens = torch.arange(4.0).view(1, 4, 1) * tensors["tokens"]
+    for mask in (torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 1, 0, 0]] * BATCH)):
+        condition = taken(model, {**tensors, "tokens": tokens, "mask": mask})
+        assert torch.equal(condition["tokens"], tokens[:, :2])
+        assert condition.get("mask") is None

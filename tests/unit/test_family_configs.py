@@ -44,6 +44,7 @@ CONVERTERS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "wan": single_file_utils.convert_wan_transformer_to_diffusers,
     "zimage": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     "hunyuanvideo": single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
+    "mochi": single_file_utils.convert_mochi_transformer_checkpoint_to_diffusers,
     "qwen-image": SINGLE_FILE_LOADABLE_CLASSES["QwenImageTransformer2DModel"]["checkpoint_mapping_fn"],
     "sdxl": convert_unet,
     "sdxl-refiner": convert_unet,

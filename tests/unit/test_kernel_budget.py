@@ -115,9 +115,11 @@ MORE_BYTES = {"wan 2.1": 1.02, "z-image": 1.01}
 """Where a block of ours moves more than one of diffusers, for now: rotary is turned in fp32, there in bf16 (Wan); each
 joint block puts text and image together, there all of them do once (Z-Image)."""
 MORE_KERNELS = {"z-image": 2}
+NOT_COUNTED = ("mochi",)
+"""Of which diffusers' own forward asks for what the meta device has not: autocast, and the places of a mask."""
 
 
-@pytest.mark.parametrize("model", TINY_MODELS)
+@pytest.mark.parametrize("model", [model for model in TINY_MODELS if model not in NOT_COUNTED])
 def test_blocks_cost_no_more_than_those_of_diffusers(model):
     own, stock = one_rank(model), of_blocks(diffusers_calls(model))
     print(f"\n| {model} | {stock.kernels} / {own.kernels} | {stock.bytes / 1e6:.1f} / {own.bytes / 1e6:.1f} |")

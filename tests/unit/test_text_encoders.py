@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    CogVideoXPipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
     HunyuanVideoPipeline,
+    MochiPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
@@ -363,6 +365,31 @@ def test_conditioning_equals_the_zimage_pipeline(tmp_path):
 
 
 @pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("kind", "length"), [(CogVideoXPipeline, 226), (MochiPipeline, 256)])
+def test_conditioning_equals_the_video_pipelines_of_t5(tmp_path, kind, length):
+    save_tokenizers(tmp_path, None)
+    shutil.rmtree(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer_2").rename(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=32, d_model=20, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(
+        tmp_path / "text_encoder"
+    )
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind.__name__}))
+    encoders = load_text_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    tokenizer = T5Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    encoder = T5EncoderModel.from_pretrained(tmp_path / "text_encoder")
+    pipeline = kind(tokenizer=tokenizer, text_encoder=encoder, vae=None, transformer=None, scheduler=None)
+    for prompt in MASKED_PROMPTS:
+        ours = encoders.encode(prompt).tensors()
+        with torch.no_grad():
+            tokens, mask, *_ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        assert torch.equal(ours["tokens"], tokens), prompt
+        assert tokens.shape == (1, length, 20)
+        assert ours.keys() == ({"tokens"} if mask is None else {"tokens", "mask"})
+        assert mask is None or torch.equal(ours["mask"], mask.float())
+
+
+@pytest.mark.usefixtures("offline")
 def test_conditioning_equals_the_hunyuanvideo_pipeline(tmp_path):
     write_text_encoders(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanVideoPipeline"}))
@@ -481,8 +508,8 @@ BROKEN = {
     "no index": (lambda folder: (folder / "model_index.json").unlink(), "model_index.json does not exist"),
     "no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json cannot be read"),
     "other pipeline": (
-        lambda folder: (folder / "model_index.json").write_text('{"_class_name": "MochiPipeline"}'),
-        "is a MochiPipeline, .* known are FluxPipeline",
+        lambda folder: (folder / "model_index.json").write_text('{"_class_name": "LattePipeline"}'),
+        "is a LattePipeline, .* known are FluxPipeline",
     ),
     "no encoder": (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "no subfolder text_encoder_2"),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "no subfolder tokenizer"),

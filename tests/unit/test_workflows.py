@@ -26,6 +26,7 @@ HOST_OUTPUTS = {
     "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"),
     "CLIPTextEncode": ("CONDITIONING",),
     "FluxGuidance": ("CONDITIONING",),
+    "EmptyMochiLatentVideo": ("LATENT",),
     "ModelSamplingAuraFlow": ("MODEL",),
     "CFGNorm": ("MODEL",),
     "TextEncodeQwenImageEditPlus": ("CONDITIONING",),

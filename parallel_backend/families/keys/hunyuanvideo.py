@@ -234,7 +234,7 @@ HUNYUANVIDEO = FamilySpec(
     ),
     latents=(LatentSpec(CHANNELS, dims=3, stride=(4, 8, 8), patch=PATCH, scale=0.476986),),
     inputs=(
-        Input("tokens", 3, "text tokens", network="context", mask="mask"),
+        Input("tokens", 3, "text tokens", network="context", mask="mask", trimmed=True),
         Input("mask", 2, "a mask of the text tokens", entry="attention_mask", network="attention_mask", required=False),
         Input("pooled", 2, "a pooled vector", entry="pooled_output", network="y"),
     ),
