@@ -11,7 +11,7 @@ from ..parallel_backend.errors import UserError
 from ..parallel_backend.families.registry import FAMILIES
 from ..parallel_backend.families.spec import FamilySpec, LatentSpec
 from ..parallel_backend.files.latents import latents_of
-from ..parallel_backend.layout.fitting import RunFacts
+from ..parallel_backend.layout.rules import RunFacts
 from ..parallel_backend.protocol.messages import ImagePromptUse, LoraRef, ModelRef, StepCache, WeightChange
 from .layout_choice import LayoutChoice
 

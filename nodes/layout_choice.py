@@ -7,7 +7,7 @@ from typing import Any
 
 from ..launcher.devices import gpus_of
 from ..parallel_backend.errors import UserError
-from ..parallel_backend.layout.fitting import RunFacts, check_layout
+from ..parallel_backend.layout.fitting import check_layout
 from ..parallel_backend.layout.layout import (
     AXES,
     AttentionKernel,
@@ -19,6 +19,7 @@ from ..parallel_backend.layout.layout import (
     largest_exact_layout,
     layouts_of,
 )
+from ..parallel_backend.layout.rules import RunFacts
 
 GIVEN = ("tensor_degree", "distrifusion_degree", "pipefusion_degree")
 """Degrees that are never chosen for the user: they approximate, or depend on the links."""

@@ -7,8 +7,9 @@ import sys
 
 from ...parallel_backend.errors import UserError
 from ...parallel_backend.families.registry import FAMILIES
-from ...parallel_backend.layout.fitting import RunFacts, check_layout, layouts_that_fit
+from ...parallel_backend.layout.fitting import check_layout, layouts_that_fit
 from ...parallel_backend.layout.layout import Layout, parse_layout, patches_of
+from ...parallel_backend.layout.rules import RunFacts
 from .options import add_command
 from .plan_memory import shapes_of, weight_bytes
 

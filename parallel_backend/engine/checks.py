@@ -18,8 +18,9 @@ from ..families.family import Family
 from ..families.spec import LatentSpec
 from ..files import Detected, detect, open_checkpoint
 from ..files.states import FileState
-from ..layout.fitting import RunFacts, check_layout
+from ..layout.fitting import check_layout
 from ..layout.layout import Layout
+from ..layout.rules import RunFacts
 from ..protocol.messages import Predict, Sample
 from ..sampling.model_sampling import ModelSampling
 from ..sampling.names import check_negative

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from paralleldit.cli.commands.bench import Measured, table, usual_layouts
-from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
+from paralleldit.parallel_backend.layout.fitting import check_layout
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.rules import RunFacts
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -19,8 +19,8 @@ from paralleldit.nodes.layout import ParallelDiTLayout
 from paralleldit.nodes.layout_choice import LayoutChoice
 from paralleldit.nodes.session import session
 from paralleldit.parallel_backend.errors import Cancelled, UserError
-from paralleldit.parallel_backend.layout.fitting import RunFacts
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.rules import RunFacts
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.parallel_backend.protocol.errors import ProtocolError
 from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES

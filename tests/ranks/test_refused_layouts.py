@@ -12,8 +12,9 @@ from paralleldit.parallel_backend.engine import checks, model
 from paralleldit.parallel_backend.engine.engine import Engine
 from paralleldit.parallel_backend.engine.meshes import MOST
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout.fitting import RunFacts, layouts_that_fit
+from paralleldit.parallel_backend.layout.fitting import layouts_that_fit
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.rules import RunFacts
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, RunPrompt
 from paralleldit.parallel_backend.run_context import Run
 from paralleldit.tests.ranks.stale_flux import HEADS, request_of, run_of

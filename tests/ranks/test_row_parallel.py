@@ -14,8 +14,9 @@ from paralleldit.parallel_backend.engine.predict import predict
 from paralleldit.parallel_backend.engine.run_conditions import RunConditions
 from paralleldit.parallel_backend.engine.sample import sample
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
+from paralleldit.parallel_backend.layout.fitting import check_layout
 from paralleldit.parallel_backend.layout.layout import AXES, Layout
+from paralleldit.parallel_backend.layout.rules import RunFacts
 from paralleldit.parallel_backend.layout.split import split_sizes
 from paralleldit.parallel_backend.protocol.messages import ModelRef, Predict, Sample, Schedule
 from paralleldit.parallel_backend.run_context import Run

@@ -16,8 +16,9 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.condition import Condition
 from paralleldit.parallel_backend.families.keys.pixart import PIXART_SIGMA
 from paralleldit.parallel_backend.families.spec import LatentSpec
-from paralleldit.parallel_backend.layout.fitting import RunFacts, misfit_of
+from paralleldit.parallel_backend.layout.fitting import misfit_of
 from paralleldit.parallel_backend.layout.layout import Layout
+from paralleldit.parallel_backend.layout.rules import RunFacts
 from paralleldit.parallel_backend.protocol.messages import Conditioning
 from paralleldit.parallel_backend.sampling.model_sampling import DiscreteFlow
 from paralleldit.parallel_backend.strategies.guidance import Guidance

@@ -10,8 +10,9 @@ from paralleldit.parallel_backend.errors import UserError
 from paralleldit.parallel_backend.families.keys.flux import FLUX
 from paralleldit.parallel_backend.families.registry import FAMILIES
 from paralleldit.parallel_backend.layout.capabilities import ROWS_ALONE, Capabilities
-from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout, nearest_layouts
+from paralleldit.parallel_backend.layout.fitting import check_layout, nearest_layouts
 from paralleldit.parallel_backend.layout.layout import Layout, largest_exact_layout, layouts_of, patches_of
+from paralleldit.parallel_backend.layout.rules import RunFacts
 from paralleldit.parallel_backend.layout.stages import (
     BlockList,
     Stage,

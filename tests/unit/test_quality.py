@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 from paralleldit.parallel_backend.errors import UserError
-from paralleldit.parallel_backend.layout.fitting import RunFacts, check_layout
+from paralleldit.parallel_backend.layout.fitting import check_layout
 from paralleldit.parallel_backend.layout.layout import Layout, parse_layout
+from paralleldit.parallel_backend.layout.rules import RunFacts
 from paralleldit.tools.demo_model.checkpoint import TARGET
 from paralleldit.tools.demo_model.scenes import draw, make_scene
 from paralleldit.tools.quality.methods import PRESETS, Method, name_of, parse_cache
