@@ -13,6 +13,8 @@ from ..parallel_backend.protocol import records
 from .runtime_dir import ELSEWHERE
 
 RANKS_PER_CORE, LEAST_RANKS = 4, 8
+"""On CPUs, ranks are for trying layouts out: 8 fit any machine, 16 one of four cores. Each takes seconds of a core to
+import torch, all at the same time: 64 on two cores were not up after 180 s."""
 RANK_BYTES = 400_000_000
 """Of a rank without a model."""
 OPEN_FILES = 64

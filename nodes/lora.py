@@ -7,6 +7,7 @@ from typing import Any
 
 from ..parallel_backend.errors import UserError
 from ..parallel_backend.files import open_checkpoint
+from ..parallel_backend.files.lora_kinds import refusal, unread_kind
 from ..parallel_backend.protocol.messages import LoraRef
 from . import host, model_files
 from .handles import handle_of
@@ -77,7 +78,8 @@ class ParallelDiTLora:
     def add(self, model: Any, lora: str, strength: float, block_strengths: str = "") -> tuple[Any]:
         handle = handle_of(model)
         path = model_files.resolve(lora, (KIND,), WHAT)
-        open_checkpoint(path)
+        if kind := unread_kind(open_checkpoint(path).tensors):
+            raise refusal(path.name, kind)
         ref = LoraRef(path=str(path), strength=strength, block_strengths=_factors(block_strengths))
         return (host.current().with_handle(model, replace(handle, loras=(*handle.loras, ref))),)
 

@@ -15,6 +15,7 @@ from paralleldit.nodes.request.weight_patches import changes_of
 from paralleldit.nodes.session.weight_delivery import deliver
 from paralleldit.parallel_backend.adapters.lora.store import AdapterStore
 from paralleldit.parallel_backend.errors import UserError
+from paralleldit.parallel_backend.files.lora_kinds import CONTROL, refusal
 from paralleldit.parallel_backend.files.states import FileStates
 from paralleldit.parallel_backend.protocol import messages
 from paralleldit.tests.graph.test_nodes import conditioning, load, node, sample
@@ -55,6 +56,15 @@ def test_a_lora_that_cannot_be_is_refused_before_the_run(client, lora, name, fac
         node("Lora").VALIDATE_INPUTS(name, factors)
     with pytest.raises(UserError, match=words):
         node("Lora").add(load(), name, 1.0, factors)
+
+
+def test_a_control_lora_is_refused_at_its_node_by_the_sentence_of_comfyuis_own_loader(client, lora):
+    save_file({"single_blocks.0.linear1.set_weight": torch.ones(2), "img_in.reshape_weight": torch.ones(2)}, lora)
+    with pytest.raises(UserError, match="is a control LoRA: it widens the model's input") as refused:
+        node("Lora").add(load(), "style/chalk.safetensors", 1.0)
+    own = refusal("A LoRA of the graph", CONTROL)
+    assert refused.value.message.removeprefix("chalk.safetensors") == own.message.removeprefix("A LoRA of the graph")
+    assert refused.value.hint == own.hint
 
 
 def patch(name: str, *weights: Any, strength: float = 1.0, offset: Any = None, function: Any = None) -> Any:
