@@ -28,7 +28,7 @@ import psutil
 import torch
 
 from ...cli.headless.core_nodes import Folders, core_nodes
-from ...cli.headless.runner import run_workflow
+from ...cli.headless.runner import begin_workflow
 from ...launcher import lifecycle
 from ...launcher.spec import SidecarSpec
 from ...nodes import NODE_CLASS_MAPPINGS, host
@@ -87,9 +87,8 @@ class Soak(host.Host):
         batch = 2 if layout == "data" else 1
         own = {f"1.{name}": value for name, value in LAYOUTS[layout].items()}
         asked = {**self._paths, **own, "5.batch_size": batch, "6.steps": steps, **values}
-        outputs, _ = run_workflow(
-            self._api, classes=self._classes, set_values={place: str(value) for place, value in asked.items()}
-        )
+        set_values = {place: str(value) for place, value in asked.items()}
+        outputs, _ = begin_workflow(self._api, classes=self._classes, set_values=set_values).finish()
         return outputs["6"][0]["samples"]
 
     def cancel(self, layout: str, step: int, delay: float) -> float | None:
