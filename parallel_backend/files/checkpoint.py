@@ -28,6 +28,8 @@ INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json", re.IGNORECASE)
 WITHOUT_VARIANT = re.compile(r"[^.]+\.(safetensors(\.index\.json)?|sft)", re.IGNORECASE)
 MODEL_FOLDERS = ("transformer", "unet")
 """Where pipelines have their model."""
+SCHEDULER = "_scheduler"
+"""Under this name the config of a pipeline's model has that of its scheduler, which says what the model predicts."""
 MAX_JSON_BYTES = 64_000_000
 EXPECTED = (
     "Expected a .safetensors file, a .safetensors.index.json, or a diffusers folder "
@@ -105,6 +107,9 @@ def open_checkpoint(path: str | Path, *components: str) -> Checkpoint:
 def _open_folder(folder: Path, components: Sequence[str]) -> Checkpoint:
     weights_folder = next((folder / name for name in components if (folder / name).is_dir()), folder)
     config = read_json(weights_folder / "config.json") if (weights_folder / "config.json").exists() else None
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if config is not None and weights_folder.name in MODEL_FOLDERS and scheduler.is_file():
+        config[SCHEDULER] = read_json(scheduler)
     weights = _weights_file(weights_folder)
     if INDEX.fullmatch(weights.name):
         return _open_index(weights, config)

@@ -213,6 +213,31 @@ def test_marks_beside_a_model_tell_what_it_predicts(tmp_path, marks):
     assert found.pieces(shapes).keys() == shapes.keys()
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "marks"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}, ()),
+        ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}, ("v_pred",)),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v_pred", "ztsnr")),
+        ({"_class_name": "EDMEulerScheduler"}, None),
+        ({"prediction_type": "sample"}, None),
+    ],
+    ids=str,
+)
+def test_a_pipelines_scheduler_tells_what_its_model_predicts(tmp_path, scheduler, marks):
+    tiny_unet.network().save_pretrained(tmp_path / "unet")
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    del config["_marks"]
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    if marks is None:
+        with pytest.raises(UserError, match=r"scheduler_config\.json says .* not served for SDXL"):
+            detect(open_checkpoint(tmp_path))
+    else:
+        assert detect(open_checkpoint(tmp_path)).config["_marks"] == marks
+
+
 def tiny_shapes(model: str) -> Shapes:
     return {name: tuple(value.shape) for name, value in TINY_MODELS[model].make(1, 1).state_dict().items()}
 

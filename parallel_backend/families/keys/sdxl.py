@@ -153,7 +153,8 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
     """Arguments of UNet2DConditionModel from the shapes; `declared` (config.json) tells what shapes cannot.
 
     That is the number of heads (of 64 channels each, if not declared), the groups of norms, and how many transformer
-    blocks a level without attention would have. `_marks`: which marks of a kind of prediction the file has.
+    blocks a level without attention would have. `_marks`: which marks of a kind of prediction the file has, or what its
+    pipeline's scheduler says of it.
     """
     named = _named(shapes)
     depths = [first for first, *_ in _depths(named)]
@@ -173,8 +174,24 @@ def derive_config(layout: str, shapes: Shapes, declared: Config) -> dict[str, An
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": declared.get("addition_time_embed_dim", NUMBER_WIDTH),
         "projection_class_embeddings_input_dim": _shape(named, "add_embedding.linear_1.weight", 2)[1],
-        "_marks": tuple(mark for mark in (V_PREDICTION, ZERO_TERMINAL) if mark in shapes),
+        "_marks": _marks(shapes, declared.get("_scheduler", {})),
     }
+
+
+def _marks(shapes: Shapes, scheduler: Config) -> tuple[str, ...]:
+    """Those that the file has, or would have if it were made of a pipeline with such a scheduler.
+
+    Raises `UserError` for a scheduler of a kind of model that is not served.
+    """
+    kind, name = scheduler.get("prediction_type", "epsilon"), scheduler.get("_class_name", "")
+    if kind not in ("epsilon", "v_prediction") or str(name).startswith("EDM"):
+        raise UserError(
+            f"scheduler_config.json says {name} and prediction_type={kind!r}, which is not served for SDXL.",
+            "Take a model that predicts the noise or the velocity, at discrete noise levels.",
+        )
+    predicts_velocity = V_PREDICTION in shapes or kind == "v_prediction"
+    ends_at_noise = ZERO_TERMINAL in shapes or scheduler.get("rescale_betas_zero_snr") is True
+    return (V_PREDICTION, *[ZERO_TERMINAL] * ends_at_noise) if predicts_velocity else ()
 
 
 def _layers(shapes: Shapes, depths: Sequence[int], declared: Any) -> int | tuple[int, ...]:
