@@ -108,6 +108,9 @@ FAMILIES = [
     "z-image",
     "qwen-image",
     "hunyuanvideo",
+    "cogvideox 5b",
+    "cogvideox 1.5",
+    "mochi",
 ]
 WARM = stale_families.STEPS
 FAMILY_CASES = [

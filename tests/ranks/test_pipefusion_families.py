@@ -21,6 +21,9 @@ MODELS = [
     "z-image",
     "qwen-image",
     "hunyuanvideo",
+    "cogvideox 5b",
+    "cogvideox 1.5",
+    "mochi",
 ]
 EXACT = [
     # pipefusion, ulysses, ring, cfg, data; patches, warm-up
