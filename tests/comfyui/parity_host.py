@@ -34,6 +34,9 @@ MODELS = {
     "zimage": (16, 8, 12),
     "qwen-image": (16, 1, 8, 12),
     "qwen-image edit": (16, 1, 8, 12),
+    "sdxl": (4, 8, 12),
+    "sdxl v": (4, 8, 12),
+    "sdxl refiner": (4, 8, 12),
 }
 """Channels, frames (of a latent that has any), rows and columns of the latent. ComfyUI divides by zero for a PixArt of
 fewer."""
@@ -60,7 +63,8 @@ FOR_COMFYUI = CONTROLLED[3:]
 """ComfyUI gives the first of these positions of its own, where the ranks and diffusers give it the model's; the ranks
 know none of the second kind."""
 RANKS = (1, 2, 4)
-ON_TWO = ("zimage", "qwen-image", "qwen-image edit")
+UNETS = ("sdxl", "sdxl v", "sdxl refiner")
+ON_TWO = ("zimage", "qwen-image", "qwen-image edit", *UNETS)
 """Of which other tests sample the other numbers of ranks."""
 STEPS = 2
 CHANGED = 1e-2
@@ -158,6 +162,18 @@ CASES = {
     "qwen-image, two prompts of different lengths, a mask, odd size": Case(
         "qwen-image", batch=2, size=(7, 9), sampler={"cfg": 4.0}, entries=({"mask": LEFT}, {"strength": 0.5})
     ),
+    "sdxl, two prompts of different sizes, a mask, odd size": Case(
+        "sdxl",
+        batch=2,
+        size=(7, 9),
+        sampler={"cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+        entries=({"mask": LEFT, "crop_w": 24, "target_width": 512, "target_height": 384}, {"strength": 0.5}),
+    ),
+    "sdxl refiner, a score, an area": Case(
+        "sdxl refiner",
+        sampler={"cfg": 4.0, "scheduler": "sgm_uniform"},
+        entries=({"aesthetic_score": 8.0}, {"area": (4, 6, 2, 4)}),
+    ),
     "zimage, two prompts of different lengths, a mask, odd size": Case(
         "zimage", batch=2, size=(7, 9), sampler={"cfg": 4.0}, entries=({"mask": LEFT}, {"strength": 0.5})
     ),
@@ -191,6 +207,8 @@ CASES = {
             name, batch=2, masked=denoise < 1, sampler={"denoise": denoise, "cfg": 4.0}, scaled=True
         )
         for name in MODELS
+        # A folder without a scheduler is of a model that predicts the noise.
+        if name != "sdxl v"
         for denoise in (1.0, 0.6)
     },
     **{
@@ -236,6 +254,8 @@ def _drawer(seed: int) -> Any:
 
 def _entry(model: str, draw: Any, text: int) -> list[Any]:
     """Of a prompt; `text`: its length, where texts may be of different ones."""
+    if model in UNETS:
+        return [draw(1, text, 24), {"pooled_output": draw(1, 12), "width": 640, "height": 480}]
     if model in ON_TWO:
         return [draw(1, text, 20 if model == "zimage" else 24), {}]
     if model == "hunyuandit":

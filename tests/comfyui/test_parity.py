@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from paralleldit.parallel_backend.families.keys.sdxl import V_PREDICTION, ZERO_TERMINAL
 from paralleldit.parallel_backend.sampling.names import SAMPLER_NAMES, SCHEDULER_NAMES
 from paralleldit.parallel_backend.weights.load import load_transformer
-from paralleldit.tests import tiny_qwen_image, tiny_sd3, tiny_zimage
+from paralleldit.tests import tiny_qwen_image, tiny_sd3, tiny_unet, tiny_zimage
 from paralleldit.tests.comfyui import parity_host as host
 from paralleldit.tests.comfyui.tiny_networks import hunyuandit, pixart
 from paralleldit.tests.unit import cross_attention_original_layout, flux_original_layout
@@ -77,6 +78,11 @@ def qwen_image(edits: bool) -> tuple[Any, Callable[[Any], Any]]:
     return model, lambda _: tiny_qwen_image.single_file(model)
 
 
+def unet(model: str = tiny_unet.BASE, marks: tuple[str, ...] = ()) -> tuple[Any, Callable[[Any], Any]]:
+    beside = dict.fromkeys(marks, torch.empty(0))
+    return tiny_unet.of_files(model), lambda weights: tiny_unet.original_weights(weights) | beside
+
+
 BUILDERS = {
     "flux": flux,
     "sd3": sd3,
@@ -85,6 +91,9 @@ BUILDERS = {
     "zimage": zimage,
     "qwen-image": lambda: qwen_image(edits=False),
     "qwen-image edit": lambda: qwen_image(edits=True),
+    "sdxl": unet,
+    "sdxl v": lambda: unet(marks=(V_PREDICTION, ZERO_TERMINAL)),
+    "sdxl refiner": lambda: unet(tiny_unet.REFINER),
 }
 
 
