@@ -22,7 +22,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --ignore=tests/alone -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest tests/alone -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/alone
 
 matrix: $(VENV)/ready
 	PARALLELDIT_WHOLE_MATRIX=1 PARALLELDIT_WRITE_MATRIX=1 $(BIN)/python -m pytest tests/ranks tests/unit/test_compiled_blocks.py
