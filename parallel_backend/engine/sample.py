@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +14,9 @@ from ..adapters.controlnet.nets import ControlNet
 from ..adapters.ip_adapter import IPAdapter
 from ..attention.usp import AttentionCore
 from ..caches.attention import AttentionCache
-from ..caches.policy import COMPUTE_ALL
+from ..caches.policy import COMPUTE_ALL, StepCache
 from ..caches.residuals import ResidualCache
+from ..caches.study import Study
 from ..distributed.mesh import Mesh
 from ..errors import Cancelled, UserError
 from ..families.family import Family, TokenFamily
@@ -31,8 +33,10 @@ from ..sampling.noise import initial_noises
 from ..sampling.samplers import find_sampler
 from ..strategies.guidance import Guidance
 from ..strategies.pipefusion.pipefusion import PipeFusion
-from ..strategies.prompt_batches import PromptBatches, joined_outputs, one_by_one
+from ..strategies.prompt_batches import PredictAll, PromptBatches, joined_outputs, one_by_one
+from ..strategies.row_parallel import RowParallel
 from ..strategies.select import attention_of, strategy_of
+from ..strategies.sequence import SequenceParallel
 from ..strategies.weighted_prompts import WeightedPrompt
 from ..tokens.grid import Packing
 from .checks import is_latent, latents_of, noise_of, over_replicas, sigmas_of, warn_of_warmup
@@ -74,61 +78,85 @@ def sample(
     steps = len(job.sigmas) - 1
     if steps < 1:
         return _reply(latents)
-    asked = request.cache
-    cache = step_cache_of(asked, family, mesh, model_sampling) if asked and mesh.pipefusion.size == 1 else COMPUTE_ALL
+    work = _Work(request, family, mesh, run, packing, job)
     study = study_of(family, mesh) if request.study else None
-    around_sites = around(attention, study or cache)
-    strategy = strategy_of(request.layout, family, mesh, around_sites, packing, study or cache)
+    is_piped = mesh.pipefusion.size > 1
+    cache = COMPUTE_ALL if is_piped else work.cache()
+    strategy = strategy_of(request.layout, family, mesh, around(attention, study or cache), packing, study or cache)
     positive, negative = ([entry.part(own, batch) for entry in side] for side in sides)
-    levels = job.sigmas.float().cpu() if family.spec.takes_next_time else None
-    cfg_pp = find_sampler(request.sampler).cfg_pp
     if request.cache or study:
         # They look at each prompt by itself.
         predict_all = one_by_one(strategy.predict)
     else:
         predict_all = PromptBatches(strategy, outputs=joined_outputs(request.layout), batch=counts[0]).predict_all
-    guidance = Guidance(
-        predict_all,
-        model_sampling,
-        mesh.cfg,
-        positive,
-        negative,
-        request.cfg,
-        levels,
-        cfg_pp,
-        request.cfg_norm,
-    )
-
-    def preview(x: Tensor) -> Tensor | None:
-        """The first picture, of a video its first frame, as what it is now."""
-        if not request.preview:
-            return None
-        picture = packing.unpack(x[:1])[family.latent.name]
-        return family.process_out(picture[:, :, :1] if picture.ndim == 5 else picture)
-
-    def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
-        run.check_cancelled()
-        strategy.begin_step(step.index)
-        cache.at(float(sigma))
-        return guidance.denoised(x, sigma)
-
-    reports = _Reports(run)
-
-    def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
-        reports.add(step + 1, total, preview(denoised))
-
-    def on_piped_step(done: int, total: int, picture: Tensor) -> None:
-        reports.add(done, total, preview(picture))
-
-    def together(noted: Tensor) -> Tensor:
-        return over_replicas(noted, mesh.data)
-
+    guidance = work.guidance(predict_all, positive, negative)
     warn_of_warmup(request.layout, steps, run)
-    if mesh.pipefusion.size == 1:
+    if is_piped:
+        assert isinstance(attention, AttentionCore)
+        sampled = work.through_stages(attention, guidance, patches_of(request.layout, _token_rows(family, latents)))
+    else:
+        sampled = work.in_steps(strategy, guidance, cache, study)
+    whole = mesh.data.all_gather(sampled, counts, dim=0)
+    check_result(whole, steps)
+    parts = packing.unpack(whole)
+    reply = _reply({spec.name: family.process_out(parts[spec.name], spec) for spec in family.latents})
+    return reply | _measured(study, model_sampling) if study else reply
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The sampling of this rank's part of a batch, `[B, ...]`, in the model's space."""
+
+    request: Sample
+    family: Family
+    mesh: Mesh
+    run: Run
+    packing: Packing
+    job: SamplingJob
+
+    def cache(self, blocks: range | None = None) -> StepCache:
+        """The request's step cache of these `blocks`, of all by default."""
+        if self.request.cache is None:
+            return COMPUTE_ALL
+        return step_cache_of(self.request.cache, self.family, self.mesh, self.job.model_sampling, blocks)
+
+    def guidance(
+        self, predict_all: PredictAll, positive: list[WeightedPrompt], negative: list[WeightedPrompt]
+    ) -> Guidance:
+        return Guidance(
+            predict_all,
+            self.job.model_sampling,
+            self.mesh.cfg,
+            positive,
+            negative,
+            self.request.cfg,
+            self.job.sigmas.float().cpu() if self.family.spec.takes_next_time else None,
+            find_sampler(self.request.sampler).cfg_pp,
+            self.request.cfg_norm,
+        )
+
+    def in_steps(
+        self, strategy: SequenceParallel | RowParallel, guidance: Guidance, cache: StepCache, study: Study | None
+    ) -> Tensor:
+        """Sampled one step after the other, each with all tokens."""
+        reports = _Reports(self.run)
+
+        def model(x: Tensor, sigma: Tensor, step: StepContext) -> Tensor:
+            self.run.check_cancelled()
+            strategy.begin_step(step.index)
+            cache.at(float(sigma))
+            return guidance.denoised(x, sigma)
+
+        def on_step(step: int, total: int, denoised: Tensor, x: Tensor, sigma: Tensor) -> None:
+            reports.add(step + 1, total, self._preview(denoised))
+
+        def together(noted: Tensor) -> Tensor:
+            return over_replicas(noted, self.mesh.data)
+
         leave = strategy.forget
         try:
-            with watching(study, family) if study else nullcontext():
-                sampled = run_sampler(model, job, on_step, guidance.negative, together)
+            with watching(study, self.family) if study else nullcontext():
+                sampled = run_sampler(model, self.job, on_step, guidance.negative, together)
             leave = strategy.finish
         except (Cancelled, UserError):
             leave = strategy.finish
@@ -136,37 +164,51 @@ def sample(
         finally:
             leave()
         if isinstance(cache, ResidualCache | AttentionCache):
-            run.evaluations(*count([cache]))
-    else:
-        assert isinstance(attention, AttentionCore)
-        assert isinstance(family, TokenFamily)
+            self.run.evaluations(*count([cache]))
+        reports.finish()
+        return sampled
+
+    def through_stages(self, attention: AttentionCore, guidance: Guidance, patches: int) -> Tensor:
+        """Sampled patch by patch, which the stages of PipeFusion hand on to each other."""
+        assert isinstance(self.family, TokenFamily)
+        reports, layout = _Reports(self.run), self.request.layout
         pipeline = PipeFusion(
-            family,
-            mesh,
+            self.family,
+            self.mesh,
             attention,
             guidance,
-            job,
-            packing,
-            lambda blocks: step_cache_of(asked, family, mesh, model_sampling, blocks) if asked else COMPUTE_ALL,
-            stage=Stage(mesh.pipefusion.rank, mesh.pipefusion.size, request.layout.stage_blocks),
-            patches=patches_of(request.layout, _token_rows(family, latents)),
-            warmup_steps=request.layout.warmup_steps,
-            preview=request.preview,
-            has_lone_stages=request.layout.has_lone_stages,
+            self.job,
+            self.packing,
+            self.cache,
+            stage=Stage(self.mesh.pipefusion.rank, self.mesh.pipefusion.size, layout.stage_blocks),
+            patches=patches,
+            warmup_steps=layout.warmup_steps,
+            preview=self.request.preview,
+            has_lone_stages=layout.has_lone_stages,
         )
-        sampled = pipeline.run(run, on_piped_step)
+
+        def on_step(done: int, total: int, picture: Tensor) -> None:
+            reports.add(done, total, self._preview(picture))
+
+        sampled = pipeline.run(self.run, on_step)
         if counted := [cache for cache in pipeline.caches_of_first_patches() if isinstance(cache, ResidualCache)]:
-            run.evaluations(*count(counted))
-    reports.finish()
-    whole = mesh.data.all_gather(sampled, counts, dim=0)
-    check_result(whole, steps)
-    parts = packing.unpack(whole)
-    reply = _reply({spec.name: family.process_out(parts[spec.name], spec) for spec in family.latents})
-    if study:
-        measured = study.measured()
-        measured["levels"] = torch.tensor([model_sampling.level(float(time)) for time in measured.pop("times")])
-        reply |= {f"study.{name}": tensor for name, tensor in measured.items()}
-    return reply
+            self.run.evaluations(*count(counted))
+        reports.finish()
+        return sampled
+
+    def _preview(self, x: Tensor) -> Tensor | None:
+        """The first picture, of a video its first frame, as what it is now."""
+        if not self.request.preview:
+            return None
+        picture = self.packing.unpack(x[:1])[self.family.latent.name]
+        return self.family.process_out(picture[:, :, :1] if picture.ndim == 5 else picture)
+
+
+def _measured(study: Study, model_sampling: ModelSampling) -> dict[str, Tensor]:
+    """What a study measured, under its names in the reply, by the levels of the evaluations."""
+    measured = study.measured()
+    measured["levels"] = torch.tensor([model_sampling.level(float(time)) for time in measured.pop("times")])
+    return {f"study.{name}": tensor for name, tensor in measured.items()}
 
 
 class _Reports:
