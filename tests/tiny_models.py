@@ -625,3 +625,18 @@ TINY_MODELS = {
     "cogvideox 5b": _cogvideox(newer=False),
     "cogvideox 1.5": _cogvideox(newer=True),
 }
+
+ONE_OF_EACH = (
+    "flux dev",
+    "sd3.5 medium",
+    "pixart alpha",
+    "hunyuandit 1.1",
+    "wan 2.1",
+    "z-image",
+    "qwen-image",
+    "hunyuanvideo",
+    "cogvideox 5b",
+    "cogvideox 1.5",
+    "mochi",
+)
+"""One model of each family of tokens."""

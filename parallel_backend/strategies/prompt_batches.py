@@ -126,9 +126,10 @@ class PromptBatches:
 
     def _groups(self, shares: Sequence[Sequence[Asked]]) -> list[list[list[int]]]:
         """Of each share the places of those that are evaluated together: one by one where others cannot keep step."""
-        groups = [self._groups_of(share) for share in shares]
-        if len(set(map(len, groups))) == 1:
-            return groups
+        if len(shares[0]) > 1:
+            groups = [self._groups_of(share) for share in shares]
+            if len(set(map(len, groups))) == 1:
+                return groups
         return [[[place] for place in range(len(share))] for share in shares]
 
     def _groups_of(self, share: Sequence[Asked]) -> list[list[int]]:

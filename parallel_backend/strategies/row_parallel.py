@@ -43,7 +43,7 @@ class RowParallel:
     def outputs_of(self, latent: Tensor, condition: Condition) -> int:
         """How many outputs a layer of the network's first level has on each rank, for one picture of `latent`."""
         height, width = latent.shape[-2:]
-        return height * width * self.family.channels // self.axis.size
+        return -(-height * width * self.family.channels // self.axis.size)
 
     def predict(
         self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None

@@ -50,7 +50,7 @@ class SequenceParallel:
         """How many outputs a layer of the network's width has on each rank, for one picture of `latent`."""
         streams = self.family.segments(condition, self.family.grids(self.packing.unpack(latent)))
         tokens = sum(segment.count for segments in streams.values() for segment in segments)
-        return tokens * self.family.hidden_size // self.axis.size
+        return -(-tokens * self.family.hidden_size // self.axis.size)
 
     def predict(
         self, latent: Tensor, timestep: Tensor, condition: Condition, next_timestep: Tensor | None = None

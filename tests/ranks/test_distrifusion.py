@@ -13,7 +13,7 @@ from paralleldit.tests.ranks import stale_families
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_flux import StaleModel, relative_error, sampled
-from paralleldit.tests.tiny_models import TINY_MODELS
+from paralleldit.tests.tiny_models import ONE_OF_EACH, TINY_MODELS
 
 EXACT = [
     # degrees; warm-up, steps; latent height and width; sampler
@@ -99,19 +99,7 @@ def test_run_equals_serial_model_of_late_keys(ranks, figures, degrees, plan, siz
         assert error <= 1e-5
 
 
-FAMILIES = [
-    "flux dev",
-    "sd3.5 medium",
-    "pixart alpha",
-    "hunyuandit 1.1",
-    "wan 2.1",
-    "z-image",
-    "qwen-image",
-    "hunyuanvideo",
-    "cogvideox 5b",
-    "cogvideox 1.5",
-    "mochi",
-]
+FAMILIES = [*ONE_OF_EACH]
 WARM = stale_families.STEPS
 FAMILY_CASES = [
     *((Layout(distrifusion_degree=2, warmup_steps=WARM), model) for model in FAMILIES[1:]),

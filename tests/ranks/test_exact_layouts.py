@@ -23,7 +23,7 @@ from paralleldit.parallel_backend.strategies.sequence import SequenceParallel
 from paralleldit.parallel_backend.strategies.weighted_prompts import WeightedPrompt
 from paralleldit.tests.covering import covering, pairs, pairs_of
 from paralleldit.tests.ranks.matrix import BF16, EXACT, cell
-from paralleldit.tests.tiny_models import CPU, TINY_MODELS, entry_of, on_device, tensors_of
+from paralleldit.tests.tiny_models import CPU, ONE_OF_EACH, TINY_MODELS, entry_of, on_device, tensors_of
 
 CFG = 3.0
 DEPTH = 1
@@ -93,20 +93,7 @@ SHAPES = [
     (3, 7, 9, 5, 4),
     (2, 2, 2, 3, 4),
 ]
-WHOLE_RUNS = [
-    "flux dev",
-    "sd3.5 medium",
-    "pixart alpha",
-    "hunyuandit 1.1",
-    "wan 2.1",
-    "z-image",
-    "qwen-image",
-    "hunyuanvideo",
-    "cogvideox 5b",
-    "cogvideox 1.5",
-    "mochi",
-]
-"""One model of each family."""
+WHOLE_RUNS = [*ONE_OF_EACH]
 VARIANTS = [model for model in TINY_MODELS if model not in WHOLE_RUNS]
 
 

@@ -10,21 +10,10 @@ from paralleldit.tests.covering import covering, pairs_of
 from paralleldit.tests.ranks.matrix import EXACT as EXACTLY
 from paralleldit.tests.ranks.matrix import LATE, cell
 from paralleldit.tests.ranks.stale_families import STEPS, StaleModel, relative_error, sampled, sampled_by
-from paralleldit.tests.tiny_models import TINY_MODELS
+from paralleldit.tests.tiny_models import ONE_OF_EACH, TINY_MODELS
 
-MODELS = [
-    "sd3 medium",
-    "sd3.5 medium",
-    "pixart alpha",
-    "hunyuandit 1.1",
-    "wan 2.1",
-    "z-image",
-    "qwen-image",
-    "hunyuanvideo",
-    "cogvideox 5b",
-    "cogvideox 1.5",
-    "mochi",
-]
+MODELS = ["sd3 medium", *(model for model in ONE_OF_EACH if model != "flux dev")]
+"""Those of Flux are in test_pipefusion.py."""
 EXACT = [
     # pipefusion, ulysses, ring, cfg, data; patches, warm-up
     ((2, 1, 1, 1, 1), (3, STEPS)),

@@ -151,3 +151,10 @@ def test_a_batch_predicts_what_its_prompts_do_one_by_one(model):
             for found, one in zip(batches.predict_all(shares, 0), expected, strict=True):
                 assert (found - one).norm() / one.norm() <= 1e-5
     assert (expected[0] - expected[1]).norm() > 1e-3 * expected[0].norm()
+
+
+def test_one_prompt_is_not_counted():
+    strategy = StandIn()
+    strategy.outputs_of = None
+    PromptBatches(strategy, outputs=10**6, batch=2).predict_all([asked(prompt()), asked(prompt(7))], 1)
+    assert strategy.batches == [2]
